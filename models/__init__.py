@@ -1,0 +1,70 @@
+"""Backbones and students by name.  Up to 64 pixels with a stem for small images, above as torchvision defines them."""
+import re
+from functools import partial
+
+import torchvision
+
+from models.convnet import ConvNet
+from models.deit import deit_tiny
+from models.efficientnet import efficientnet_b0
+from models.mobilenetv2 import mobilenetv2
+from models.resnet import resnet
+from models.shufflenetv2 import shufflenetv2_05
+from models.swin import swin_t
+from models.vgg import vgg11_bn
+from models.wrn import WideResNet
+
+BUILDERS = {
+    "resnet18": partial(resnet, "resnet18"),
+    "resnet50": partial(resnet, "resnet50"),
+    "resnet101": partial(resnet, "resnet101"),
+    "mobilenetv2_05": partial(mobilenetv2, 0.5),
+    "mobilenetv2": partial(mobilenetv2, 1.0),
+    "shufflenetv2_05": shufflenetv2_05,
+    "efficientnet_b0": efficientnet_b0,
+    "vgg11_bn": vgg11_bn,
+    "swin_t": swin_t,
+    "deit_tiny": deit_tiny,
+}
+NAMES = ("convnet_w128", "wrn16_2", *BUILDERS)
+PATTERNS = ("convnet_w<width>[_d<depth>]", "wrn<depth>_<width>")  # depth: 3 if not named; 6n + 4
+PRETRAINED = {  # torchvision's names
+    "resnet18": "resnet18", "resnet50": "resnet50", "resnet101": "resnet101", "vgg11_bn": "vgg11_bn",
+    "mobilenetv2": "mobilenet_v2", "shufflenetv2_05": "shufflenet_v2_x0_5", "efficientnet_b0": "efficientnet_b0",
+    "swin_t": "swin_t",
+}
+
+
+def _builder(name):
+    """The function (num_classes, image_size) -> nn.Module behind a name, or None."""
+    if match := re.fullmatch(r"convnet_w([1-9]\d*)(?:_d([1-9]\d*))?", name):
+        return partial(ConvNet, int(match[1]), int(match[2] or 3))
+    if match := re.fullmatch(r"wrn([1-9]\d*)_([1-9]\d*)", name):
+        return lambda num_classes, image_size: WideResNet(int(match[1]), int(match[2]), num_classes)
+    return BUILDERS.get(name)
+
+
+def is_model_name(name):
+    """Whether build_model knows this name: one of NAMES, or of the form of one of PATTERNS."""
+    return _builder(name) is not None
+
+
+def build_model(name, num_classes, image_size):
+    """-> nn.Module: images [B, 3, image_size, image_size] -> logits [B, num_classes].
+
+    The weights are drawn from torch's global generator.
+    ValueError if the name is unknown or the network cannot take images of this size.
+    """
+    if not is_model_name(name):
+        raise ValueError(f"unknown model {name!r}; known are {', '.join(NAMES + PATTERNS)}")
+    return _builder(name)(num_classes, image_size)
+
+
+def pretrained_weights(name):
+    """-> torchvision's WeightsEnum member of ImageNet weights, version 1; nothing is downloaded.
+
+    They load with strict=True into build_model(name, 1000, image_size > 64). ValueError if torchvision has none.
+    """
+    if name not in PRETRAINED:
+        raise ValueError(f"torchvision has no ImageNet weights for {name!r}; it has them for {', '.join(PRETRAINED)}")
+    return torchvision.models.get_model_weights(PRETRAINED[name]).IMAGENET1K_V1

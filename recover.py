@@ -1,0 +1,325 @@
+"""Recover: synthesise the distilled images (phase 3 of 5).   G-VBSM, arXiv:2311.17950, Sec. 3, Eqs. 2, 5-7, 10.
+
+Pixels start as noise and are all that is optimised. An iteration augments the batch, draws one backbone (Eq. 7), and takes
+an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; Eq. 2 is the same without the last two terms).
+--method random writes random real training images into the same layout instead.
+
+reads   runs/<dataset>/teachers/<teachers>/<backbone>.pt              squeeze.py
+        runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt        collect_stats.py
+writes  runs/<dataset>/<run>/images/<class>/<id>.png                  an ImageFolder
+        runs/<dataset>/<run>/grid.png, log.jsonl, result.json
+
+python recover.py --dataset cifar100 --ipc 10                              # paper setting, Table 9
+python recover.py --dataset cifar100 --ipc 10 --drop-rate 0 --tag nodrop   # ablation, Fig. 6
+python recover.py --dataset shapes                                         # smoke run: a minute, no download
+"""
+import argparse
+import json
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.utils import save_image
+
+from models import build_model
+from utils import fail
+from utils.augment import apply_view, draw_view, to_uint8
+from utils.data import describe, load_split, preset_column
+from utils.losses import class_members, data_densification, densification_closed_form, sds_match
+from utils.presets import Parser, crop_name, identity_flags, number, parse_args
+from utils.run import (Progress, check_classes, check_same, finish, finished, generator, load_teachers, load_torch,
+                       pick_device, relevant, run_paths, whole_file)
+from utils.stats import ClosedFormMatching, channel_stats, layer_inputs, matched_layers, patch_stats
+
+
+def make_batches(num_classes, ipc, batch_size, loop):
+    """Fig. 4.   -> list of batches, each a list of (class, index)
+
+    reorder (G-VBSM): as many images a class as fit, so that densification sees several images of one class;
+    original (SRe2L): at most one image of each class.
+    """
+    if loop == "original":
+        rows = [[(label, index) for label in range(num_classes)] for index in range(ipc)]
+    elif ipc > batch_size:
+        rows = [[(label, index) for index in range(ipc)] for label in range(num_classes)]
+    else:                                                            # whole classes
+        together = batch_size // ipc
+        rows = [[(label, index) for label in range(first, min(first + together, num_classes)) for index in range(ipc)]
+                for first in range(0, num_classes, together)]
+    return [row[start:start + batch_size] for row in rows for start in range(0, len(row), batch_size)]
+
+
+def layer_weights(model, bn_weight, conv_weight, first_multiplier):
+    """{layer name: weight of its statistics}; the first layer, whose input is the image, counts first_multiplier times
+    (the release; there as here it is a convolution)."""
+    weights = {name: bn_weight if isinstance(layer, nn.BatchNorm2d) else conv_weight
+               for name, layer in matched_layers(model).items()}
+    weights[next(iter(weights))] *= first_multiplier
+    return weights
+
+
+class PlainMatching:
+    """Eqs. 6 and 10 as they are written, through autograd; the same calls as `ClosedFormMatching`."""
+
+    def __init__(self, model, targets, weights, alpha, patch):
+        self.model, self.weights, self.alpha, self.patch = model, weights, alpha, patch
+        self.targets = {name: (layer.running_mean, layer.running_var) if isinstance(layer, nn.BatchNorm2d) else targets[name]
+                        for name, layer in matched_layers(model).items() if weights[name]}
+
+    def start(self, groups):
+        return {"groups": groups}
+
+    def hooks(self, dropped=()):
+        return layer_inputs(self.model, self.targets.keys() - set(dropped))
+
+    def inject(self, inputs, state, dropped=()):
+        groups, state = state["groups"], dict(state)
+        bn = conv = next(self.model.parameters()).new_zeros(())
+        for name, x in inputs.items():
+            current = channel_stats(x, groups)
+            is_conv = len(self.targets[name]) == 4
+            if is_conv:
+                current += patch_stats(x, self.patch, groups)
+            loss = 0
+            for kind, (value, target) in enumerate(zip(current, self.targets[name])):
+                term, state[name, kind] = sds_match(value, target, state.get((name, kind)), self.alpha)
+                loss = loss + self.weights[name] * term
+            bn, conv = (bn, conv + loss) if is_conv else (bn + loss, conv)
+        return bn, conv, state
+
+
+def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambda *_: None):
+    """Optimise the images of G batches at once; they move as if each batch were alone, up to rounding.
+
+    pixels [G, B, 3, S, S] in normalised units, changed in place; labels [G, B]; numbers: the batches' numbers, on which
+    their augmentation depends; matchings: one for each backbone, with its model. report(iteration, losses, pixels).
+    """
+    G, B = labels.shape
+    low, high = ((torch.tensor([bound - m for m in data["mean"]]) / torch.tensor(data["std"])).to(pixels)[:, None, None]
+                 for bound in (0, 1))
+    members = class_members((labels + len(data["classes"]) * torch.arange(G, device=labels.device)[:, None]).flatten())
+    pixels.requires_grad_()
+    optimizer = torch.optim.Adam([pixels], lr=args.lr, betas=(0.5, 0.9))
+    states = [matching.start(G) for matching in matchings]           # the averages start anew with every image batch
+    for t in range(args.iterations):
+        optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * t / args.iterations)) / 2
+        draw = generator("iteration", args.seed, t)
+        k = torch.randint(len(matchings), (), generator=draw).item() if args.choice == "uniform" else t % len(matchings)  # Eq. 7
+        matching = matchings[k]
+        dropped = [name for name in matching.targets if len(matching.targets[name]) == 4         # convolutions only
+                   and torch.rand((), generator=draw) < args.drop_rate]
+        views = [draw_view(1, pixels.shape[-1], args.crop, args.flip, args.roll, generator("view", args.seed, t, number))
+                 for number in numbers]                              # one view for a whole batch
+        views = {key: torch.cat([view[key] for view in views]) for key in views[0]}
+        images = apply_view(pixels.flatten(1, 2), views).view(G * B, *pixels.shape[2:])
+        with matching.hooks(dropped) as inputs:
+            logits = matching.model(images)
+        loss_bn, loss_conv, states[k] = matching.inject(inputs, states[k], dropped)
+        loss_ce = args.ce_weight * F.cross_entropy(logits, labels.flatten(), reduction="sum") / B
+        loss_dd = logits.new_zeros(())
+        if args.dd_weight and members:
+            if args.statistics == "plain":
+                loss_dd = sum(data_densification(x, y, args.tau, args.dd_scale) for x, y in zip(pixels, labels))
+            else:
+                loss_dd = densification_closed_form(pixels.flatten(0, 1), members, args.tau, args.dd_scale)
+            loss_dd = args.dd_weight * loss_dd
+        optimizer.zero_grad()
+        (loss_ce + loss_bn + loss_conv + loss_dd).backward()         # closed form: loss_bn and loss_conv have no graph,
+        optimizer.step()                                             # their gradient is injected at the layers' inputs
+        with torch.no_grad():
+            pixels.clamp_(low, high)
+        report(t, {"backbone": k, "ce": loss_ce, "bn": loss_bn, "conv": loss_conv, "dd": loss_dd}, pixels)
+    return pixels.detach()
+
+
+def noise(label, index, size, seed):
+    """The start of an image, N(0, 1) in normalised units, a function of (seed, class, index) alone.   -> [3, S, S]"""
+    return torch.randn(3, size, size, generator=generator("noise", seed, label, index))
+
+
+def image_path(folder, data, label, index):
+    return folder / data["classes"][label] / f"{index:05d}.png"
+
+
+def save_png(path, image):
+    """image: uint8 [3, S, S]."""
+    with whole_file(path) as temporary:
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="png")
+
+
+class Grid:
+    """grid.png: a row for each of up to 20 classes with up to 10 of its images; grey where there is none yet."""
+
+    def __init__(self, path, num_classes, ipc, size):
+        self.path, self.columns = path, min(ipc, 10)
+        self.rows = [i * num_classes // min(num_classes, 20) for i in range(min(num_classes, 20))]
+        self.images = torch.full((len(self.rows), self.columns, 3, size, size), 0.5)
+
+    def add(self, batch, images):
+        """batch: list of (class, index), images uint8 [B, 3, S, S]."""
+        for (label, index), image in zip(batch, images):
+            if label in self.rows and index < self.columns:
+                self.images[self.rows.index(label), index] = image.cpu().float() / 255
+
+    def save(self):
+        with whole_file(self.path) as temporary:
+            save_image(self.images.flatten(0, 1), temporary, nrow=self.columns, format="png")
+
+
+def synthesise(args, paths, device):
+    """--method gvbsm: write all images.   -> data dict, arguments of the earlier phases"""
+    models, records, data = load_teachers(args, paths.teachers, build_model, device)
+    patch, targets, upstream = load_statistics(args, paths, records, models, data, device)
+    build = PlainMatching if args.statistics == "plain" else ClosedFormMatching
+    matchings = [build(model, targets[name], layer_weights(model, args.bn_weight, args.conv_weight, args.first_multiplier),
+                       args.alpha, patch) for name, model in models.items()]
+    start_log(args, paths)
+    batches = list(enumerate(make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)))
+    grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
+    for number, batch in list(batches):
+        if all(image_path(paths.images, data, *one).exists() for one in batch):          # an earlier run has them
+            batches.remove((number, batch))
+            grid.add(batch, [read_png(image_path(paths.images, data, *one)) for one in batch])
+    progress = Progress("recover", args.iterations * sum(len(batch) for _, batch in batches))
+    with open(paths.run / "log.jsonl", "a") as log:
+        while batches:                                               # batches of one size share a pass, in their order
+            size = len(batches[0][1])
+            count = next((i for i, (_, batch) in enumerate(batches) if len(batch) != size), len(batches))
+            group, batches = batches[:min(count, args.groups_per_step)], batches[min(count, args.groups_per_step):]
+            recover_group(group, matchings, list(models), data, args, paths, device, grid, log, progress)
+    return data, upstream
+
+
+def recover_group(group, matchings, names, data, args, paths, device, grid, log, progress):
+    """Synthesise some batches, [(number, [(class, index)])], together; log, draw and save them."""
+    numbers, flat = [number for number, _ in group], [one for _, batch in group for one in batch]
+    shape = (len(group), -1, 3, data["image_size"], data["image_size"])
+    pixels = torch.stack([noise(*one, data["image_size"], args.seed) for one in flat]).view(shape).to(device)
+    labels = torch.tensor([label for label, _ in flat], device=device).view(len(group), -1)
+
+    def report(t, losses, pixels):
+        last = t + 1 == args.iterations
+        if t % args.log_every == 0 or last:
+            entry = {"iteration": t, "batches": numbers, "backbone": names[losses.pop("backbone")],
+                     **{term: value.item() / len(group) for term, value in losses.items()}}
+            if not all(math.isfinite(entry[term]) for term in losses):
+                raise FloatingPointError(f"a loss is not finite: {entry}")
+            print(json.dumps(entry), file=log, flush=True)
+        if args.grid_every and t % args.grid_every == 0 or last:
+            grid.add(flat, to_uint8(pixels.flatten(0, 1), data["mean"], data["std"]))
+            grid.save()
+        progress.step(lambda: f"batches {numbers[0]}-{numbers[-1]}  ce {losses['ce'].item():.3f}", len(flat))
+
+    images = recover_batches(pixels, labels, numbers, matchings, data, args, report).flatten(0, 1)
+    for one, image in zip(flat, to_uint8(images, data["mean"], data["std"])):
+        save_png(image_path(paths.images, data, *one), image)
+
+
+def load_statistics(args, paths, records, models, data, device):
+    """The vectors of Eq. 9 of each backbone.   -> patch, {backbone: {convolution: vectors}}, earlier arguments"""
+    targets, upstream = {}, {"squeeze": {}, "collect_stats": {}}
+    for name, record in records.items():
+        path = paths.teachers / f"{name}.stats.pt"
+        again = f"run: python collect_stats.py --dataset {args.dataset} --teachers {args.teachers} --backbones {name}"
+        stored = load_torch(path, again)
+        if stored.get("checkpoint") != record["fingerprint"]:
+            fail(f"{path} belongs to other weights than {name}.pt; {again} --overwrite")
+        if stored["patch"] != (patch := stored["patch"] if not targets else patch):
+            fail(f"{path} was collected with --patch {stored['patch']}, the first backbone's with {patch}; {again} --overwrite")
+        targets[name] = {layer: tuple(v.to(device) for v in vectors) for layer, vectors in stored["statistics"].items()}
+        missing = [layer for layer, m in models[name].named_modules() if isinstance(m, nn.Conv2d) and layer not in targets[name]]
+        if missing:
+            fail(f"{path} lacks the layer {missing[0]}; {again} --overwrite")
+        upstream["squeeze"][name], upstream["collect_stats"][name] = record["args"], stored["args"]
+    return patch, targets, upstream
+
+
+def select_random(args, paths):
+    """--method random: --ipc random training images of each class.   -> data dict, arguments of the earlier phases"""
+    data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
+    split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers)
+    start_log(args, paths)
+    grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
+    progress = Progress("recover", len(data["classes"]))
+    for label, name in enumerate(data["classes"]):
+        members = (split.labels == label).nonzero().flatten()
+        if len(members) < args.ipc:
+            fail(f"--ipc {args.ipc} is more than the {len(members)} training images of class {name}; use at most that many")
+        chosen = members[torch.randperm(len(members), generator=generator("random", args.seed, label))[:args.ipc]]
+        images = split.read(chosen)
+        for index, image in enumerate(images):
+            save_png(image_path(paths.images, data, label, index), image)
+        grid.add([(label, index) for index in range(args.ipc)], images)
+        progress.step(name)
+    grid.save()
+    return data, {}
+
+
+def read_png(path):
+    with Image.open(path) as image:
+        return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(
+            image.height, image.width, 3).permute(2, 0, 1)
+
+
+def get_parser():
+    parser = identity_flags(Parser(__doc__))
+    method = parser.add_argument_group("method")
+    method.add_argument("--alpha", type=number(float, 0, 1), default=0.8, help="weight of the past in batch statistics, 0 = off [alpha]")
+    method.add_argument("--drop-rate", type=number(float, 0, 1), default=0.4,
+                        help="probability of skipping a convolution's statistics, 0 = never, 1 = always [beta_dr]")
+    method.add_argument("--ce-weight", type=number(float, 0), default=1.0, help="of the classification loss, 0 = off")
+    method.add_argument("--bn-weight", type=number(float, 0), default=0.01, help="of BatchNorm statistics, 0 = off [L'_BN]")
+    method.add_argument("--conv-weight", type=number(float, 0), default=0.01, help="of convolution statistics, 0 = off [L'_Conv]")
+    method.add_argument("--dd-weight", type=number(float, 0), default=1.0, help="of data densification, 0 = off [L_DD]")
+    method.add_argument("--first-multiplier", type=number(float, 0), default=10.0, help="of the first layer's statistics, 1 = off")
+    method.add_argument("--tau", type=number(float, 1), default=4.0, help="temperature of data densification, 1 = off [tau, Eq. 5]")
+    method.add_argument("--dd-scale", choices=["sum", "mean"], default="sum",
+                        help="Gram matrix as in the paper, or divided by its feature dimension")
+    method.add_argument("--loop", choices=["reorder", "original"], default="reorder", help="grouping of images, Fig. 4")
+    method.add_argument("--choice", choices=["uniform", "cycle"], default="uniform", help="of the backbone of an iteration, Eq. 7")
+    method.add_argument("--crop", type=crop_name, default="resized", help="augmentation: none, resized, pad<pixels>")
+    method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="augmentation: horizontal flips")
+    method.add_argument("--roll", type=number(int, 0), default=0, help="augmentation: circular shift of up to so many pixels, 0 = off")
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--iterations", type=number(int, 1), default=4000, help="Adam steps for each batch of images")
+    optimization.add_argument("--batch-size", type=number(int, 1), default=50, help="images optimised together")
+    optimization.add_argument("--lr", type=number(float, 0), default=0.05, help="Adam learning rate, cosine to 0")
+    optimization.add_argument("--groups-per-step", type=number(int, 1), default=1,
+                              help="batches in one pass; the images are the same up to rounding, 1 is the paper's loop")
+    optimization.add_argument("--statistics", choices=["closed", "plain"], default="closed",
+                              help="gradient of the statistics in closed form, or by autograd as Eqs. 6 and 10 read")
+    output = parser.add_argument_group("output")
+    output.add_argument("--log-every", type=number(int, 1), default=100, help="iterations between lines of log.jsonl")
+    output.add_argument("--grid-every", type=number(int, 0), default=500, help="iterations between grid.png, 0 = at the end")
+    return parser
+
+
+def main(argv=None):
+    args, started = parse_args(get_parser(), "recover", argv, preset_column), time.time()
+    device, paths = pick_device(args.device), run_paths(args)
+    if finished(paths.run / "result.json", args):
+        return
+    data, upstream = select_random(args, paths) if args.method == "random" else synthesise(args, paths, device)
+    return finish(paths.run / "result.json", "recover", args,
+                  {"images": len(data["classes"]) * args.ipc, "classes": data["classes"]}, started, upstream)
+
+
+def start_log(args, paths):
+    """A new log.jsonl begins with the arguments; an unfinished run must go on with the same."""
+    log = paths.run / "log.jsonl"
+    if args.overwrite:
+        for old in [paths.run / "result.json", log, *paths.images.glob("*/*.png")]:
+            old.unlink(missing_ok=True)
+    if log.exists():
+        with open(log) as lines:
+            check_same(json.loads(lines.readline())["args"], args, paths.run)
+    else:
+        with whole_file(log) as temporary:
+            temporary.write_text(json.dumps({"args": relevant(args)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Relabel: soft labels by the ensemble of backbones (phase 4 of 5).   G-VBSM, arXiv:2311.17950, Sec. 3.2, Eqs. 3, 8.
+
+For each epoch every image is cropped, flipped and mixed (CutMix); the backbones see the mixed image, and their logits are
+averaged, with or without logit normalisation (Eq. 8). Logits are stored, so Eq. 3's temperature is the student's choice.
+Beside them stands what was drawn, one row for each mixed sample, so that training replays exactly what was labelled, in
+batches of any size.
+
+reads   runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py
+        runs/<dataset>/<run>/images/<class>/<id>.png             recover.py, or any ImageFolder (--images)
+writes  runs/<dataset>/<run>/labels/logits.npy                   float16 [epochs, N, classes], memory-mapped
+        runs/<dataset>/<run>/labels/{crop,flip,partner,box,ratio}.npy   what was drawn, [epochs, N, ...]
+        runs/<dataset>/<run>/labels/result.json                  classes, fingerprint of the images, arguments
+
+python relabel.py --dataset cifar100 --ipc 10                                                        # paper setting, Table 9
+python relabel.py --dataset cifar100 --tag noln --images runs/cifar100/gvbsm-ipc10/images --no-logit-norm    # Table 6
+python relabel.py --dataset shapes                                                                   # smoke run: seconds
+"""
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models import build_model
+from utils.augment import apply_epoch, draw_epoch, normalize
+from utils.data import load_folder, preset_column
+from utils.losses import ensemble_logits
+from utils.presets import Parser, identity_flags, number, parse_args
+from utils.run import (Progress, check_classes, finish, finished, fingerprint, generator, load_json, load_teachers,
+                       pick_device, run_paths, whole_file)
+
+DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
+         "ratio": (np.float32, ())}                                   # what a mixed sample is made with
+
+
+@torch.inference_mode()
+def label_epoch(images, draw, batch_size, models, mix, logit_norm):
+    """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch.   images [N, 3, S, S] -> [N, classes]"""
+    logits = None
+    for batch in draw["order"].split(batch_size):
+        mixed = apply_epoch(images, draw, batch, mix)
+        ensemble = ensemble_logits(torch.stack([model(mixed) for model in models]), logit_norm)
+        logits = ensemble.new_empty(len(images), ensemble.shape[1]) if logits is None else logits
+        logits[batch.to(logits.device)] = ensemble
+    return logits
+
+
+def get_parser():
+    parser = identity_flags(Parser(__doc__))
+    method = parser.add_argument_group("method")
+    method.add_argument("--images", type=Path, metavar="DIR", help="images/<class>/<file> of any origin; default: the run's")
+    method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
+                        help="scale each backbone's logits to the mean norm before averaging [LN, Eq. 8]")
+    method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
+    method.add_argument("--epochs", type=number(int, 1), default=300, help="how many times every image is labelled")
+    method.add_argument("--batch-size", type=number(int, 1), default=64, help="images that share a mix box and Eq. 8's norms")
+    method.add_argument("--whole-up-to", type=number(int, 0), default=100,
+                        help="sets of up to so many images make one batch, 0 = never [||S||]")
+    return parser
+
+
+def main(argv=None):
+    args, started = parse_args(get_parser(), "relabel", argv, preset_column), time.time()
+    device, paths = pick_device(args.device), run_paths(args)
+    if finished(paths.labels / "result.json", args):
+        return
+    models, records, data = load_teachers(args, paths.teachers, build_model, device)
+    folder = args.images or paths.images
+    if not args.images:
+        recovered = load_json(paths.run / "result.json",
+                              f"run: python recover.py --dataset {args.dataset} --ipc {args.ipc} --method {args.method}")
+        upstream = recovered["upstream"] | {"recover": recovered["args"]}
+    else:
+        upstream = {"squeeze": {name: record["args"] for name, record in records.items()}}
+    raw, _, classes, ids = load_folder(folder, data["image_size"], args.workers)
+    check_classes(classes, data["classes"], folder, f"the teachers in {paths.teachers}")
+    images = normalize(raw.to(device), data["mean"], data["std"])
+    batch_size = len(images) if len(images) <= args.whole_up_to else args.batch_size
+    shape = (args.epochs, len(images))
+    (paths.labels / "result.json").unlink(missing_ok=True)
+    drawn = {key: np.empty((*shape, *extra), kind) for key, (kind, extra) in DRAWN.items()}
+    progress = Progress("relabel", args.epochs)
+    with whole_file(paths.labels / "logits.npy") as temporary:
+        stored = np.lib.format.open_memmap(temporary, "w+", np.float16, (*shape, len(classes)))
+        for epoch in range(args.epochs):
+            draw = draw_epoch(len(images), data["image_size"], batch_size, args.mix,
+                              generator("relabel", args.seed, epoch))
+            logits = label_epoch(images, draw, batch_size, list(models.values()), args.mix, args.logit_norm)
+            stored[epoch] = logits.half().cpu().numpy()
+            for key in DRAWN:
+                drawn[key][epoch] = draw[key].numpy()
+            progress.step()
+        if not np.isfinite(stored[-1]).all():
+            raise FloatingPointError("the ensemble's logits are not finite in float16")
+        stored.flush()
+    for key, array in drawn.items():
+        with whole_file(paths.labels / f"{key}.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+    return finish(paths.labels / "result.json", "relabel", args,
+                  {"images": len(images), "classes": classes, "data": data, "image_set": fingerprint(*ids, raw.numpy()),
+                   "teachers": {name: record["fingerprint"] for name, record in records.items()},
+                   "teacher_top1": {name: record["top1"] for name, record in records.items()}, "label_batch": batch_size},
+                  started, upstream)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Squeeze: train the backbones on the whole data set (phase 1 of 5).   G-VBSM, arXiv:2311.17950, Sec. 2, Tables 7-9.
+
+Plain supervised training, the last epoch is kept; BatchNorm's running mean and variance become the statistics of Eq. 1.
+On ImageNet-1k torchvision's pretrained weights take its place (--pretrained).
+
+reads   data/<dataset>/...                                      the training and test images
+writes  runs/<dataset>/teachers/<teachers>/<backbone>.pt        weights, classes, test accuracy, arguments
+        runs/<dataset>/teachers/<teachers>/squeeze.json         the RESULT line
+
+python squeeze.py --dataset cifar100                                       # paper setting, Table 9
+python squeeze.py --dataset cifar10 --epochs 20 --teachers e20             # ablation, Table 11
+python squeeze.py --dataset shapes                                         # smoke run: a minute, no download
+"""
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from models import NAMES, build_model, is_model_name, pretrained_weights
+from utils import fail
+from utils.augment import apply_view, draw_view, normalize
+from utils.data import describe, load_split, preset_column
+from utils.presets import Parser, crop_name, identity_flags, number, parse_args
+from utils.run import (Progress, accuracy, check_classes, check_same, finish, generator, load_torch, pick_device, relevant,
+                       repeat, run_paths, save_torch)
+
+
+def train(model, split, data, args, device, progress):
+    """Train the model in place for --epochs epochs of cross-entropy."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else None
+    for epoch in range(args.epochs):
+        draw = generator("squeeze", args.seed, epoch)
+        order = torch.randperm(len(split), generator=draw)
+        model.train()
+        for images, labels in split.batches(args.batch_size, order, crop_seed=epoch):
+            if not split.streamed:
+                view = draw_view(len(images), data["image_size"], args.crop, True, 0, draw)
+                images = apply_view(images, view)
+            loss = F.cross_entropy(model(normalize(images.to(device), data["mean"], data["std"])), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", len(images))
+        if cosine:
+            cosine.step()
+    if not loss.isfinite():
+        raise FloatingPointError(f"the training loss became {loss.item()} in epoch {epoch + 1}")
+
+
+def load_pretrained(name, model, download):
+    """torchvision's IMAGENET1K_V1 weights, from its cache unless a download is allowed."""
+    try:
+        weights = pretrained_weights(name)
+    except ValueError as error:
+        fail(f"--pretrained: {error}; name other --backbones or use --no-pretrained")
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if not cached.exists() and not download:
+        fail(f"{cached} is missing; put torchvision's file there, or pass --download")
+    model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
+
+
+def get_parser():
+    parser = identity_flags(Parser(__doc__))
+    method = parser.add_argument_group("method")
+    method.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False,
+                        help="torchvision's ImageNet weights instead of training")
+    method.add_argument("--crop", type=crop_name, default="pad4", help="augmentation beside flips: none, resized, pad<pixels>")
+    method.add_argument("--download", action="store_true", help="fetch a named data set or pretrained weights when missing")
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training images")
+    optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step")
+    optimization.add_argument("--lr", type=number(float, 0), default=0.05, help="SGD learning rate")
+    optimization.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum, 0 = off")
+    optimization.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="SGD weight decay, 0 = off")
+    optimization.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="of the learning rate")
+    return parser
+
+
+def main(argv=None):
+    args, started = parse_args(get_parser(), "squeeze", argv, preset_column), time.time()
+    device, paths = pick_device(args.device), run_paths(args)
+    unknown = [name for name in args.backbones if not is_model_name(name)]
+    if unknown:
+        fail(f"--backbones {unknown[0]} is unknown; known are: {' '.join(NAMES)}, convnet_w<width>[_d<depth>]")
+    accuracies, todo = {}, []
+    for name in args.backbones:
+        path = paths.teachers / f"{name}.pt"
+        if path.exists() and not args.overwrite:
+            record = load_torch(path, "start again with --overwrite")
+            check_same({key: value for key, value in record["args"].items() if key in settings(args)}, args, path)
+            accuracies[name] = record["top1"]
+        else:
+            todo.append(name)
+    result = paths.teachers / "squeeze.json"
+    if not todo and result.exists():
+        return repeat(result)
+    if todo:
+        splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers, args.download)
+                  for split in ("train", "test")}
+        data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
+        check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
+        if splits["train"].streamed and args.crop != "resized":
+            fail(f"--crop {args.crop} is for images of at most 64 pixels; use --crop resized")
+    for name in todo:
+        torch.manual_seed(generator("weights", args.seed, name).initial_seed())
+        try:
+            model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
+        except ValueError as error:
+            fail(f"--backbones {name}: {error}")
+        if args.pretrained:
+            load_pretrained(name, model, args.download)
+        else:
+            train(model, splits["train"], data, args, device,
+                  Progress(f"squeeze {name}", args.epochs * len(splits["train"])))
+        accuracies[name] = accuracy(model, ((normalize(x.to(device), data["mean"], data["std"]), y)
+                                            for x, y in splits["test"].batches(500)))
+        print(f"{name}: {accuracies[name]:.2f} % of the test images", flush=True)
+        save_torch(paths.teachers / f"{name}.pt",
+                   {"backbone": name, "weights": {key: value.cpu() for key, value in model.state_dict().items()},
+                    "data": data, "top1": accuracies[name], "args": relevant(args)})
+    return finish(result, "squeeze", args, {"top1": accuracies}, started)
+
+
+def settings(args):
+    """The arguments that decide a backbone's weights."""
+    return {"dataset", "image_size", "seed"} | (
+        {"pretrained"} if args.pretrained else
+        {"pretrained", "crop", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Train and evaluate: students from scratch on the distilled images (phase 5 of 5).   G-VBSM, arXiv:2311.17950, Eq. 11.
+
+Accuracy of the last epoch is the result; the best of the evaluated epochs stands beside it under its own name. Compare
+with --method random, real images under the same recipe, and with --labels hard.
+
+reads   data/<dataset>/...                                       the test images
+        runs/<dataset>/<run>/images/<class>/<id>.png             recover.py, or any ImageFolder (--images)
+        runs/<dataset>/<run>/labels/...                          relabel.py; not with --labels online or hard
+        runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py; only with --labels online
+writes  runs/<dataset>/<run>/eval/<student>[-online|-hard].json  top1 of the last epoch, per seed, mean, deviation
+
+python train_eval.py --dataset cifar100 --ipc 10                                   # paper setting, Table 9
+python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20        # ablation, Fig. 6; give it a --tag
+python train_eval.py --dataset shapes                                              # smoke run: a minute
+"""
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from models import NAMES, build_model, is_model_name
+from utils import fail
+from utils.augment import apply_epoch, draw_epoch, normalize
+from utils.data import describe, load_folder, load_split, preset_column
+from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
+from utils.presets import Parser, identity_flags, number, parse_args
+from utils.run import (Progress, accuracy, check_classes, finish, finished, fingerprint, generator, load_json,
+                       load_teachers, pick_device, run_paths)
+
+
+class StoredLabels:
+    """The arrays of relabel.py, memory-mapped: what was drawn in an epoch, and the logits of its mixed samples."""
+
+    def __init__(self, folder, mix):
+        self.mix = mix
+        try:
+            self.logits, *drawn = (np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False)
+                                   for key in ("logits", "crop", "flip", "partner", "box", "ratio"))
+        except (OSError, ValueError, EOFError) as error:
+            fail(f"{folder} does not hold whole labels ({error}); run relabel.py --overwrite")
+        self.drawn = dict(zip(("crop", "flip", "partner", "box", "ratio"), drawn))
+
+    def epoch(self, epoch):
+        draw = {key: torch.from_numpy(np.array(array[epoch])) for key, array in self.drawn.items()}
+        return {key: value.long() if key in ("crop", "partner", "box") else value for key, value in draw.items()}
+
+    def soft_logits(self, epoch, batch, mixed):
+        return torch.from_numpy(self.logits[epoch, batch.numpy()]).to(mixed)
+
+
+class FreshLabels:
+    """Draws as relabel.py makes them, and the logits of the teachers, asked while training (none for hard labels)."""
+
+    def __init__(self, args, count, size, teachers=()):
+        self.mix, self.seed, self.logit_norm = args.mix, args.label_seed, args.logit_norm
+        self.count, self.size, self.teachers = count, size, teachers
+        self.batch_size = whole_batch(args, count)
+
+    def epoch(self, epoch):
+        return draw_epoch(self.count, self.size, self.batch_size, self.mix, generator("relabel", self.seed, epoch))
+
+    @torch.no_grad()
+    def soft_logits(self, epoch, batch, mixed):
+        return ensemble_logits(torch.stack([teacher(mixed) for teacher in self.teachers]), self.logit_norm)
+
+
+def whole_batch(args, count):
+    return count if count <= args.whole_up_to else args.batch_size
+
+
+def parameter_groups(model, weight_decay):
+    """Weight decay on tensors of two or more dimensions alone."""
+    parameters = list(model.parameters())
+    return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+
+
+def hard_loss(logits, labels, partner_labels, ratio):
+    """Cross-entropy with the classes of both images of a mixed sample, by their shares `ratio` [B] and 1 - ratio."""
+    base, partner = (F.cross_entropy(logits, y, reduction="none") for y in (labels, partner_labels))
+    return (ratio * base + (1 - ratio) * partner).mean()
+
+
+def train_student(name, seed, images, classes, labels, test, data, args, device):
+    """One student from scratch.   -> top-1 in % by epoch evaluated, {epoch: top1}; the last epoch is always among them"""
+    torch.manual_seed(generator("student", seed, name).initial_seed())
+    model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
+    lr, groups = student_value(args.lr, name), parameter_groups(model, args.weight_decay)
+    optimizer = (torch.optim.AdamW(groups, lr=lr) if args.optimizer == "adamw" else
+                 torch.optim.SGD(groups, lr=lr, momentum=args.momentum))
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else None
+    order, top1 = generator("order", seed, name), {}
+    progress = Progress(f"train_eval {name} seed {seed}", args.epochs)
+    for epoch in range(args.epochs):
+        model.train()
+        draw = labels.epoch(epoch)
+        for batch in torch.randperm(len(images), generator=order).split(whole_batch(args, len(images))):
+            mixed = apply_epoch(images, draw, batch, labels.mix)
+            logits, y = model(mixed), classes[batch].to(device)
+            if args.labels == "hard":
+                loss = hard_loss(logits, y, classes[draw["partner"][batch]].to(device), draw["ratio"][batch].to(device))
+            elif args.loss == "kl":
+                loss = kl_loss(logits, labels.soft_logits(epoch, batch, mixed), args.temperature)
+            else:
+                loss = mse_gt_loss(logits, labels.soft_logits(epoch, batch, mixed), y, args.gamma)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if cosine:
+            cosine.step()
+        # `evaluations` evenly spaced epochs, the last of them the last epoch
+        if (epoch + 1) * args.evaluations // args.epochs > epoch * args.evaluations // args.epochs:
+            if not loss.isfinite():
+                raise FloatingPointError(f"{name}: the training loss is {loss.item()} in epoch {epoch + 1}")
+            top1[epoch + 1] = accuracy(model, ((normalize(x.to(device), data["mean"], data["std"]), y)
+                                               for x, y in test.batches(500)))
+        progress.step(lambda: f"loss {loss.item():.4f}  top1 {list(top1.values())[-1:]}")
+    return top1
+
+
+def student_value(texts, name):
+    """The number for one student of texts such as ["0.1", "resnet18=0.2"]: the first, or its exception."""
+    try:
+        values = {text.rpartition("=")[0]: float(text.rpartition("=")[2]) for text in texts}
+        return values.get(name, values[""])
+    except (KeyError, ValueError):
+        fail(f"--lr {' '.join(texts)}: give one number, and exceptions such as resnet18=0.2 after it")
+
+
+def get_parser():
+    parser = identity_flags(Parser(__doc__))
+    method = parser.add_argument_group("method")
+    method.add_argument("--images", type=Path, metavar="DIR", help="images/<class>/<file> of any origin; default: the run's")
+    method.add_argument("--labels", choices=["stored", "online", "hard"], default="stored",
+                        help="of relabel.py, asked of the teachers while training, or the class alone")
+    method.add_argument("--loss", choices=["mse_gt", "kl"], default="mse_gt", help="Eq. 11, or SRe2L's divergence")
+    method.add_argument("--gamma", type=number(float, 0), default=0.1, help="weight of the class in mse_gt, 0 = off [gamma]")
+    method.add_argument("--temperature", type=number(float, 1e-3), default=20.0, help="of kl [tau, Eq. 3]")
+    method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True, help="with --labels online [LN, Eq. 8]")
+    method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="with --labels online or hard")
+    method.add_argument("--label-seed", type=number(int, 0), default=0, help="of the draws with --labels online or hard")
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--students", nargs="+", default=["convnet_w128"], metavar="NAME", help="networks to train [f_eval]")
+    optimization.add_argument("--student-seeds", nargs="+", type=number(int, 0), default=[0], metavar="SEED", help="one training for each")
+    optimization.add_argument("--epochs", type=number(int, 1), default=300, help="passes over the distilled images")
+    optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step")
+    optimization.add_argument("--whole-up-to", type=number(int, 0), default=100,
+                              help="sets of up to so many images make one batch, 0 = never [||S||]")
+    optimization.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="of the student")
+    optimization.add_argument("--lr", nargs="+", default=["0.001"], metavar="LR", help="learning rate, exceptions after it: 0.1 resnet18=0.2")
+    optimization.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd, 0 = off")
+    optimization.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="on tensors of 2 or more dimensions, 0 = off")
+    optimization.add_argument("--schedule", choices=["constant", "cosine"], default="cosine", help="of the learning rate, per epoch")
+    optimization.add_argument("--evaluations", type=number(int, 1), default=5, help="evenly spaced over the epochs, the last is the result")
+    optimization.add_argument("--download", action="store_true", help="fetch a named data set when it is missing")
+    return parser
+
+
+def main(argv=None):
+    args = parse_args(get_parser(), "train_eval", argv, preset_column)
+    device, paths = pick_device(args.device), run_paths(args)
+    suffix = "" if args.labels == "stored" else f"-{args.labels}"
+    todo = {}
+    for name in args.students:
+        if not is_model_name(name):
+            fail(f"--students {name} is unknown; known are: {' '.join(NAMES)}, convnet_w<width>[_d<depth>]")
+        student_value(args.lr, name)
+        mine = argparse.Namespace(**{**vars(args), "students": [name]})        # each student has a result of its own
+        if not finished(paths.eval / f"{name}{suffix}.json", mine):
+            todo[name] = mine
+    if not todo:
+        return
+    images, classes, data, labels, upstream = load_distilled(args, paths, device)
+    test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download)
+    check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
+    for name, mine in todo.items():
+        started = time.time()
+        runs = [train_student(name, seed, images, classes, labels, test, data, args, device) for seed in args.student_seeds]
+        last = [list(top1.values())[-1] for top1 in runs]
+        finish(paths.eval / f"{name}{suffix}.json", "train_eval", mine, {
+            "student": name, "labels": args.labels, "top1": statistics.fmean(last),
+            "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
+            "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
+            "top1_per_seed": last, "top1_by_epoch": runs, "images": len(images)}, started, upstream)
+
+
+def load_distilled(args, paths, device):
+    """The images on the device, their classes, and where soft labels come from; all checked against each other.
+    -> images [N, 3, S, S] normalised, classes [N], data dict, labels object, arguments of the earlier phases"""
+    folder, upstream, recovered = args.images or paths.images, {}, None
+    remedy = "run: python {} " + f"--dataset {args.dataset} --ipc {args.ipc} --method {args.method}"
+    if args.labels == "stored":
+        relabelled = load_json(paths.labels / "result.json", remedy.format("relabel.py"))
+        data, upstream = relabelled["data"], relabelled["upstream"] | {"relabel": relabelled["args"]}
+    else:
+        if not args.images:
+            recovered = load_json(paths.run / "result.json", remedy.format("recover.py"))
+            upstream = recovered["upstream"] | {"recover": recovered["args"]}
+        if args.labels == "online":
+            teachers, _, data = load_teachers(args, paths.teachers, build_model, device)
+        else:
+            data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
+    raw, classes, names, ids = load_folder(folder, data["image_size"], args.workers)
+    check_classes(names, data["classes"], folder, paths.labels if args.labels == "stored" else "the data set")
+    if args.labels == "stored":
+        if fingerprint(*ids, raw.numpy()) != relabelled["image_set"]:
+            fail(f"{paths.labels} was made for other images than {folder}; run relabel.py --overwrite")
+        labels = StoredLabels(paths.labels, relabelled["args"]["mix"])
+        if args.epochs > len(labels.logits):
+            fail(f"--epochs {args.epochs} is more than the {len(labels.logits)} in {paths.labels}; "
+                 f"run relabel.py --epochs {args.epochs} --overwrite")
+    else:
+        labels = FreshLabels(args, len(raw), data["image_size"], list(teachers.values()) if args.labels == "online" else ())
+    return normalize(raw.to(device), data["mean"], data["std"]), classes, data, labels, upstream
+
+
+if __name__ == "__main__":
+    main()

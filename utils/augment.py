@@ -1,0 +1,174 @@
+"""Augmentation in two steps: `draw_*` takes what is random from a generator, `apply_*` uses it on a batch of tensors.
+
+Needs torch alone. A draw is a tensor or a dict of tensors with one row a sample, so it can be stored, cut and replayed.
+Images are [N, C, S, S], square; boxes are [N, 4] integers: top, left, height, width.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def draw_resized_crop(n, size, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """n boxes of random area and aspect ratio in a square of `size` pixels, distributed as torchvision's
+    RandomResizedCrop: ten attempts, then the largest centred box (a square holds every ratio).   -> [n, 4]"""
+    def uniform(low, high, *shape):
+        return torch.empty(*shape).uniform_(low, high, generator=generator)
+
+    area = uniform(*scale, n, 10) * size * size
+    aspect = uniform(*torch.tensor(ratio).log().tolist(), n, 10).exp()
+    height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    place = uniform(0, 1, n, 2)
+    fits = (height.clamp(max=width) >= 1) & (height.clamp(min=width) <= size)
+    first = fits.int().argmax(1, keepdim=True)                       # the first attempt that fits
+    sides = torch.cat([height.gather(1, first), width.gather(1, first)], 1)
+    sides = torch.where(fits.any(1, keepdim=True), sides, torch.tensor(float(size)))
+    corner = (place * (size - sides + 1)).floor().minimum(size - sides)
+    return torch.cat([corner, sides], 1).long()
+
+
+def apply_resized_crop(images, boxes, size=None):
+    """Cut each box and enlarge it bilinearly to `size` (default: that of the images), differentiably.
+
+    Equals torchvision's resized_crop where a box is not shrunk: the coordinates are clamped to the box, so that nothing
+    outside it is seen. Shrinking is not antialiased.
+    """
+    size = size or images.shape[-1]
+    boxes = boxes.to(images)
+    centres = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size
+
+    def coordinates(start, length, side):                            # of the pixels to read, -1 .. 1 over the image
+        pixel = (centres * length[:, None] - 0.5).clamp_(min=0).minimum(length[:, None] - 1) + start[:, None]
+        return (2 * pixel + 1) / side - 1
+
+    top, left, height, width = boxes.unbind(1)
+    rows, columns = coordinates(top, height, images.shape[2]), coordinates(left, width, images.shape[3])
+    grid = torch.stack([columns[:, None, :].expand(-1, size, -1), rows[:, :, None].expand(-1, -1, size)], dim=-1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def draw_flip(n, generator):
+    """-> [n] booleans, true for half of the samples."""
+    return torch.rand(n, generator=generator) < 0.5
+
+
+def apply_flip(images, flip):
+    """Mirror the images where flip [N] is true."""
+    return torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images)
+
+
+def draw_shift(n, low, high, generator):
+    """n vertical and horizontal shifts of low .. high pixels.   -> [n, 2]"""
+    return torch.randint(low, high + 1, (n, 2), generator=generator)
+
+
+def apply_shift(images, shift, wrap=False):
+    """Move each image down and right by shift [N, 2] pixels. What enters is 0 (RandomCrop with padding), or, with
+    `wrap`, what left on the other side (circular)."""
+    H, W = images.shape[2:]
+    down, right = shift.to(images.device).unbind(1)
+    rows = torch.arange(H, device=images.device) - down[:, None]                                       # [N, H], source
+    columns = torch.arange(W, device=images.device) - right[:, None]
+    moved = images.take_along_dim((rows % H)[:, None, :, None], 2).take_along_dim((columns % W)[:, None, None, :], 3)
+    if wrap:
+        return moved
+    inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[:, None, None, :]
+    return moved * inside.to(moved.dtype)
+
+
+def draw_view(n, size, crop, flip, roll, generator):
+    """One view of each of n images: crop none, resized (RandomResizedCrop) or pad<pixels> (RandomCrop with padding), then
+    flip (bool: half of them), then roll (a circular shift of 0 .. roll pixels on both axes).   -> dict"""
+    draw = {}
+    if crop == "resized":
+        draw["crop"] = draw_resized_crop(n, size, generator)
+    elif crop != "none":
+        draw["shift"] = draw_shift(n, -int(crop[3:]), int(crop[3:]), generator)
+    if flip:
+        draw["flip"] = draw_flip(n, generator)
+    if roll:
+        draw["roll"] = draw_shift(n, 0, roll, generator)
+    return draw
+
+
+def apply_view(images, draw):
+    """Images [N, C, S, S] under a draw of `draw_view`, differentiably."""
+    if "crop" in draw:
+        images = apply_resized_crop(images, draw["crop"])
+    if "shift" in draw:
+        images = apply_shift(images, draw["shift"])
+    if "flip" in draw:
+        images = apply_flip(images, draw["flip"])
+    if "roll" in draw:
+        images = apply_shift(images, draw["roll"], wrap=True)
+    return images
+
+
+def draw_beta(alpha, generator):
+    """One number of Beta(alpha, alpha), by Johnk's rejection."""
+    while True:
+        x, y = (torch.rand(2, generator=generator, dtype=torch.float64) ** (1 / alpha)).tolist()
+        if 0 < x + y <= 1:
+            return x / (x + y)
+
+
+def draw_cutmix_box(size, generator, alpha=1.0):
+    """The box CutMix pastes: sides size * sqrt(1 - lambda), lambda of Beta(alpha, alpha), uniform centre, clipped.
+    -> [4]"""
+    side = int(size * (1 - draw_beta(alpha, generator)) ** 0.5)
+    centre = torch.randint(size, (2,), generator=generator)
+    low, high = (centre - side // 2).clamp(min=0), (centre - side // 2 + side).clamp(max=size)
+    return torch.cat([low, high - low])
+
+
+def draw_epoch(n, size, batch_size, mix, generator, scale=(0.08, 1.0)):
+    """What is random in one pass over n images of `size` pixels: crop, flip, and the mixing of batches of `batch_size`
+    in random order; partners are a permutation of the batch, lambda or box one for the batch.
+
+    mix: "cutmix", "mixup" (lambda of Beta(0.8, 0.8)) or "none".
+    -> dict, a row for each *mixed sample*, named by its base image: crop [n, 4], flip [n], partner [n], box [n, 4] (empty
+    for mixup), ratio [n] (the share of the base image); order [n], the batches' images one after another.
+    """
+    draw = {"crop": draw_resized_crop(n, size, generator, scale), "flip": draw_flip(n, generator),
+            "order": torch.randperm(n, generator=generator), "partner": torch.arange(n),
+            "box": torch.zeros(n, 4, dtype=torch.long), "ratio": torch.ones(n)}
+    for batch in draw["order"].split(batch_size) if mix != "none" else ():
+        draw["partner"][batch] = batch[torch.randperm(len(batch), generator=generator)]
+        if mix == "cutmix":
+            box = draw_cutmix_box(size, generator)
+            draw["box"][batch], draw["ratio"][batch] = box, 1 - box[2:].prod().item() / size ** 2
+        else:
+            draw["ratio"][batch] = draw_beta(0.8, generator)
+    return draw
+
+
+def apply_epoch(images, draw, index, mix):
+    """The mixed samples `index` [B] of a draw of `draw_epoch`, for images [N, C, S, S] (all of them).   -> [B, C, S, S]
+    The bytes do not depend on which samples make a batch."""
+    def augmented(chosen):
+        return apply_flip(apply_resized_crop(images[chosen.to(images.device)], draw["crop"][chosen]), draw["flip"][chosen])
+
+    base = augmented(index)
+    if mix == "none":
+        return base
+    partner = augmented(draw["partner"][index])
+    if mix == "mixup":
+        ratio = draw["ratio"][index].to(base)[:, None, None, None]
+        return ratio * base + (1 - ratio) * partner
+    pixel = torch.arange(images.shape[-1], device=images.device)
+    top, left, height, width = draw["box"][index].to(images.device)[:, :, None].unbind(1)
+    rows, columns = (pixel >= top) & (pixel < top + height), (pixel >= left) & (pixel < left + width)
+    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], partner, base)
+
+
+def normalize(images, mean, std):
+    """uint8 images [N, 3, S, S] -> float32 in the units the networks see."""
+    return (images.float() / 255 - _channel(mean, images)) / _channel(std, images)
+
+
+def to_uint8(images, mean, std):
+    """The inverse of `normalize`, clamped to 0 .. 255 and rounded (the release truncates)."""
+    images = images.detach().float()
+    return ((images * _channel(std, images) + _channel(mean, images)) * 255).clamp(0, 255).round().to(torch.uint8)
+
+
+def _channel(values, images):
+    return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]

@@ -1,0 +1,95 @@
+"""The equations as pure functions: Eqs. 1, 4-6, 8, 10, 11.   G-VBSM, arXiv:2311.17950.   Needs torch alone."""
+import torch
+import torch.nn.functional as F
+
+
+def sds_match(current, target, ema, alpha):
+    """Distance of a smoothed batch statistic from the dataset's.   Eqs. 6 and 10, derivation Eqs. 12-15.
+
+        ema' = alpha * ema + (1 - alpha) * current        (ema None, the first batch: ema' = current)
+        loss = sum over groups of || current - target - sg(current - ema') ||_2
+
+    current [groups, n], target [n], ema like current or None. alpha = 0 is Eq. 1, no smoothing.
+    Returns the scalar loss, whose value is that of ema' and whose gradient reaches `current` with weight 1, not
+    1 - alpha (Eq. 15; 0 where the norm is 0), and ema', detached.
+    """
+    ema = current.detach() if ema is None else alpha * ema + (1 - alpha) * current.detach()
+    return torch.linalg.vector_norm(current - target - (current.detach() - ema), dim=-1).sum(), ema
+
+
+def pooled_rows(images, scale="sum"):
+    """Eq. 4: images [B, C, H, W] -> rows [B, C*32*32] (smaller images keep their size).
+
+    scale "sum" is the paper's Gram matrix, whose eigenvalues are of the order of the row length; "mean" divides it by
+    that length, so that Eq. 5 does not saturate.
+    """
+    rows = F.adaptive_avg_pool2d(images, [min(side, 32) for side in images.shape[-2:]]).flatten(1)
+    return rows if scale == "sum" else rows / rows.shape[1] ** 0.5
+
+
+def data_densification(images, labels, tau=4.0, scale="sum"):
+    """Eq. 5: sum over classes of KL( sg(softmax(lambda / tau)) || softmax(lambda) ), lambda the eigenvalues of the
+    Gram matrix of the class.   images [B, C, H, W], labels [B] -> scalar; exactly 0 for one image a class.
+    """
+    rows = pooled_rows(images, scale)
+    loss = rows.new_zeros(())
+    for label in labels.unique():
+        members = rows[labels == label]
+        eigenvalues = torch.linalg.eigvalsh(members @ members.T)
+        loss = loss + F.kl_div(eigenvalues.log_softmax(0), (eigenvalues / tau).detach().log_softmax(0),
+                               reduction="sum", log_target=True)
+    return loss
+
+
+class ClosedFormDensification(torch.autograd.Function):
+    """Eq. 5 on rows [K, n, D] of K classes of n images: the value, and with it the gradient
+    2 V diag(softmax(lambda) - softmax(lambda / tau)) V^T rows, well defined for equal eigenvalues."""
+
+    @staticmethod
+    def forward(ctx, rows, tau):
+        eigenvalues, vectors = torch.linalg.eigh(rows @ rows.mT)
+        soft, sharp = (eigenvalues / tau).log_softmax(-1), eigenvalues.log_softmax(-1)
+        ctx.save_for_backward(2 * (vectors * (sharp.exp() - soft.exp()).unsqueeze(-2)) @ (vectors.mT @ rows))
+        return F.kl_div(sharp, soft, reduction="sum", log_target=True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None
+
+
+def densification_closed_form(images, members, tau=4.0, scale="sum"):
+    """`data_densification` without a graph through the eigenvalues and without a loop over classes.
+    members: index tensors [K, n], one for each class size n, as `class_members` gives them.   -> scalar
+    """
+    rows = pooled_rows(images, scale)
+    return sum(ClosedFormDensification.apply(rows[index], tau) for index in members)
+
+
+def class_members(labels):
+    """labels [B] -> the images of each class as index tensors [K, n], one for each class size n > 1 (one image of a
+    class adds nothing to Eq. 5)."""
+    classes, counts = labels.unique(return_counts=True)
+    return [torch.stack([(labels == label).nonzero().flatten() for label in classes[counts == n]])
+            for n in counts.unique().tolist() if n > 1]
+
+
+def ensemble_logits(logits, normalize):
+    """Eq. 8: logits [K, B, C] of K backbones -> [B, C], their mean; normalize (LN) first scales each backbone's
+    logits to the mean Frobenius norm over the backbones."""
+    if normalize:
+        norms = torch.linalg.vector_norm(logits, dim=(1, 2), keepdim=True)
+        logits = logits * (norms.mean() / norms)
+    return logits.mean(0)
+
+
+def mse_gt_loss(student_logits, soft_logits, labels, gamma):
+    """Eq. 11: mean over B*C of (f(x) - z)^2 + gamma * CE(f(x), y).   logits [B, C], labels [B] -> scalar.
+    DEVIATION(paper): it writes the squared norm; gamma = 0.1 / 0.15 was tuned with the mean.
+    """
+    return F.mse_loss(student_logits, soft_logits) + gamma * F.cross_entropy(student_logits, labels)
+
+
+def kl_loss(student_logits, soft_logits, temperature):
+    """Eq. 3 and SRe2L's loss: KL( softmax(z / T) || softmax(f / T) ), mean over B, no factor T^2.   -> scalar"""
+    return F.kl_div((student_logits / temperature).log_softmax(-1), (soft_logits / temperature).log_softmax(-1),
+                    reduction="batchmean", log_target=True)

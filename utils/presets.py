@@ -1,0 +1,166 @@
+"""The settings of the paper's Tables 7-9 as data, and the command line they are the defaults of.
+
+Precedence: parser default < preset of the data set < exception at its IPC < --method < command line.
+"""
+import argparse
+import sys
+
+SMALL = ["resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05"]
+LARGE = ["resnet18", "mobilenetv2", "efficientnet_b0", "shufflenetv2_05"]
+RESNETS = ["resnet18", "resnet50", "resnet101"]
+
+# Source of a value: P the paper (Tables 7-9, Appendix A, Table 1), R the release where the paper is silent, O ours where
+# both are. Phase "*" is every phase. None leaves the parser's default. The column `shapes` is ours throughout: small, for the first minute.
+COLUMNS = ("cifar10", "cifar100", "tiny", "imagenet", "shapes")
+PAPER = {
+    # phase, flag                   cifar10        cifar100       tiny           imagenet       shapes         source
+    ("*", "backbones"):             (SMALL,         SMALL,         SMALL,         LARGE,         ["convnet_w64", "wrn16_2"], "P"),
+    ("squeeze", "pretrained"):      (False,         False,         False,         True,          False,         "P"),
+    ("squeeze", "lr"):              (0.05,          0.05,          0.1,           0.1,           0.05,          "P"),
+    ("squeeze", "momentum"):        (0.9,           0.9,           0.9,           0.9,           0.9,           "P"),
+    ("squeeze", "weight_decay"):    (0.0,           0.0,           0.0,           1e-4,          5e-4,          "R; imagenet O"),
+    ("squeeze", "schedule"):        ("constant",    "constant",    "cosine",      "cosine",      "cosine",      "R"),
+    ("squeeze", "batch_size"):      (64,            64,            128,           256,           64,            "P"),
+    ("squeeze", "epochs"):          (5,             50,            50,            100,           5,             "P"),
+    ("squeeze", "crop"):            ("pad4",        "pad4",        "pad8",        "resized",     "pad4",        "P; pad8 R"),
+    ("collect_stats", "batch_size"): (64,           64,            128,           256,           64,            "P: as in squeeze"),
+    ("collect_stats", "crop"):      ("pad4",        "pad4",        "pad8",        "resized",     "pad4",        "P: as in squeeze"),
+    ("recover", "lr"):              (0.05,          0.05,          0.05,          0.1,           0.05,          "P"),
+    ("recover", "iterations"):      (4000,          4000,          4000,          4000,          300,           "P"),
+    ("recover", "batch_size"):      (50,            50,            50,            40,            50,            "P"),
+    ("recover", "loop"):            ("reorder",     "reorder",     "reorder",     "reorder",     "reorder",     "P"),
+    ("recover", "choice"):          ("uniform",     "uniform",     "uniform",     "uniform",     "uniform",     "P, Eq. 7"),
+    ("recover", "crop"):            ("resized",     "resized",     "resized",     "resized",     "resized",     "P"),
+    ("recover", "flip"):            (False,         False,         False,         True,          False,         "P; imagenet R"),
+    ("recover", "roll"):            (0,             0,             0,             0,             0,             "P"),
+    ("recover", "alpha"):           (0.8,           0.8,           0.8,           0.4,           0.8,           "R; 0.4 P, Table 1"),
+    ("recover", "drop_rate"):       (0.4,           0.4,           0.4,           0.4,           0.4,           "P"),
+    ("recover", "ce_weight"):       (1.0,           1.0,           1.0,           1.0,           1.0,           "P"),
+    ("recover", "bn_weight"):       (0.01,          0.01,          0.01,          0.01,          0.01,          "P"),
+    ("recover", "conv_weight"):     (0.01,          0.01,          0.01,          0.01,          0.01,          "P"),
+    ("recover", "dd_weight"):       (1.0,           1.0,           1.0,           1.0,           1.0,           "P"),
+    ("recover", "first_multiplier"): (10.0,         10.0,          10.0,          10.0,          10.0,          "R"),
+    ("relabel", "epochs"):          (1000,          1000,          100,           300,           200,           "P"),
+    ("relabel", "batch_size"):      (64,            64,            128,           1024,          64,            "P"),
+    ("relabel", "whole_up_to"):     (100,           100,           0,             0,             100,           "P"),
+    ("relabel", "mix"):             ("cutmix",      "cutmix",      "cutmix",      "cutmix",      "cutmix",      "P"),
+    ("relabel", "logit_norm"):      (True,          True,          True,          True,          True,          "P, Table 6"),
+    ("train_eval", "students"):     (["convnet_w128", "resnet18"], ["convnet_w128", "resnet18"], RESNETS,
+                                     RESNETS + ["mobilenetv2", "swin_t", "deit_tiny"], ["convnet_w64"],         "P"),
+    ("train_eval", "optimizer"):    ("adamw",       "sgd",         "sgd",         "adamw",       "adamw",       "P"),
+    ("train_eval", "lr"):           (["0.001"],     ["0.1"],       ["0.1", "resnet18=0.2"], ["0.001"], ["0.001"], "P"),
+    ("train_eval", "momentum"):     (0.9,           0.9,           0.9,           0.9,           0.9,           "P"),
+    ("train_eval", "weight_decay"): (0.0,           5e-4,          5e-4,          0.01,          0.0,           "R"),
+    ("train_eval", "schedule"):     ("cosine",      "cosine",      "cosine",      "cosine",      "cosine",      "R"),
+    ("train_eval", "mix"):          ("cutmix",      "cutmix",      "cutmix",      "cutmix",      "cutmix",      "P"),
+    ("train_eval", "batch_size"):   (64,            64,            128,           1024,          64,            "P"),
+    ("train_eval", "whole_up_to"):  (100,           100,           0,             0,             100,           "P"),
+    ("train_eval", "epochs"):       (1000,          1000,          100,           300,           200,           "P"),
+    ("train_eval", "loss"):         ("mse_gt",      "mse_gt",      "mse_gt",      "mse_gt",      "mse_gt",      "P"),
+    ("train_eval", "gamma"):        (0.15,          0.15,          0.1,           0.1,           0.15,          "P"),
+}
+RELEASE = {     # where the release differs from the above; the same columns
+    ("recover", "batch_size"):      (100,           100,           100,           80,            None,          "R"),
+    ("recover", "choice"):          ("cycle",       "cycle",       "cycle",       "cycle",       None,          "R"),
+    ("recover", "crop"):            ("pad4",        "pad4",        "pad8",        "resized",     None,          "R"),
+    ("recover", "flip"):            (True,          True,          True,          True,          None,          "R"),
+    ("recover", "roll"):            (32,            32,            32,            32,            None,          "R"),
+    ("recover", "drop_rate"):       (0.4,           0.4,           0.4,           0.0,           None,          "R"),
+    ("relabel", "batch_size"):      (100,           64,            100,           1024,          None,          "R"),
+    ("relabel", "whole_up_to"):     (0,             0,             0,             0,             None,          "R"),
+    ("relabel", "logit_norm"):      (False,         False,         False,         True,          None,          "R"),
+    ("train_eval", "batch_size"):   (100,           64,            100,           1024,          None,          "R"),
+    ("train_eval", "whole_up_to"):  (0,             0,             0,             0,             None,          "R"),
+    ("train_eval", "lr"):           (["0.001"],     ["0.1"],       ["0.1"],       ["0.001"],     None,          "R"),
+}
+PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER]}      # `best` equals `paper` so far
+AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}}}           # P, Appendix A
+METHODS = {"gvbsm": {}, "random": {}}                                           # what each method changes, by phase
+
+
+def preset_values(preset, column, phase, ipc=None, method="gvbsm"):
+    """{flag: value} that a preset sets in a phase for a column of the table."""
+    values = {flag: row[COLUMNS.index(column)] for table in PRESETS[preset] for (where, flag), row in table.items()
+              if where in (phase, "*") and row[COLUMNS.index(column)] is not None}
+    exception = AT_IPC.get(("paper" if preset == "best" else preset, column, ipc), {})
+    return values | exception.get(phase, {}) | METHODS[method].get(phase, {})
+
+
+class Parser(argparse.ArgumentParser):
+    """Long flags in full, defaults in --help, mistakes in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Formatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def identity_flags(parser):
+    """The flags that mean the same in every phase."""
+    group = parser.add_argument_group("data and identity, the same in every phase")
+    group.add_argument("--dataset", default="shapes", metavar="NAME|FOLDER",
+                       help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or test/")
+    group.add_argument("--ipc", type=number(int, 1), default=10, help="distilled images per class [IPC]")
+    group.add_argument("--method", choices=sorted(METHODS), default="gvbsm",
+                       help="gvbsm synthesises; random takes random real images")
+    group.add_argument("--tag", type=plain_name, help="a name for this variant, for ablations")
+    group.add_argument("--teachers", type=plain_name, default="supervised", help="name of a set of squeezed backbones")
+    group.add_argument("--backbones", nargs="+", metavar="NAME", help="networks to match and to label with [S, Eq. 7]")
+    group.add_argument("--preset", choices=sorted(PRESETS), default="paper", help="where defaults come from")
+    group.add_argument("--data-dir", default="data", help="where named data sets lie")
+    group.add_argument("--image-size", type=number(int, 8), help="of a folder of one's own; found out by default")
+    run = parser.add_argument_group("run")
+    run.add_argument("--run-dir", default="runs", help="where results go")
+    run.add_argument("--seed", type=number(int, 0), default=0, help="of everything random in this phase")
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is")
+    run.add_argument("--workers", type=number(int, 0), default=2, help="processes or threads that read images")
+    run.add_argument("--overwrite", action="store_true", help="start again where results exist")
+    return parser
+
+
+def parse_args(parser, phase, argv, find_column):
+    """Arguments of a phase with the preset's values as defaults, so that --help shows what would run.
+    find_column(dataset, data_dir, image_size) names the column of the table, for folders too."""
+    argv = sys.argv[1:] if argv is None else argv
+    early = Parser("")
+    early.prog = parser.prog
+    identity_flags(early)
+    known, rest = early.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
+    column = find_column(known.dataset, known.data_dir, known.image_size)
+    values = preset_values(known.preset, column, phase, known.ipc, known.method)
+    unread = set(values) - {action.dest for action in parser._actions}
+    if unread:
+        raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
+    parser.set_defaults(**values)
+    return parser.parse_args(argv)
+
+
+def number(kind, low, high=float("inf")):
+    """argparse type: a number of low .. high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:                                                    # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} .. {high}")
+        return value
+    parse.__name__ = kind.__name__                                                       # argparse: invalid int value
+    return parse
+
+
+def crop_name(text):
+    """argparse type: none, resized (RandomResizedCrop), or pad<pixels> (RandomCrop with padding)."""
+    if text not in ("none", "resized") and not (text.startswith("pad") and text[3:].isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of: none, resized, pad<pixels>, such as pad4")
+    return text
+
+
+def plain_name(text):
+    """argparse type: a word that is safe as part of a folder's name."""
+    if not text or text.strip(".") != text or set(text) - set(
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use letters, digits, '.', '_' and '-'")
+    return text

@@ -1,0 +1,211 @@
+"""Bookkeeping of a phase: device, seeds, folders, whole files, checkpoints, progress, and the RESULT line."""
+import hashlib
+import json
+import os
+import pickle
+import platform
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from utils import fail
+
+NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every",
+           "log_every", "groups_per_step"}
+# arguments that leave the result as it is, up to rounding
+
+
+def pick_device(name):
+    """torch.device of --device; auto: the first of cuda, mps, cpu that exists."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        fail(f"--device {name} is not to be had here; use one of: {' '.join(k for k in available if available[k])}")
+    return device
+
+
+def generator(*key):
+    """A torch.Generator whose numbers depend on the key alone, words and non-negative integers."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def run_paths(args):
+    """The folders of a run: runs/<dataset>/teachers/<teachers> and runs/<dataset>/<method>-ipc<k>[-<tag>]/..."""
+    root = Path(args.run_dir) / Path(args.dataset).resolve().name
+    run = root / f"{args.method}-ipc{args.ipc}{f'-{args.tag}' if args.tag else ''}"
+    return SimpleNamespace(teachers=root / "teachers" / args.teachers, run=run, images=run / "images",
+                           labels=run / "labels", eval=run / "eval")
+
+
+@contextmanager
+def whole_file(path):
+    """Yields a path beside `path` to write to, and renames it when all is written: the file is whole or absent."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"{path}: cannot be written ({error.strerror or error}); free or name another place with --run-dir")
+
+
+def save_json(path, value):
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def load_json(path, remedy):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        fail(f"{path} is missing; {remedy}")
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be read ({error}); {remedy}")
+
+
+def save_torch(path, value):
+    with whole_file(path) as temporary:
+        torch.save(value, temporary)
+
+
+def load_torch(path, remedy):
+    """The dict of a checkpoint, tensors and plain values only: nothing in the file can run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path} is missing; {remedy}")
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        fail(f"{path} is no whole checkpoint of plain weights ({str(error).splitlines()[0][:100]}); {remedy}")
+
+
+def fingerprint(*parts):
+    """sha256 of files (paths), texts and arrays, one after another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        else:
+            digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def load_teachers(args, folder, build_model, device):
+    """The backbones of --backbones, frozen and in eval mode, and what their checkpoints agree on.
+    -> {name: model}, {name: checkpoint without weights, plus its fingerprint}, data dict(classes, image_size, ...)"""
+    models, records = {}, {}
+    for name in args.backbones:
+        path = folder / f"{name}.pt"
+        record = load_torch(path, f"run: python squeeze.py --dataset {args.dataset} --teachers {args.teachers} "
+                                  f"--backbones {name}")
+        try:
+            model = build_model(record["backbone"], len(record["data"]["classes"]), record["data"]["image_size"])
+            model.load_state_dict(record.pop("weights"))
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            fail(f"{path} does not hold weights of {name} ({str(error).splitlines()[0][:100]}); "
+                 "train it again with squeeze.py --overwrite")
+        models[name] = model.eval().requires_grad_(False).to(device)
+        records[name] = record | {"fingerprint": fingerprint(path)}
+        first = records[args.backbones[0]]["data"]
+        if record["data"] != first:
+            key = next(key for key in first if record["data"].get(key) != first[key])
+            fail(f"{path} and {args.backbones[0]}.pt differ in {key}; train them again with squeeze.py --overwrite")
+    return models, records, first
+
+
+@torch.inference_mode()
+def accuracy(model, batches):
+    """Top-1 in % over batches of (network input, labels)."""
+    model.eval()
+    right = torch.cat([model(images).argmax(1).cpu() == labels for images, labels in batches])
+    return 100 * right.sum().item() / len(right)
+
+
+def check_classes(found, expected, where, other):
+    """Class names and their order must agree wherever two artefacts meet."""
+    if list(found) != list(expected):
+        pair = next(((a, b) for a, b in zip(found, expected) if a != b), None)
+        what = f"class {pair[0]!r} stands where {pair[1]!r} does" if pair else f"{len(found)} classes, not {len(expected)}"
+        fail(f"{where} and {other} differ in their classes ({what}); use the same data set for both")
+
+
+def relevant(args):
+    """The arguments that decide the result, as plain values."""
+    return {key: value for key, value in vars(args).items() if key not in NEUTRAL}
+
+
+def check_same(stored, args, path):
+    """Stop when what lies at `path` was made with other arguments."""
+    now = json.loads(json.dumps(relevant(args)))
+    changed = [key for key in now if key in stored and stored[key] != now[key]]
+    if changed:
+        told = ", ".join(f"--{key.replace('_', '-')} {stored[key]} (now {now[key]})" for key in changed)
+        fail(f"{path} was made with {told}; choose another --tag or --teachers, or start again with --overwrite")
+
+
+def finished(path, args):
+    """Whether the phase has its result already; says so and repeats the RESULT line."""
+    if args.overwrite or not path.exists():
+        return False
+    check_same(load_json(path, "start again with --overwrite")["args"], args, path)
+    repeat(path)
+    return True
+
+
+def repeat(path):
+    """Say that a result exists, and print its line again."""
+    print(f"already done: {path} (--overwrite starts again)")
+    print("RESULT", json.dumps(load_json(path, "start again with --overwrite")), flush=True)
+
+
+def finish(path, phase, args, metrics, started, upstream=None):
+    """Write the result file and print the same object on one line."""
+    memory = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1 << 20)}
+    if torch.cuda.is_available():
+        memory["cuda_mib"] = torch.cuda.max_memory_allocated() >> 20
+    result = {"phase": phase, "dataset": Path(args.dataset).name, "ipc": args.ipc, "method": args.method, "tag": args.tag,
+              **metrics, "seconds": round(time.time() - started, 1), "peak_memory": memory,
+              "versions": {"python": platform.python_version(), "torch": torch.__version__},
+              "args": relevant(args), "upstream": upstream or {}}
+    save_json(path, result)
+    print("RESULT", json.dumps(result), flush=True)
+    return result
+
+
+class Progress:
+    """A line with the time left: redrawn on a terminal, a new one every half minute elsewhere."""
+
+    def __init__(self, what, total, every=30):
+        self.what, self.total, self.done = what, total, 0
+        self.terminal = sys.stdout.isatty()
+        self.every = 0.2 if self.terminal else every
+        self.started = self.shown = time.time()
+
+    def step(self, text="", count=1):
+        self.done += count
+        now = time.time()
+        if now - self.shown < self.every and self.done < self.total:
+            return
+        self.shown = now
+        spent = now - self.started
+        left = spent / self.done * (self.total - self.done)
+        line = f"{self.what}  {self.done}/{self.total}  {clock(spent)}, {clock(left)} left  {text() if callable(text) else text}"
+        last = "\n" if self.done >= self.total or not self.terminal else ""
+        print(f"\r{line[:150]:<100}" if self.terminal else line, end=last or "", flush=True)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import time
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from utils.augment import apply_view, draw_view, to_uint8
 from utils.data import describe, load_split, preset_column
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (Progress, check_classes, check_same, finish, finished, generator, load_teachers, load_torch,
+from utils.run import (Progress, check_same, finish, finished, generator, load_teachers, load_torch,
                        pick_device, relevant, run_paths, whole_file)
 from utils.stats import ClosedFormMatching, channel_stats, layer_inputs, matched_layers, patch_stats
 
@@ -107,12 +108,13 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
     for t in range(args.iterations):
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * t / args.iterations)) / 2
         draw = generator("iteration", args.seed, t)
-        k = torch.randint(len(matchings), (), generator=draw).item() if args.choice == "uniform" else t % len(matchings)  # Eq. 7
+        uniform = torch.randint(len(matchings), (), generator=draw).item()                       # Eq. 7
+        k = uniform if args.choice == "uniform" else t % len(matchings)
         matching = matchings[k]
         dropped = [name for name in matching.targets if len(matching.targets[name]) == 4         # convolutions only
                    and torch.rand((), generator=draw) < args.drop_rate]
-        views = [draw_view(1, pixels.shape[-1], args.crop, args.flip, args.roll, generator("view", args.seed, t, number))
-                 for number in numbers]                              # one view for a whole batch
+        views = [draw_view(1, pixels.shape[-1], args.crop, args.flip, args.roll, generator("view", args.seed, t, batch))
+                 for batch in numbers]                               # one view for a whole batch
         views = {key: torch.cat([view[key] for view in views]) for key in views[0]}
         images = apply_view(pixels.flatten(1, 2), views).view(G * B, *pixels.shape[2:])
         with matching.hooks(dropped) as inputs:
@@ -172,24 +174,30 @@ class Grid:
 def synthesise(args, paths, device):
     """--method gvbsm: write all images.   -> data dict, arguments of the earlier phases"""
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
-    patch, targets, upstream = load_statistics(args, paths, records, models, data, device)
-    build = PlainMatching if args.statistics == "plain" else ClosedFormMatching
-    matchings = [build(model, targets[name], layer_weights(model, args.bn_weight, args.conv_weight, args.first_multiplier),
-                       args.alpha, patch) for name, model in models.items()]
+    statistics = load_statistics(args, paths, models, records)
+    upstream = {"squeeze": {name: record["args"] for name, record in records.items()},
+                "collect_stats": {name: stored["args"] for name, stored in statistics.items()}}
+    build, matchings = PlainMatching if args.statistics == "plain" else ClosedFormMatching, []
+    for name, model in models.items():
+        targets = {layer: tuple(vector.to(device) for vector in vectors)
+                   for layer, vectors in statistics[name]["statistics"].items()}
+        weights = layer_weights(model, args.bn_weight, args.conv_weight, args.first_multiplier)
+        matchings.append(build(model, targets, weights, args.alpha, statistics[name]["patch"]))
     start_log(args, paths)
-    batches = list(enumerate(make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)))
-    grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
-    for number, batch in list(batches):
-        if all(image_path(paths.images, data, *one).exists() for one in batch):          # an earlier run has them
-            batches.remove((number, batch))
-            grid.add(batch, [read_png(image_path(paths.images, data, *one)) for one in batch])
-    progress = Progress("recover", args.iterations * sum(len(batch) for _, batch in batches))
+    grid, todo = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"]), []
+    for order, batch in enumerate(make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)):
+        files = [image_path(paths.images, data, *one) for one in batch]
+        if all(file.exists() for file in files):                     # of an earlier run that did not end
+            grid.add(batch, [read_png(file) for file in files])
+        else:
+            todo.append((order, batch))
+    progress = Progress("recover", args.iterations * sum(len(batch) for _, batch in todo))
     with open(paths.run / "log.jsonl", "a") as log:
-        while batches:                                               # batches of one size share a pass, in their order
-            size = len(batches[0][1])
-            count = next((i for i, (_, batch) in enumerate(batches) if len(batch) != size), len(batches))
-            group, batches = batches[:min(count, args.groups_per_step)], batches[min(count, args.groups_per_step):]
-            recover_group(group, matchings, list(models), data, args, paths, device, grid, log, progress)
+        for _, alike in groupby(todo, key=lambda entry: len(entry[1])):                # of one size: they share a pass
+            alike = list(alike)
+            for first in range(0, len(alike), args.groups_per_step):
+                recover_group(alike[first:first + args.groups_per_step], matchings, list(models), data, args, paths, device,
+                              grid, log, progress)
     return data, upstream
 
 
@@ -218,23 +226,22 @@ def recover_group(group, matchings, names, data, args, paths, device, grid, log,
         save_png(image_path(paths.images, data, *one), image)
 
 
-def load_statistics(args, paths, records, models, data, device):
-    """The vectors of Eq. 9 of each backbone.   -> patch, {backbone: {convolution: vectors}}, earlier arguments"""
-    targets, upstream = {}, {"squeeze": {}, "collect_stats": {}}
-    for name, record in records.items():
+def load_statistics(args, paths, models, records):
+    """The files of Eq. 9, each checked to belong to its backbone's weights.   -> {backbone: file's dict}"""
+    stored = {}
+    for name, model in models.items():
         path = paths.teachers / f"{name}.stats.pt"
         again = f"run: python collect_stats.py --dataset {args.dataset} --teachers {args.teachers} --backbones {name}"
-        stored = load_torch(path, again)
-        if stored.get("checkpoint") != record["fingerprint"]:
+        stored[name] = load_torch(path, again)
+        convolutions = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        if stored[name].get("checkpoint") != records[name]["fingerprint"]:
             fail(f"{path} belongs to other weights than {name}.pt; {again} --overwrite")
-        if stored["patch"] != (patch := stored["patch"] if not targets else patch):
-            fail(f"{path} was collected with --patch {stored['patch']}, the first backbone's with {patch}; {again} --overwrite")
-        targets[name] = {layer: tuple(v.to(device) for v in vectors) for layer, vectors in stored["statistics"].items()}
-        missing = [layer for layer, m in models[name].named_modules() if isinstance(m, nn.Conv2d) and layer not in targets[name]]
-        if missing:
-            fail(f"{path} lacks the layer {missing[0]}; {again} --overwrite")
-        upstream["squeeze"][name], upstream["collect_stats"][name] = record["args"], stored["args"]
-    return patch, targets, upstream
+        if stored[name]["statistics"].keys() != convolutions:
+            fail(f"{path} does not hold the convolutions of {name}; {again} --overwrite")
+        if stored[name]["patch"] != (patch := stored[args.backbones[0]]["patch"]):
+            fail(f"{path} was collected with --patch {stored[name]['patch']}, {args.backbones[0]}'s with {patch}; "
+                 f"{again} --overwrite")
+    return stored
 
 
 def select_random(args, paths):

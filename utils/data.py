@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -28,11 +28,16 @@ from torchvision.transforms.v2 import functional as TF
 from utils import fail
 
 DATASETS = {  # mean and std of the training pixels on the 0..1 scale; patch: side of the patches of Eq. 9, in pixels
-    "shapes": dict(num_classes=10, image_size=32, patch=4, mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2)),
-    "cifar10": dict(num_classes=10, image_size=32, patch=4, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    "cifar100": dict(num_classes=100, image_size=32, patch=4, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
-    "tiny": dict(num_classes=200, image_size=64, patch=4, mean=(0.4802, 0.4481, 0.3975), std=(0.2302, 0.2265, 0.2262)),
-    "imagenet": dict(num_classes=1000, image_size=224, patch=16, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    "shapes": dict(num_classes=10, image_size=32, patch=4,
+                   mean=(0.3436, 0.3469, 0.3471), std=(0.2314, 0.2314, 0.2311)),
+    "cifar10": dict(num_classes=10, image_size=32, patch=4,
+                    mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    "cifar100": dict(num_classes=100, image_size=32, patch=4,
+                     mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
+    "tiny": dict(num_classes=200, image_size=64, patch=4,
+                 mean=(0.4802, 0.4481, 0.3975), std=(0.2302, 0.2265, 0.2262)),
+    "imagenet": dict(num_classes=1000, image_size=224, patch=16,
+                     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
 SMALL = 64      # pixels: above, images are streamed, and a folder of one's own takes the settings of ImageNet
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -54,7 +59,7 @@ SHAPES = {  # class -> distance of the point (x, y) from the outline, negative i
 
 
 def draw_shape(outline, count, rng):
-    """uint8 [count, 32, 32, 3]: one bright shape, turned, moved and scaled, on stripes, among strokes, blobs and noise."""
+    """uint8 [count, 32, 32, 3]: one bright shape, turned, moved, scaled, on stripes, among strokes, blobs and noise."""
     row, column = np.mgrid[-15.5:16, -15.5:16].astype(np.float32)
 
     def draw(low, high, *shape):
@@ -84,23 +89,22 @@ def draw_shape(outline, count, rng):
 
 
 def draw_shapes(split):
-    """The data set `shapes`, the same bytes every time: 500 images a class to train, 100 to test.  -> images, labels"""
+    """The data set `shapes`, always the same: 500 images a class to train, 100 to test.   -> images, labels"""
     seed, count = {"train": (0, 500), "test": (1, 100)}[split]
-    images = [draw_shape(outline, count, np.random.default_rng((seed, label))) for label, outline in enumerate(SHAPES.values())]
+    images = [draw_shape(outline, count, np.random.default_rng((seed, k))) for k, outline in enumerate(SHAPES.values())]
     return np.concatenate(images), np.repeat(np.arange(len(SHAPES)), count)
 
 
 class UnreadableImage(Exception):
-    """A file that is no image, or a damaged or a monstrous one."""
+    """A file that is no image, or a damaged one, or one of too many pixels."""
 
 
 @contextmanager
 def unreadable_fails():
-    """Ends on an UnreadableImage with its message alone: a DataLoader's worker wraps it in the traceback."""
     try:
         yield
     except UnreadableImage as error:
-        fail(str(error).rpartition("UnreadableImage: ")[2])
+        fail(error)
 
 
 @contextmanager
@@ -143,12 +147,12 @@ def read_images(sources, shorter, size, workers):
 
 
 class Split:
-    """One split: `classes` (names), `labels` [N], `image_size`, `streamed`, `images` uint8 [N, 3, S, S], None if streamed."""
+    """Images and labels: `classes`, `labels` [N], `image_size` S, `streamed`, `images` uint8 [N, 3, S, S] (or None)."""
 
     def __init__(self, sources, labels, classes, image_size, workers=0):
-        self.sources, self.classes, self.image_size, self.workers = sources, classes, image_size, workers
-        self.labels = torch.as_tensor(labels)
+        self.classes, self.labels, self.image_size, self.workers = classes, torch.as_tensor(labels), image_size, workers
         self.streamed = image_size > SMALL
+        self.sources = sources if self.streamed else None
         self.images = None if self.streamed else read_images(sources, image_size, image_size, workers)
         self.shorter = image_size * 256 // 224      # ImageNet's customary margin: 256 pixels, of which 224 are cut out
         self.random_crop = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.08, 1)), v2.RandomHorizontalFlip()])
@@ -165,30 +169,41 @@ class Split:
     def batches(self, batch_size, order=None, crop_seed=None):
         """Yields images uint8 [B, 3, S, S], labels [B] in this order (LongTensor of indices; default: all, 0 .. N-1).
 
-        crop_seed (0, 1, ...): streamed images go through RandomResizedCrop and a flip that depend on (crop_seed, index)
-        alone, not on the number of workers; torch's generators are left as they were. Images in memory come as they are.
+        crop_seed (0, 1, ...): streamed images go through RandomResizedCrop and a flip drawn from (crop_seed, index)
+        alone, whatever the workers; torch's generators stay as they were. Images in memory come as they are.
         """
         order = torch.arange(len(self)) if order is None else order
         if not self.streamed:
             yield from ((self.images[index], self.labels[index]) for index in order.split(batch_size))
             return
-        loader = DataLoader(order.tolist(), batch_size, num_workers=self.workers, collate_fn=partial(self._load, crop_seed),
-                            generator=torch.Generator())        # else it draws from torch's global one
-        with unreadable_fails():
-            yield from loader
+        loader = DataLoader(order.tolist(), batch_size, num_workers=self.workers, generator=torch.Generator(),
+                            collate_fn=partial(self._load, crop_seed))      # generator: not torch's global one
+        for images, labels in loader:
+            if labels is None:
+                break               # leaving the loop ends the workers; an exception would hold them for seconds
+            yield images, labels
+        else:
+            return
+        fail(images)
 
     def _load(self, crop_seed, index):
-        images = []
-        for i in index:
-            image = rgb_image(self.sources[i])
-            if crop_seed is None:
-                images.append(fit_image(image, self.shorter, self.image_size))
-                continue
-            with torch.random.fork_rng(devices=[]):             # torchvision draws from torch's global CPU generator;
-                seed = np.random.SeedSequence((crop_seed, i)).generate_state(1)     # torch.manual_seed: GPUs' as well
-                torch.default_generator.manual_seed(int(seed[0]))
-                images.append(TF.pil_to_tensor(self.random_crop(image)))
-        return torch.stack(images), self.labels[index]
+        try:
+            return torch.stack([self._image(i, crop_seed) for i in index]), self.labels[index]
+        except UnreadableImage as error:
+            return error, None
+
+    def _image(self, i, crop_seed):
+        image = rgb_image(self.sources[i])
+        if crop_seed is None:
+            return fit_image(image, self.shorter, self.image_size)
+        with torch.random.fork_rng(devices=[]):     # torchvision's transforms draw from torch's global CPU generator
+            torch.default_generator.manual_seed(int(np.random.SeedSequence((crop_seed, i)).generate_state(1)[0]))
+            return TF.pil_to_tensor(self.random_crop(image))
+
+
+def class_folders(folder):
+    """Sorted names of the folders in a folder."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
 def image_folder(folder):
@@ -201,12 +216,13 @@ def image_folder(folder):
 
 
 def find_root(dataset, data_dir, download=False):
-    """The folder that holds a data set: train/ and val/ or test/, or an archive of ARCHIVES (perhaps yet to be fetched)."""
+    """The folder that holds a data set: with train/ in it, or one of ARCHIVES (perhaps yet to be fetched)."""
     root = Path(data_dir, dataset) if dataset in DATASETS else Path(dataset)
     if (root / "train").is_dir():
         return root
     if dataset not in DATASETS:
-        fail(f"--dataset {dataset} is neither one of {', '.join(DATASETS)} nor a folder with train/<class>/<image>: correct it")
+        fail(f"--dataset {dataset}: no such data set or folder; name one of {', '.join(DATASETS)}, "
+             f"or a folder that has train/<class>/<image> and val/")
     if dataset not in ARCHIVES:
         fail(f"--dataset {dataset}: there is no {root}/train/<class>/<image>; lay it out so or name another --data-dir")
     archive = Path(data_dir, ARCHIVES[dataset])
@@ -236,7 +252,7 @@ def find_split(dataset, data_dir, split, download=False):
         if not root.is_dir():
             fetch_tiny(root)
     except (OSError, RuntimeError) as error:    # no network, or other bytes than the authors'
-        fail(f"--dataset {dataset}: {root} is incomplete or cannot be fetched ({error}); remove it and try --download again")
+        fail(f"--dataset {dataset}: {root} is damaged or cannot be fetched ({error}); remove it and use --download")
     train = root / "train"
     if split == "train":
         return image_folder(train)
@@ -245,12 +261,14 @@ def find_split(dataset, data_dir, split, download=False):
         fail(f"{root} has train/ but neither val/ nor test/: add one with the same classes")
     annotations = folder / "val_annotations.txt"
     if annotations.is_file():                   # Tiny-ImageNet keeps file and class in a table
-        rows = sorted((label, name) for name, label in re.findall(r"^([^\t\n]+)\t([^\t\n]+)", annotations.read_text(), re.M))
-        classes = sorted({label for label, _ in rows})
-        files, labels = [str(folder / "images" / name) for _, name in rows], [classes.index(label) for label, _ in rows]
+        rows = re.findall(r"^([^\t\n]+)\t([^\t\n]+)", annotations.read_text(), re.MULTILINE)
+        rows.sort(key=lambda row: (row[1], row[0]))
+        classes = sorted({name for _, name in rows})
+        files = [str(folder / "images" / file) for file, _ in rows]
+        labels = [classes.index(name) for _, name in rows]
     else:
         files, labels, classes = image_folder(folder)
-    differing = set(classes).symmetric_difference(entry.name for entry in train.iterdir() if entry.is_dir())
+    differing = set(classes).symmetric_difference(class_folders(train))
     if differing:
         fail(f"{root}: class {min(differing)} is in only one of train/ and {folder.name}/: add or remove it")
     return files, labels, classes
@@ -269,9 +287,9 @@ def find_size(dataset, data_dir):
             return image.size
 
     train = find_root(dataset, data_dir) / "train"
-    sizes = (header(os.path.join(folder, name)) for entry in train.iterdir() if entry.is_dir()
-             for folder, _, names in os.walk(entry, followlinks=True)
-             for name in names if name.lower().endswith(IMG_EXTENSIONS))
+    sizes = (header(os.path.join(folder, file)) for name in class_folders(train)
+             for folder, _, files in os.walk(train / name, followlinks=True)
+             for file in files if file.lower().endswith(IMG_EXTENSIONS))
     with unreadable_fails():
         width, height = next(sizes, (224, 224))
         return width if width == height <= SMALL and all(size == (width, height) for size in sizes) else 224
@@ -281,6 +299,7 @@ def preset_column(dataset, data_dir, image_size=None):
     """The name of DATASETS whose settings apply: its own, or for a folder the nearest in image size."""
     if dataset in DATASETS:
         return dataset
+    find_root(dataset, data_dir)            # fails if it is no folder either
     size = image_size or find_size(dataset, data_dir)
     return "cifar100" if size <= 32 else "tiny" if size <= SMALL else "imagenet"
 
@@ -296,9 +315,9 @@ def describe(dataset, data_dir, image_size=None, workers=0):
 
     Mean and std of a folder are those of all pixels of its training images at this size, 0..1, per channel.
     """
-    row = DATASETS[preset_column(dataset, data_dir, image_size)]
-    classes = find_split(dataset, data_dir, "test")[2]
     size = image_size or find_size(dataset, data_dir)
+    row = DATASETS[preset_column(dataset, data_dir, size)]
+    classes = find_split(dataset, data_dir, "test")[2]
     if dataset in DATASETS:
         mean, std = row["mean"], row["std"]
     else:
@@ -312,11 +331,12 @@ def pixel_moments(split, batch_size=256):
                  for images, _ in split.batches(batch_size)).double()
     values, weights = torch.arange(256).double() / 255, counts / counts.sum(1, keepdim=True)
     mean = weights @ values
-    return mean.tolist(), (weights @ values ** 2 - mean ** 2).sqrt().clamp_min(1 / 255).tolist()    # a channel may be flat
+    variance = weights @ values ** 2 - mean ** 2
+    return mean.tolist(), variance.clamp_min(1 / 255 ** 2).sqrt().tolist()      # a channel may be flat
 
 
 def load_folder(folder, image_size, workers=0):
-    """Distilled images <folder>/<class>/<id>.png, in memory: uint8 [N, 3, S, S], labels [N], classes, relative paths [N]."""
+    """Distilled images <folder>/<class>/<id>.png: uint8 [N, 3, S, S], labels [N], class names, relative paths [N]."""
     files, labels, classes = image_folder(folder)
     images = read_images(files, image_size, image_size, workers)
     return images, torch.tensor(labels), classes, [Path(file).relative_to(folder).as_posix() for file in files]

@@ -60,9 +60,11 @@ def training_views(split, data, args, device, progress):
 def get_parser():
     parser = identity_flags(Parser(__doc__))
     method = parser.add_argument_group("method")
-    method.add_argument("--patch", type=number(int, 1), help="pixels a side of a patch [N^p]; default 4, above 64 pixels 16")
-    method.add_argument("--crop", type=crop_name, default="pad4", help="augmentation beside flips: none, resized, pad<pixels>")
-    method.add_argument("--batch-size", type=number(int, 2), default=64, help="images whose variance is one term of Eq. 9")
+    method.add_argument("--patch", type=number(int, 1),
+                        help="pixels a side of a patch, 4 up to images of 64 pixels, 16 above [N^p]")
+    method.add_argument("--crop", type=crop_name, default="pad4",
+                        help="augmentation beside flips: none, resized, pad<pixels>")
+    method.add_argument("--batch-size", type=number(int, 2), default=64, help="images of one term of Eq. 9")
     return parser
 
 

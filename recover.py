@@ -274,24 +274,33 @@ def read_png(path):
 def get_parser():
     parser = identity_flags(Parser(__doc__))
     method = parser.add_argument_group("method")
-    method.add_argument("--alpha", type=number(float, 0, 1), default=0.8, help="weight of the past in batch statistics, 0 = off [alpha]")
+    method.add_argument("--alpha", type=number(float, 0, 1), default=0.8,
+                        help="weight of the past in batch statistics, 0 = off [alpha]")
     method.add_argument("--drop-rate", type=number(float, 0, 1), default=0.4,
                         help="probability of skipping a convolution's statistics, 0 = never, 1 = always [beta_dr]")
     method.add_argument("--ce-weight", type=number(float, 0), default=1.0, help="of the classification loss, 0 = off")
-    method.add_argument("--bn-weight", type=number(float, 0), default=0.01, help="of BatchNorm statistics, 0 = off [L'_BN]")
-    method.add_argument("--conv-weight", type=number(float, 0), default=0.01, help="of convolution statistics, 0 = off [L'_Conv]")
+    method.add_argument("--bn-weight", type=number(float, 0), default=0.01,
+                        help="of BatchNorm statistics, 0 = off [L'_BN]")
+    method.add_argument("--conv-weight", type=number(float, 0), default=0.01,
+                        help="of convolution statistics, 0 = off [L'_Conv]")
     method.add_argument("--dd-weight", type=number(float, 0), default=1.0, help="of data densification, 0 = off [L_DD]")
-    method.add_argument("--first-multiplier", type=number(float, 0), default=10.0, help="of the first layer's statistics, 1 = off")
-    method.add_argument("--tau", type=number(float, 1), default=4.0, help="temperature of data densification, 1 = off [tau, Eq. 5]")
+    method.add_argument("--first-multiplier", type=number(float, 0), default=10.0,
+                        help="of the first layer's statistics, 1 = off")
+    method.add_argument("--tau", type=number(float, 1), default=4.0,
+                        help="temperature of data densification, 1 = off [tau, Eq. 5]")
     method.add_argument("--dd-scale", choices=["sum", "mean"], default="sum",
                         help="Gram matrix as in the paper, or divided by its feature dimension")
     method.add_argument("--loop", choices=["reorder", "original"], default="reorder", help="grouping of images, Fig. 4")
-    method.add_argument("--choice", choices=["uniform", "cycle"], default="uniform", help="of the backbone of an iteration, Eq. 7")
+    method.add_argument("--choice", choices=["uniform", "cycle"], default="uniform",
+                        help="of the backbone of an iteration, Eq. 7")
     method.add_argument("--crop", type=crop_name, default="resized", help="augmentation: none, resized, pad<pixels>")
-    method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False, help="augmentation: horizontal flips")
-    method.add_argument("--roll", type=number(int, 0), default=0, help="augmentation: circular shift of up to so many pixels, 0 = off")
+    method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False,
+                        help="augmentation: horizontal flips")
+    method.add_argument("--roll", type=number(int, 0), default=0,
+                        help="augmentation: circular shift of up to so many pixels, 0 = off")
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--iterations", type=number(int, 1), default=4000, help="Adam steps for each batch of images")
+    optimization.add_argument("--iterations", type=number(int, 1), default=4000,
+                              help="Adam steps for each batch of images")
     optimization.add_argument("--batch-size", type=number(int, 1), default=50, help="images optimised together")
     optimization.add_argument("--lr", type=number(float, 0), default=0.05, help="Adam learning rate, cosine to 0")
     optimization.add_argument("--groups-per-step", type=number(int, 1), default=1,
@@ -300,7 +309,8 @@ def get_parser():
                               help="gradient of the statistics in closed form, or by autograd as Eqs. 6 and 10 read")
     output = parser.add_argument_group("output")
     output.add_argument("--log-every", type=number(int, 1), default=100, help="iterations between lines of log.jsonl")
-    output.add_argument("--grid-every", type=number(int, 0), default=500, help="iterations between grid.png, 0 = at the end")
+    output.add_argument("--grid-every", type=number(int, 0), default=500,
+                        help="iterations between grid.png, 0 = at the end")
     return parser
 
 

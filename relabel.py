@@ -11,9 +11,9 @@ writes  runs/<dataset>/<run>/labels/logits.npy                   float16 [epochs
         runs/<dataset>/<run>/labels/{crop,flip,partner,box,ratio}.npy   what was drawn, [epochs, N, ...]
         runs/<dataset>/<run>/labels/result.json                  classes, fingerprint of the images, arguments
 
-python relabel.py --dataset cifar100 --ipc 10                                                        # paper setting, Table 9
-python relabel.py --dataset cifar100 --tag noln --images runs/cifar100/gvbsm-ipc10/images --no-logit-norm    # Table 6
-python relabel.py --dataset shapes                                                                   # smoke run: seconds
+python relabel.py --dataset cifar100 --ipc 10                                                # paper setting, Table 9
+python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --images runs/cifar100/gvbsm-ipc10/images
+python relabel.py --dataset shapes                                                           # smoke run: seconds
 """
 import argparse
 import time
@@ -49,12 +49,14 @@ def label_epoch(images, draw, batch_size, models, mix, logit_norm):
 def get_parser():
     parser = identity_flags(Parser(__doc__))
     method = parser.add_argument_group("method")
-    method.add_argument("--images", type=Path, metavar="DIR", help="images/<class>/<file> of any origin; default: the run's")
+    method.add_argument("--images", type=Path, metavar="DIR",
+                        help="a folder <class>/<file> of any origin, instead of the run's images")
     method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
                         help="scale each backbone's logits to the mean norm before averaging [LN, Eq. 8]")
     method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
     method.add_argument("--epochs", type=number(int, 1), default=300, help="how many times every image is labelled")
-    method.add_argument("--batch-size", type=number(int, 1), default=64, help="images that share a mix box and Eq. 8's norms")
+    method.add_argument("--batch-size", type=number(int, 1), default=64,
+                        help="images that share a mix box and Eq. 8's norms")
     method.add_argument("--whole-up-to", type=number(int, 0), default=100,
                         help="sets of up to so many images make one batch, 0 = never [||S||]")
     return parser

@@ -67,15 +67,18 @@ def get_parser():
     method = parser.add_argument_group("method")
     method.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=False,
                         help="torchvision's ImageNet weights instead of training")
-    method.add_argument("--crop", type=crop_name, default="pad4", help="augmentation beside flips: none, resized, pad<pixels>")
-    method.add_argument("--download", action="store_true", help="fetch a named data set or pretrained weights when missing")
+    method.add_argument("--crop", type=crop_name, default="pad4",
+                        help="augmentation beside flips: none, resized, pad<pixels>")
+    method.add_argument("--download", action="store_true",
+                        help="fetch a named data set or pretrained weights when missing")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training images")
     optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step")
     optimization.add_argument("--lr", type=number(float, 0), default=0.05, help="SGD learning rate")
     optimization.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum, 0 = off")
     optimization.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="SGD weight decay, 0 = off")
-    optimization.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="of the learning rate")
+    optimization.add_argument("--schedule", choices=["constant", "cosine"], default="constant",
+                              help="of the learning rate")
     return parser
 
 

@@ -134,28 +134,39 @@ def student_value(texts, name):
 def get_parser():
     parser = identity_flags(Parser(__doc__))
     method = parser.add_argument_group("method")
-    method.add_argument("--images", type=Path, metavar="DIR", help="images/<class>/<file> of any origin; default: the run's")
+    method.add_argument("--images", type=Path, metavar="DIR",
+                        help="a folder <class>/<file> of any origin, instead of the run's images")
     method.add_argument("--labels", choices=["stored", "online", "hard"], default="stored",
                         help="of relabel.py, asked of the teachers while training, or the class alone")
     method.add_argument("--loss", choices=["mse_gt", "kl"], default="mse_gt", help="Eq. 11, or SRe2L's divergence")
-    method.add_argument("--gamma", type=number(float, 0), default=0.1, help="weight of the class in mse_gt, 0 = off [gamma]")
+    method.add_argument("--gamma", type=number(float, 0), default=0.1,
+                        help="weight of the class in mse_gt, 0 = off [gamma]")
     method.add_argument("--temperature", type=number(float, 1e-3), default=20.0, help="of kl [tau, Eq. 3]")
-    method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True, help="with --labels online [LN, Eq. 8]")
-    method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="with --labels online or hard")
-    method.add_argument("--label-seed", type=number(int, 0), default=0, help="of the draws with --labels online or hard")
+    method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
+                        help="with --labels online [LN, Eq. 8]")
+    method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",
+                        help="with --labels online or hard; stored labels know theirs")
+    method.add_argument("--label-seed", type=number(int, 0), default=0,
+                        help="of the draws with --labels online or hard")
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--students", nargs="+", default=["convnet_w128"], metavar="NAME", help="networks to train [f_eval]")
-    optimization.add_argument("--student-seeds", nargs="+", type=number(int, 0), default=[0], metavar="SEED", help="one training for each")
+    optimization.add_argument("--students", nargs="+", default=["convnet_w128"], metavar="NAME",
+                              help="networks to train [f_eval]")
+    optimization.add_argument("--student-seeds", nargs="+", type=number(int, 0), default=[0], metavar="SEED",
+                              help="one training of each student for each")
     optimization.add_argument("--epochs", type=number(int, 1), default=300, help="passes over the distilled images")
     optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step")
     optimization.add_argument("--whole-up-to", type=number(int, 0), default=100,
                               help="sets of up to so many images make one batch, 0 = never [||S||]")
     optimization.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="of the student")
-    optimization.add_argument("--lr", nargs="+", default=["0.001"], metavar="LR", help="learning rate, exceptions after it: 0.1 resnet18=0.2")
+    optimization.add_argument("--lr", nargs="+", default=["0.001"], metavar="LR",
+                              help="learning rate, and exceptions after it: 0.1 resnet18=0.2")
     optimization.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd, 0 = off")
-    optimization.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="on tensors of 2 or more dimensions, 0 = off")
-    optimization.add_argument("--schedule", choices=["constant", "cosine"], default="cosine", help="of the learning rate, per epoch")
-    optimization.add_argument("--evaluations", type=number(int, 1), default=5, help="evenly spaced over the epochs, the last is the result")
+    optimization.add_argument("--weight-decay", type=number(float, 0), default=0.0,
+                              help="on tensors of 2 or more dimensions, 0 = off")
+    optimization.add_argument("--schedule", choices=["constant", "cosine"], default="cosine",
+                              help="of the learning rate, per epoch")
+    optimization.add_argument("--evaluations", type=number(int, 1), default=5,
+                              help="evenly spaced over the epochs, the last is the result")
     optimization.add_argument("--download", action="store_true", help="fetch a named data set when it is missing")
     return parser
 

@@ -1,0 +1,221 @@
+"""The presets are the tables of the paper, every setting has a flag and every flag a reader."""
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from utils.presets import METHODS, PRESETS, preset_values
+
+ROOT = Path(__file__).resolve().parents[1]
+PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
+DATASETS = "cifar10", "cifar100", "tiny", "imagenet"
+SMALL = "resnet18 convnet_w128 mobilenetv2_05 wrn16_2 shufflenetv2_05".split()
+LARGE = "resnet18 mobilenetv2 efficientnet_b0 shufflenetv2_05".split()
+RESNETS = "resnet18 resnet50 resnet101".split()
+
+# arXiv:2311.17950, Tables 7-9 and Appendix A, and where they are silent the release; a row: cifar10, cifar100, tiny, imagenet.
+# "-": the phase is skipped there, ImageNet's backbones come trained.
+PAPER = {
+    "squeeze backbones":           (SMALL, SMALL, SMALL, LARGE),
+    "squeeze pretrained":          (False, False, False, True),
+    "squeeze lr":                  (0.05, 0.05, 0.1, "-"),
+    "squeeze momentum":            (0.9, 0.9, 0.9, "-"),
+    "squeeze batch_size":          (64, 64, 128, "-"),
+    "squeeze epochs":              (5, 50, 50, "-"),
+    "squeeze schedule":            ("constant", "constant", "cosine", "-"),
+    "squeeze weight_decay":        (0.0, 0.0, 0.0, "-"),
+    "squeeze crop":                ("pad4", "pad4", "pad8", "-"),
+    "collect_stats backbones":     (SMALL, SMALL, SMALL, LARGE),
+    "collect_stats crop":          ("pad4", "pad4", "pad8", "resized"),
+    "recover backbones":           (SMALL, SMALL, SMALL, LARGE),
+    "recover lr":                  (0.05, 0.05, 0.05, 0.1),
+    "recover iterations":          (4000, 4000, 4000, 4000),
+    "recover batch_size":          (50, 50, 50, 40),
+    "recover crop":                ("resized", "resized", "resized", "resized"),
+    "recover flip":                (False, False, False, True),
+    "recover roll":                (0, 0, 0, 0),
+    "recover alpha":               (0.8, 0.8, 0.8, 0.4),
+    "recover drop_rate":           (0.4, 0.4, 0.4, 0.4),
+    "recover choice":              ("uniform", "uniform", "uniform", "uniform"),
+    "recover loop":                ("reorder", "reorder", "reorder", "reorder"),
+    "recover ce_weight":           (1, 1, 1, 1),
+    "recover bn_weight":           (0.01, 0.01, 0.01, 0.01),
+    "recover conv_weight":         (0.01, 0.01, 0.01, 0.01),
+    "recover dd_weight":           (1, 1, 1, 1),
+    "recover tau":                 (4, 4, 4, 4),
+    "recover first_multiplier":    (10, 10, 10, 10),
+    "relabel backbones":           (SMALL, SMALL, SMALL, LARGE),
+    "relabel epochs":              (1000, 1000, 100, 300),
+    "relabel batch_size":          (64, 64, 128, 1024),
+    "relabel whole_up_to":         (100, 100, 0, 0),
+    "relabel mix":                 ("cutmix", "cutmix", "cutmix", "cutmix"),
+    "relabel logit_norm":          (True, True, True, True),
+    "train_eval epochs":           (1000, 1000, 100, 300),
+    "train_eval batch_size":       (64, 64, 128, 1024),
+    "train_eval whole_up_to":      (100, 100, 0, 0),
+    "train_eval optimizer":        ("adamw", "sgd", "sgd", "adamw"),
+    "train_eval lr":               (["0.001"], ["0.1"], ["0.1", "resnet18=0.2"], ["0.001"]),
+    "train_eval momentum":         (0.9, 0.9, 0.9, 0.9),
+    "train_eval weight_decay":     (0.0, 5e-4, 5e-4, 0.01),
+    "train_eval schedule":         ("cosine", "cosine", "cosine", "cosine"),
+    "train_eval loss":             ("mse_gt", "mse_gt", "mse_gt", "mse_gt"),
+    "train_eval gamma":            (0.15, 0.15, 0.1, 0.1),
+    "train_eval students":         (["convnet_w128", "resnet18"], ["convnet_w128", "resnet18"], RESNETS,
+                                    [*RESNETS, "mobilenetv2", "swin_t", "deit_tiny"]),
+}
+RELEASE = {  # the rows where it differs
+    "recover batch_size":          (100, 100, 100, 80),
+    "recover crop":                ("pad4", "pad4", "pad8", "resized"),
+    "recover flip":                (True, True, True, True),
+    "recover roll":                (32, 32, 32, 32),
+    "recover choice":              ("cycle", "cycle", "cycle", "cycle"),
+    "recover drop_rate":           (0.4, 0.4, 0.4, 0.0),
+    "relabel batch_size":          (100, 64, 100, 1024),
+    "relabel whole_up_to":         (0, 0, 0, 0),
+    "relabel logit_norm":          (False, False, False, True),
+    "train_eval batch_size":       (100, 64, 100, 1024),
+    "train_eval whole_up_to":      (0, 0, 0, 0),
+    "train_eval lr":               (["0.001"], ["0.1"], ["0.1"], ["0.001"]),
+}
+
+
+def actions(phase):
+    return {action.dest: action for action in import_module(phase).get_parser()._actions if action.dest != "help"}
+
+
+def parsed(phase, monkeypatch, *argv):
+    """The arguments that main(argv) would run with."""
+    module, seen = import_module(phase), []
+
+    def stop(args):
+        seen.append(args)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "run_paths", stop)
+    with pytest.raises(InterruptedError):
+        module.main(["--device", "cpu", *argv])
+    return seen[0]
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_what_runs_are_the_settings_of_the_paper_or_of_the_release(preset, dataset, monkeypatch):
+    table = PAPER | RELEASE if preset == "release" else PAPER
+    for phase in PHASES:
+        args = vars(parsed(phase, monkeypatch, "--dataset", dataset, "--preset", preset, "--ipc", "50"))
+        rows = {row.split()[1]: values[DATASETS.index(dataset)] for row, values in table.items() if row.split()[0] == phase}
+        assert {flag: args[flag] for flag, value in rows.items() if value != "-"} == {
+            flag: value for flag, value in rows.items() if value != "-"}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_preset_sets_nothing_that_is_not_in_the_tables(phase):
+    known = {row.split()[1] for row in PAPER if row.split()[0] == phase}
+    known |= {"collect_stats": {"batch_size"}, "train_eval": {"mix", "backbones"}}.get(phase, set())   # as in squeeze, as in relabel
+    for preset in PRESETS:
+        for dataset in DATASETS:
+            assert preset_values(preset, dataset, phase).keys() == known - {"tau"}       # a default of the parser
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_statistics_and_samples_are_made_as_in_the_phase_before(dataset):
+    for preset in PRESETS:
+        values = {phase: preset_values(preset, dataset, phase) for phase in PHASES}
+        for flag in "batch_size", "crop":
+            assert values["collect_stats"][flag] == values["squeeze"][flag]
+        for flag in "batch_size", "whole_up_to", "mix", "epochs":
+            assert values["train_eval"][flag] == values["relabel"][flag]
+
+
+def test_nothing_is_dropped_on_imagenet_at_ipc_10_alone():
+    rates = {(dataset, ipc): preset_values("paper", dataset, "recover", ipc)["drop_rate"] for dataset in DATASETS for ipc in (1, 10, 50)}
+    assert {key for key, rate in rates.items() if rate == 0} == {("imagenet", 10)} and set(rates.values()) == {0, 0.4}
+
+
+def test_best_equals_paper():
+    for dataset in (*DATASETS, "shapes"):
+        for phase in PHASES:
+            for ipc in 1, 10, 50:
+                assert preset_values("best", dataset, phase, ipc) == preset_values("paper", dataset, phase, ipc)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_value_of_every_preset_has_a_flag_that_accepts_it(phase, monkeypatch):
+    for preset in PRESETS:
+        for dataset in (*DATASETS, "shapes"):
+            for method in METHODS:
+                values = preset_values(preset, dataset, phase, 10, method)
+                assert values.keys() <= actions(phase).keys()
+                argv = []
+                for flag, value in values.items():
+                    word = f"--{'no-' if value is False else ''}{flag.replace('_', '-')}"
+                    argv += [word] if isinstance(value, bool) else [word, *map(str, value)] if isinstance(value, list) else [word, str(value)]
+                told = vars(parsed(phase, monkeypatch, "--method", method, *argv))
+                silent = vars(parsed(phase, monkeypatch, "--dataset", dataset, "--preset", preset, "--method", method, "--ipc", "10"))
+                assert all(told[flag] == silent[flag] == value for flag, value in values.items())
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_flag_has_a_reader(phase):
+    source = "".join((ROOT / file).read_text() for file in (f"{phase}.py", "utils/run.py"))
+    shared = re.findall(r"known\.(\w+)", (ROOT / "utils/presets.py").read_text())
+    read = set(re.findall(r"\bargs\.(\w+)", source)) | set(shared)
+    assert actions(phase).keys() <= read
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_flag_is_explained(phase):
+    assert all(action.help and len(action.help) > 5 for action in actions(phase).values())
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_help_shows_what_would_run_and_needs_neither_data_nor_a_network(phase, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    texts = []
+    for argv in ["--help"], ["--dataset", "tiny", "--help"], ["-h", "--dataset", "imagenet", "--preset", "release"]:
+        with pytest.raises(SystemExit) as end:
+            import_module(phase).main(argv)
+        texts.append(capsys.readouterr().out)
+        assert end.value.code == 0 and f"python {phase}.py --dataset" in texts[-1]
+    for text, preset, dataset in zip(texts, ("paper", "paper", "release"), ("shapes", "tiny", "imagenet"), strict=True):
+        for flag, value in preset_values(preset, dataset, phase, 10).items():
+            entry = re.search(rf"\n  --{flag.replace('_', '-')}\b(.|\n(?!  --))*", text)[0]
+            assert f"(default: {value})" in " ".join(entry.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("phase, flag, words, value", [
+    ("squeeze", "epochs", "--epochs 7", 7), ("squeeze", "pretrained", "--no-pretrained", False),
+    ("collect_stats", "crop", "--crop none", "none"), ("recover", "drop_rate", "--drop-rate 0.2", 0.2),
+    ("recover", "flip", "--no-flip", False), ("relabel", "logit_norm", "--no-logit-norm", False),
+    ("train_eval", "lr", "--lr 3", ["3"]), ("train_eval", "backbones", "--backbones vgg11_bn", ["vgg11_bn"])])
+def test_the_command_line_beats_the_preset(phase, flag, words, value, monkeypatch):
+    preset = parsed(phase, monkeypatch, "--dataset", "imagenet", "--ipc", "10")
+    told = parsed(phase, monkeypatch, "--dataset", "imagenet", "--ipc", "10", *words.split())
+    assert getattr(told, flag) == value != getattr(preset, flag)
+    assert {key for key, old in vars(preset).items() if vars(told)[key] != old} == {flag}
+
+
+@pytest.mark.parametrize("sizes, flags, column", [
+    ([(16, 16)], "", "cifar100"), ([(32, 32)], "", "cifar100"), ([(33, 33)], "", "tiny"), ([(64, 64)], "", "tiny"),
+    ([(65, 65)], "", "imagenet"), ([(32, 16)], "", "imagenet"), ([(32, 32), (16, 16)], "", "imagenet"),
+    ([(200, 100)], "--image-size 32", "cifar100"), ([(16, 16)], "--image-size 64", "tiny"), ([(16, 16)], "--image-size 96", "imagenet")])
+def test_a_folder_takes_the_settings_of_the_nearest_image_size(sizes, flags, column, tmp_path, monkeypatch):
+    for split in "train", "val":
+        (tmp_path / split / "a").mkdir(parents=True)
+        for number, size in enumerate(sizes):
+            Image.new("RGB", size).save(tmp_path / split / "a" / f"{number}.png")
+    for phase in PHASES:
+        args = vars(parsed(phase, monkeypatch, "--dataset", str(tmp_path), *flags.split()))
+        expected = preset_values("paper", column, phase, 10)
+        assert {flag: args[flag] for flag in expected} == expected
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_flags_are_never_abbreviated(phase, capsys):
+    for words in "--ip 3", "--data-d x", "--back resnet18", "--overwr", f"--{list(actions(phase))[-1].replace('_', '-')[:-1]} 3":
+        with pytest.raises(SystemExit) as end:
+            import_module(phase).main(words.split())
+        assert end.value.code == 2 and words.split()[0] in capsys.readouterr().err

@@ -1,0 +1,388 @@
+"""Recover: the closed form is the gradient of the equations as written, and batches that share a pass move as alone."""
+import math
+from collections import Counter
+from contextlib import nullcontext
+from functools import cache
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from helpers import assert_near, counted_reductions
+from models import build_model
+from recover import PlainMatching, layer_weights, make_batches, noise, recover_batches
+from utils.losses import data_densification
+from utils.stats import ClosedFormMatching, conv_stats, layer_inputs, matched_layers
+
+SMALL = ("resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05")
+FORMS = PlainMatching, ClosedFormMatching
+DATA = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26), "classes": [str(label) for label in range(10)]}
+
+MEAN, STD = (torch.tensor(DATA[key], dtype=torch.float64)[:, None, None] for key in ("mean", "std"))
+LOW, HIGH = -MEAN / STD, (1 - MEAN) / STD
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+@cache
+def frozen(name, size):
+    """A backbone in float64 as recover uses it, with running statistics of random images."""
+    torch.manual_seed(0)
+    model = build_model(name, 10, size).double().requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    model.train()(randn(8, 3, size, size))
+    return model.eval()
+
+
+@cache
+def dataset_statistics(name, patch, size):
+    model = frozen(name, size)
+    with torch.no_grad(), layer_inputs(model) as inputs:
+        model(1 + randn(4, 3, size, size))
+    return {layer: [vector[0] for vector in conv_stats(inputs[layer], patch)]
+            for layer, module in matched_layers(model).items() if isinstance(module, nn.Conv2d)}
+
+
+def convolutions(model):
+    return [name for name, layer in matched_layers(model).items() if isinstance(layer, nn.Conv2d)]
+
+
+def matching_of(form, name, size, patch=4, alpha=0.8, bn=0.7, conv=0.5, first=10.0):
+    model = frozen(name, size)
+    return form(model, dataset_statistics(name, patch, size), layer_weights(model, bn, conv, first), alpha, patch)
+
+
+# The closed form is the gradient
+
+def iterate(matching, steps, groups):
+    """Each step is (images, labels, dropped).   -> losses of BatchNorm, of convolutions, gradient of all at images"""
+    state = matching.start(groups)
+    for images, labels, dropped in steps:
+        images = images.clone().requires_grad_()
+        with matching.hooks(dropped) as inputs:
+            logits = matching.model(images)
+        bn, conv, state = matching.inject(inputs, state, dropped)
+        yield bn.detach(), conv.detach(), torch.autograd.grad(F.cross_entropy(logits, labels) + bn + conv, images)[0]
+
+
+CASES = [  # size of the images, groups, drop rate, what else; maps of 2x2 pixels and, at 16, of one are among them
+    (32, 1, 0.0, {}), (16, 3, 0.4, {}), (16, 1, 0.4, dict(patch=5)), (16, 1, 0.4, dict(patch=3)), (16, 1, 1.0, {}),
+    (16, 1, 0.4, dict(bn=0.0)), (16, 1, 0.0, dict(conv=0.0)), (16, 1, 0.0, dict(bn=0.0, conv=0.0)),
+    (16, 1, 0.4, dict(alpha=0.0)), (16, 1, 0.4, dict(first=0.0))]
+
+
+@pytest.mark.parametrize("size, groups, drop, settings", CASES, ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written(name, size, groups, drop, settings):
+    plain, closed = (matching_of(form, name, size, **settings) for form in FORMS)
+    steps = [(randn(2 * groups, 3, size, size), torch.randint(10, (2 * groups,)),
+              [layer for layer in convolutions(plain.model) if torch.rand(()) < drop]) for _ in range(3)]
+    both = zip(iterate(plain, steps, groups), iterate(closed, steps, groups), strict=True)
+    for (_, _, dropped), (expected, actual) in zip(steps, both):
+        for a, b in zip(actual, expected, strict=True):
+            assert_near(a, b, 1e-9)
+        acting = {layer for layer, weight in plain.weights.items() if weight} - set(dropped)
+        convs = acting & set(convolutions(plain.model))
+        assert (actual[0] > 0, actual[1] > 0) == (len(acting) > len(convs), len(convs) > 0)
+
+
+@pytest.mark.parametrize("name, shared", [
+    ("resnet18", 3), ("convnet_w128", 0), ("mobilenetv2_05", 0), ("wrn16_2", 3), ("shufflenetv2_05", 3)])
+def test_each_tensor_is_reduced_once_though_shortcuts_share_their_inputs(name, shared, monkeypatch):
+    reduced = counted_reductions(monkeypatch)
+    matching = matching_of(ClosedFormMatching, name, 32, patch=1)           # at 1 nothing is resized
+    with matching.hooks() as inputs, torch.no_grad():
+        matching.model(randn(1, 3, 32, 32))
+    matching.inject(inputs, matching.start(1))
+    assert len(reduced) == len({id(x) for x in reduced}) == len(inputs) - shared
+
+
+def saved_bytes(model, step):
+    """Memory that the graph of step() keeps for its backward pass, beside the weights; each storage counts once."""
+    kept, weights = {}, {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor              # a reference, so that no address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_closed_form_keeps_no_graph_through_the_statistics(name):
+    model, images, labels = frozen(name, 32), randn(4, 3, 32, 32).requires_grad_(), torch.randint(10, (4,))
+
+    def step(form):
+        matching = matching_of(form, name, 32)
+        with matching.hooks() as inputs:
+            loss = F.cross_entropy(model(images), labels)
+        bn, conv, _ = matching.inject(inputs, matching.start(2))
+        return loss + bn + conv
+
+    bare = saved_bytes(model, lambda: F.cross_entropy(model(images), labels))
+    assert saved_bytes(model, lambda: step(ClosedFormMatching)) == bare
+    assert saved_bytes(model, lambda: step(PlainMatching)) > bare
+
+
+def test_layer_weights_count_the_first_layer_more():
+    for name in "wrn10_1", "convnet_w8":
+        model = frozen(name, 16)
+        weights = layer_weights(model, 0.3, 0.2, 10.0)
+        assert list(weights) == list(matched_layers(model))
+        for i, (layer, module) in enumerate(matched_layers(model).items()):
+            assert weights[layer] == (0.3 if isinstance(module, nn.BatchNorm2d) else 0.2) * (10 if i == 0 else 1)
+
+
+# The loop
+
+def arguments(**changes):
+    return SimpleNamespace(**dict(
+        seed=0, iterations=4, lr=0.1, choice="uniform", drop_rate=0.4, crop="resized", flip=True, roll=5, ce_weight=1.0,
+        dd_weight=5.0, tau=4.0, dd_scale="mean", statistics="closed") | changes)
+
+
+def recovered(pixels, labels, numbers, matchings, args):
+    """recover_batches on a copy -> pixels, the reports as plain numbers"""
+    reports = []
+
+    def report(t, losses, pixels):
+        assert t == len(reports)
+        reports.append({term: torch.as_tensor(value).item() for term, value in losses.items()})
+
+    return recover_batches(pixels.clone(), torch.tensor(labels), numbers, matchings, DATA, args, report), reports
+
+
+def matchings_of(form, names):
+    return [matching_of(form, name, 16) for name in names]
+
+
+def test_batches_that_share_a_pass_move_as_if_each_were_alone():
+    labels, numbers = [[0, 0, 1, 1, 1], [2, 2, 2, 2, 2], [3, 4, 3, 4, 5]], [7, 2, 3]
+    pixels, args = randn(3, 5, 3, 16, 16), arguments(iterations=6)
+    matchings = matchings_of(ClosedFormMatching, ("wrn10_1", "convnet_w8"))
+    together, reports = recovered(pixels, labels, numbers, matchings, args)
+    sums = [Counter() for _ in reports]
+    for g in range(3):
+        alone, own = recovered(pixels[g:g + 1], labels[g:g + 1], numbers[g:g + 1], matchings, args)
+        assert_near(together[g], alone[0], 1e-9)
+        for total, losses in zip(sums, own):
+            total.update({**losses, "backbone": losses["backbone"] / 3})
+    for shared, total in zip(reports, sums):
+        assert shared == pytest.approx(total, rel=1e-9)
+        assert min(shared["ce"], shared["conv"], shared["dd"]) > 0
+    assert {losses["backbone"] for losses in reports} == {0, 1}
+
+
+@pytest.mark.parametrize("names, labels, changes", [
+    (("wrn10_1", "convnet_w8", "mobilenetv2_05"), [[0, 0, 1, 1], [2, 3, 2, 2]], {}),
+    (("wrn10_1", "convnet_w8"), [[0, 0, 1, 2]], dict(choice="cycle", crop="pad4")),
+    (("wrn10_1",), [[0, 0, 0], [1, 1, 2]], dict(drop_rate=0.0, dd_scale="sum", crop="none", flip=False, roll=0)),
+    (("convnet_w8",), [[0, 0, 1, 1]], {}),                                          # no BatchNorm
+    (("wrn10_1", "convnet_w8"), [[3, 1, 2], [4, 5, 6]], {}),                        # one image of each class
+    (("wrn10_1", "convnet_w8"), [[5]], {}),                                         # a batch of one
+    (("wrn10_1", "convnet_w8"), [[1, 1, 2, 2]], dict(drop_rate=1.0, dd_weight=0.0))])
+def test_recovery_is_the_same_with_statistics_closed_and_plain(names, labels, changes):
+    pixels = randn(len(labels), len(labels[0]), 3, 16, 16)
+    (plain, expected), (closed, reports) = (
+        recovered(pixels, labels, list(range(len(labels))), matchings_of(form, names),
+                  arguments(iterations=6, statistics=statistics, **changes))
+        for form, statistics in zip(FORMS, ("plain", "closed")))
+    assert_near(closed, plain, 1e-9)
+    for a, b in zip(reports, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+    alike = any(len(set(row)) < len(row) for row in labels) and "dd_weight" not in changes
+    assert all((losses["dd"] > 0) == alike for losses in reports)
+
+
+def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_valid_pixels():
+    pixels, labels = 1.5 * randn(1, 5, 3, 16, 16), [[0, 0, 0, 1, 1]]
+    args = arguments(iterations=5, choice="cycle", drop_rate=0.0, crop="none", flip=False, roll=0, ce_weight=2.0)
+    matchings = matchings_of(PlainMatching, ("wrn10_1", "convnet_w8"))
+    x, first, second = pixels[0].clone(), 0, 0
+    states = [matching.start(1) for matching in matchings]
+    for t in range(5):
+        x.requires_grad_()
+        matching = matchings[t % 2]
+        with matching.hooks() as inputs:
+            logits = matching.model(x)
+        bn, conv, states[t % 2] = matching.inject(inputs, states[t % 2])
+        densification = data_densification(x, torch.tensor(labels[0]), 4.0, "mean")
+        total = 2 * F.cross_entropy(logits, torch.tensor(labels[0])) + bn + conv + 5 * densification
+        slope, = torch.autograd.grad(total, x)
+        first, second = 0.5 * first + 0.5 * slope, 0.9 * second + 0.1 * slope ** 2
+        step = first / (1 - 0.5 ** (t + 1)) / ((second / (1 - 0.9 ** (t + 1))).sqrt() + 1e-8)
+        x = (x.detach() - 0.1 * (1 + math.cos(math.pi * t / 5)) / 2 * step).maximum(LOW).minimum(HIGH)
+    for form, statistics in zip(FORMS, ("plain", "closed")):
+        args.statistics = statistics
+        result, _ = recovered(pixels, labels, [0], matchings_of(form, ("wrn10_1", "convnet_w8")), args)
+        assert (result[0] - x).abs().max() < 1e-6                                   # the bounds are those of float32
+
+
+def test_pixels_stay_in_the_valid_range_of_every_channel():
+    seen = []
+    pixels = 3 * randn(2, 2, 3, 8, 8)
+    recover_batches(pixels, torch.tensor([[0, 1], [2, 3]]), [0, 1], [Spy()], DATA, arguments(lr=0.5),
+                    lambda t, losses, pixels: seen.append(pixels.detach().clone()))
+    for images in *seen, pixels:
+        assert (images >= LOW - 1e-6).all() and (images <= HIGH + 1e-6).all()
+        assert ((images - LOW).abs() < 1e-6).any() and ((images - HIGH).abs() < 1e-6).any()
+
+
+def test_averages_and_optimizer_start_anew_with_every_image_batch():
+    matchings = matchings_of(ClosedFormMatching, ("wrn10_1", "convnet_w8"))
+    pixels = randn(1, 4, 3, 16, 16)
+    first, again = (recovered(pixels, [[0, 0, 1, 1]], [0], matchings, arguments())[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_the_learning_rate_falls_along_a_cosine_to_0(monkeypatch):
+    rates = []
+
+    class Recorded(torch.optim.Adam):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Recorded)
+    recovered(randn(1, 2, 3, 8, 8), [[0, 1]], [0], [Spy()], arguments(iterations=100, lr=0.05))
+    assert rates == pytest.approx([0.025 * (1 + math.cos(math.pi * t / 100)) for t in range(100)])
+    assert rates[0] == 0.05 and 0 < rates[-1] < 2e-5
+
+
+class Spy:
+    """A matching that only records: linear logits of the mean colour, targets of three convolutions and a BatchNorm."""
+
+    targets = {"a": (0,) * 4, "bn": (0,) * 2, "b": (0,) * 4, "c": (0,) * 4}
+
+    def __init__(self):
+        self.images, self.dropped, self.weight = [], [], randn(3, 10)
+
+    def start(self, groups):
+        return None
+
+    def hooks(self, dropped=()):
+        self.dropped.append(tuple(dropped))
+        return nullcontext({})
+
+    def model(self, images):
+        self.images.append(images.detach().clone())
+        return images.mean((2, 3)) @ self.weight
+
+    def inject(self, inputs, state, dropped=()):
+        return self.weight.new_zeros(()), self.weight.new_zeros(()), state
+
+
+def spied(numbers=(0,), spies=3, **changes):
+    """A run on equal images that stay as they are.
+    -> of each iteration: the backbone's index, dropped layers, images shown [iterations, batches, 2, 3, 8, 8]"""
+    spies = [Spy() for _ in range(spies)]
+    image = torch.linspace(-1, 1, 192, dtype=torch.float64).view(3, 8, 8)
+    _, reports = recovered(image.expand(len(numbers), 2, -1, -1, -1), [[0, 1]] * len(numbers), list(numbers), spies,
+                           arguments(lr=0.0, **changes))
+    chosen = [losses["backbone"] for losses in reports]
+    place = [chosen[:t].count(k) for t, k in enumerate(chosen)]
+    dropped = [spies[int(k)].dropped[i] for k, i in zip(chosen, place)]
+    images = torch.stack([spies[int(k)].images[i] for k, i in zip(chosen, place)])
+    return chosen, dropped, images.unflatten(1, (len(numbers), 2))
+
+
+def within(count, n, p):
+    """A binomial count within four standard errors."""
+    return abs(count - n * p) <= 4 * math.sqrt(n * p * (1 - p))
+
+
+def test_backbones_are_drawn_uniformly_and_convolutions_dropped_independently_at_the_rate():
+    chosen, dropped, _ = spied(iterations=600, drop_rate=0.4)
+    assert all(within(chosen.count(k), 600, 1 / 3) for k in range(3))
+    assert within(sum(a == b for a, b in zip(chosen, chosen[1:])), 599, 1 / 3)      # no round-robin
+    for layers in product((0, 1), repeat=3):
+        pattern = tuple(name for name, out in zip("abc", layers) if out)            # never the BatchNorm
+        assert within(dropped.count(pattern), 600, math.prod(0.4 if out else 0.6 for out in layers))
+    assert not any(spied(drop_rate=0.0)[1]) and set(spied(drop_rate=1.0)[1]) == {("a", "b", "c")}
+
+
+def test_cycle_takes_the_backbones_in_turn():
+    assert spied(iterations=8, choice="cycle")[0] == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("crop, flip, roll", [
+    ("resized", False, 0), ("pad4", False, 0), ("none", True, 0), ("none", False, 7)])
+def test_a_batch_has_one_view_that_depends_on_seed_iteration_and_its_number(crop, flip, roll):
+    settings = dict(iterations=12, crop=crop, flip=flip, roll=roll)
+    chosen, dropped, views = spied((4, 9), **settings)
+    assert torch.equal(views[:, :, 0], views[:, :, 1])                              # of the whole batch
+    for g, number in enumerate((4, 9)):
+        alone = spied((number,), **settings)
+        assert alone[:2] == (chosen, dropped) and torch.equal(alone[2][:, 0], views[:, g])
+    other = spied((4, 9), seed=1, **settings)
+    assert other[0] != chosen and other[1] != dropped and not torch.equal(other[2], views)
+    assert not torch.equal(views[:, 0], views[:, 1]) and len(views[:, 0].unique(dim=0)) > 1
+
+
+def test_without_augmentation_the_network_sees_the_pixels():
+    views = spied(crop="none", flip=False, roll=0)[2]
+    assert torch.equal(views[0, 0, 0].flatten(), torch.linspace(-1, 1, 192, dtype=torch.float64))
+
+
+def test_pixels_are_changed_in_place_and_returned_without_a_graph():
+    pixels = randn(1, 2, 3, 8, 8)
+    before = pixels.clone()
+    result = recover_batches(pixels, torch.tensor([[0, 1]]), [0], [Spy()], DATA, arguments())
+    assert torch.equal(result, pixels) and not result.requires_grad and not torch.equal(result, before)
+
+
+# Batches and their start
+
+GRID = list(product((1, 2, 3, 7, 10), (1, 2, 3, 5, 10, 50), (1, 2, 3, 4, 7, 10, 50, 100)))  # classes, ipc, batch size
+
+
+@pytest.mark.parametrize("loop", ("reorder", "original"))
+def test_every_image_is_in_exactly_one_batch_and_no_batch_is_too_large(loop):
+    for num_classes, ipc, batch_size in GRID:
+        batches = make_batches(num_classes, ipc, batch_size, loop)
+        assert all(1 <= len(batch) <= batch_size for batch in batches)
+        assert sorted(sum(batches, [])) == list(product(range(num_classes), range(ipc)))
+
+
+def test_the_original_loop_has_at_most_one_image_of_a_class_in_a_batch():
+    for num_classes, ipc, batch_size in GRID:
+        batches = make_batches(num_classes, ipc, batch_size, "original")
+        assert all(len({label for label, _ in batch}) == len(batch) for batch in batches)
+        assert len(batches) == ipc * math.ceil(num_classes / batch_size)
+
+
+def test_the_reorder_loop_keeps_classes_together_and_takes_as_many_as_fit():
+    for num_classes, ipc, batch_size in GRID:
+        batches = make_batches(num_classes, ipc, batch_size, "reorder")
+        classes = [{label for label, _ in batch} for batch in batches]
+        if ipc <= batch_size:
+            assert sum(map(len, classes)) == num_classes                            # none is cut
+            assert all(len(batch) + ipc > batch_size for batch in batches[:-1])
+        else:
+            assert all(len(members) == 1 for members in classes)
+            assert len(batches) == num_classes * math.ceil(ipc / batch_size)
+
+
+def test_noise_is_normal_and_depends_on_seed_class_and_index_alone():
+    start = noise(3, 7, 64, 0)
+    torch.rand(5)
+    assert start.shape == (3, 64, 64) and torch.equal(noise(3, 7, 64, 0), start)
+    others = [noise(*key) for key in ((3, 7, 64, 1), (4, 7, 64, 0), (3, 8, 64, 0), (7, 3, 64, 0))]
+    for other in others:
+        assert abs((start * other).mean()) < 4 / start.numel() ** 0.5               # not even correlated
+    assert abs(start.mean()) < 4 / start.numel() ** 0.5
+    assert abs(start.var() - 1) < 4 * (2 / start.numel()) ** 0.5

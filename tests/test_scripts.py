@@ -1,0 +1,753 @@
+"""The five phases from end to end: their files, what is the same every time, and what each flag changes."""
+import itertools
+import json
+import shutil
+import statistics
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.datasets import ImageFolder
+
+import collect_stats
+import recover
+import relabel
+import squeeze
+import train_eval
+from models import build_model
+from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
+from utils.run import generator, load_teachers
+
+PHASES = {"squeeze": squeeze, "collect_stats": collect_stats, "recover": recover, "relabel": relabel, "train_eval": train_eval}
+RUN = "gvbsm-ipc2"
+FP16 = 1e-3                                                    # relative rounding of float16
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(module, name, n): the n-th call of module.name raises."""
+    def at(module, name, n):
+        function, calls = getattr(module, name), itertools.count(1)
+
+        def raising(*args, **kwargs):
+            if next(calls) == n:
+                raise Interrupted
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, raising)
+    return at
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """record(module, name): the list of arguments, and value after them, of the calls of module.name from now on."""
+    def watch(module, name):
+        function, calls = getattr(module, name), []
+
+        def recording(*args, **kwargs):
+            calls.append((*args, *kwargs.values(), value := function(*args, **kwargs)))
+            return value
+
+        monkeypatch.setattr(module, name, recording)
+        return calls
+    return watch
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def teachers(project, *names, folder=None):
+    """Frozen backbones of a project, {name: model}."""
+    args = SimpleNamespace(backbones=names, dataset=project.dataset, teachers="")
+    return load_teachers(args, folder or project.teachers, build_model, torch.device("cpu"))[0]
+
+
+def network_input(project, pixels):
+    """Integers [N, S, S, 3] as the networks see them."""
+    data = checkpoint(project.teachers / "convnet_w8.pt")["data"]
+    return normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), data["mean"], data["std"])
+
+
+def labels(project, run=RUN):
+    """{array: values} of a run's labels."""
+    return {path.stem: np.load(path) for path in (project.run(run) / "labels").glob("*.npy")}
+
+
+def made(project, phase, run=RUN):
+    """What a phase has made, comparable."""
+    if phase in ("squeeze", "collect_stats"):
+        kind, key = (".pt", "weights") if phase == "squeeze" else (".stats.pt", "statistics")
+        return {name: {layer: [row.tolist() for row in values] if isinstance(values, list) else values.tolist()
+                       for layer, values in checkpoint(project.teachers / f"{name}{kind}")[key].items()}
+                for name in ("convnet_w8", "wrn10_1")}
+    if phase == "recover":
+        return {path.relative_to(project.run(run)): path.read_bytes() for path in project.run(run).rglob("*.png")}
+    if phase == "relabel":
+        return {path.name: path.read_bytes() for path in (project.run(run) / "labels").glob("*.npy")}
+    return {path.name: json.loads(path.read_text())["top1_by_epoch"] for path in (project.run(run) / "eval").iterdir()}
+
+
+# The chain
+
+@pytest.fixture(scope="module", params=["beasts", "shapes"])
+def chain(request, beasts, new_project):
+    """A project after all five phases, their RESULTs, and what they printed."""
+    shapes = request.param == "shapes"
+    project, results, printed = new_project("shapes" if shapes else beasts), {}, {}
+    for phase in PHASES:
+        flags = ("--backbones convnet_w8 --ipc 1", "--batch-size 64" * (phase == "squeeze")) if shapes else ()
+        results[phase], printed[phase] = project.call(phase, *flags), project.printed
+    if shapes:
+        project.classes = results["recover"]["classes"]
+    return project, results, printed
+
+
+def test_the_chain_writes_the_documented_files_and_no_others(chain):
+    project, results, _ = chain
+    ipc, backbones = results["squeeze"]["ipc"], results["squeeze"]["args"]["backbones"]
+    expected = {f"teachers/supervised/{name}" for backbone in backbones for name in (f"{backbone}.pt", f"{backbone}.stats.pt")}
+    expected |= {f"teachers/supervised/{phase}.json" for phase in ("squeeze", "collect_stats")}
+    run = {f"images/{name}/{i:05d}.png" for name in project.classes for i in range(ipc)}
+    run |= {"grid.png", "log.jsonl", "result.json", "eval/convnet_w8.json"}
+    run |= {f"labels/{name}" for name in ("logits.npy", "crop.npy", "flip.npy", "partner.npy", "box.npy", "ratio.npy", "result.json")}
+    expected |= {f"gvbsm-ipc{ipc}/{name}" for name in run}
+    assert {path.relative_to(project.results).as_posix() for path in project.results.rglob("*") if path.is_file()} == expected
+
+
+def test_each_phase_ends_with_one_result_line_that_equals_its_file(chain):
+    project, results, printed = chain
+    run = project.run(f"gvbsm-ipc{results['recover']['ipc']}")
+    files = [project.teachers / "squeeze.json", project.teachers / "collect_stats.json", run / "result.json",
+             run / "labels/result.json", run / "eval/convnet_w8.json"]
+    for (phase, result), file in zip(results.items(), files, strict=True):
+        lines = printed[phase].splitlines()
+        assert [line for line in lines if line.startswith("RESULT")] == lines[-1:] == ["RESULT " + json.dumps(result)]
+        assert json.loads(file.read_text()) == result
+        assert (result["phase"], result["dataset"], result["method"], result["tag"]) == (phase, project.results.name, "gvbsm", None)
+        assert {"seconds", "peak_memory", "versions", "args", "upstream"} <= result.keys()
+
+
+def test_the_arguments_of_all_phases_travel_to_the_evaluation(chain):
+    _, results, _ = chain
+    upstream = results["train_eval"]["upstream"]
+    assert upstream.keys() == results.keys() - {"train_eval"}
+    for phase, backbones in ("squeeze", upstream["squeeze"]), ("collect_stats", upstream["collect_stats"]):
+        assert list(backbones) == results["squeeze"]["args"]["backbones"]
+        assert all(args == results[phase]["args"] for args in backbones.values())
+    assert upstream["recover"] == results["recover"]["args"] and upstream["relabel"] == results["relabel"]["args"]
+
+
+def test_any_image_folder_loader_reads_the_images_in_the_teachers_class_order(chain):
+    project, results, _ = chain
+    ipc, backbone = results["recover"]["ipc"], results["squeeze"]["args"]["backbones"][0]
+    data = checkpoint(project.teachers / f"{backbone}.pt")["data"]
+    found = ImageFolder(project.run(f"gvbsm-ipc{ipc}") / "images")
+    assert found.classes == data["classes"] == results["relabel"]["classes"] == list(project.classes)
+    assert found.targets == [label for label in range(len(found.classes)) for _ in range(ipc)]
+    assert {(image.size, image.mode) for image, _ in found} == {((data["image_size"],) * 2, "RGB")}
+
+
+def test_the_grid_shows_the_images_class_by_class(chain):
+    project, results, _ = chain
+    run, ipc = f"gvbsm-ipc{results['recover']['ipc']}", results["recover"]["ipc"]
+    images, grid = project.images(run), np.asarray(Image.open(project.run(run) / "grid.png")).astype(int)
+    size = images.shape[1]
+    assert grid.shape == (len(project.classes) * (size + 2) + 2, ipc * (size + 2) + 2, 3)
+    for number, image in enumerate(images):
+        row, column = (2 + (size + 2) * place for place in divmod(number, ipc))
+        assert (grid[row:row + size, column:column + size] == image).all()
+
+
+def test_the_log_holds_the_arguments_and_then_every_term_of_the_loss(chain):
+    project, results, _ = chain
+    first, *entries = project.log(f"gvbsm-ipc{results['recover']['ipc']}")
+    assert first == {"args": results["recover"]["args"]}
+    numbers = range(-(-len(project.classes) * results["recover"]["ipc"] // 4))
+    assert [(entry["batches"], entry["iteration"]) for entry in entries] == [([n], t) for n in numbers for t in range(6)]
+    assert all(list(entry) == ["iteration", "batches", "backbone", "ce", "bn", "conv", "dd"] for entry in entries)
+
+
+def test_log_every_thins_the_log_and_keeps_the_last_iteration(project):
+    project.call("recover", "--log-every 4 --batch-size 8")
+    assert [entry["iteration"] for entry in project.log()[1:]] == [0, 4, 5]
+
+
+# The same every time
+
+def test_the_same_seeds_give_the_same_bytes(chain, beasts, new_project):
+    if chain[0].results.name != "beasts":
+        pytest.skip("the folder is enough")
+    again = new_project(beasts)
+    again.chain()
+    for phase in PHASES:
+        assert made(again, phase) == made(chain[0], phase)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_another_seed_gives_other_results_from_the_same_inputs(phase, relabelled):
+    relabelled.call("train_eval")
+    before = made(relabelled, phase)
+    relabelled.call(phase, "--overwrite", "--student-seeds 1" if phase == "train_eval" else "--seed 1")
+    after = made(relabelled, phase)
+    assert after.keys() == before.keys() and all(after[key] != before[key] for key in after)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_finished_phase_repeats_its_result_and_touches_nothing(phase, relabelled):
+    relabelled.call("train_eval")
+    first = relabelled.call(phase)
+    before = relabelled.files()
+    assert relabelled.call(phase, "--workers 1") == first and relabelled.files() == before
+    assert "already done" in relabelled.printed
+
+
+def test_a_phase_does_only_the_backbones_or_students_that_are_missing(bare, squeezed):
+    bare.call("squeeze", "--backbones wrn10_1")
+    bare.call("collect_stats", "--backbones wrn10_1")
+    before = bare.files()
+    assert bare.call("squeeze")["top1"].keys() == bare.call("collect_stats")["convolutions"].keys() == {"convnet_w8", "wrn10_1"}
+    after = bare.files()
+    assert all(after[file] == before[file] for file in before if file.endswith(".pt"))
+    assert made(bare, "squeeze") == made(squeezed, "squeeze") and made(bare, "collect_stats") == made(squeezed, "collect_stats")
+
+
+def test_a_finished_phase_repeats_the_result_of_the_backbones_it_was_asked_for(project):
+    for phase, metric in ("squeeze", "top1"), ("collect_stats", "convolutions"):
+        project.call(phase, "--backbones wrn10_1")
+        assert list(project.call(phase, "--backbones convnet_w8")[metric]) == ["convnet_w8"]
+
+
+@pytest.mark.parametrize("name, call", [("draw_view", 9), ("save_png", 6)])    # iterating, saving the second batch
+def test_an_interrupted_recovery_goes_on_as_if_nothing_had_happened(name, call, project, interrupt, monkeypatch):
+    project.call("recover", "--tag whole")
+    with monkeypatch.context(), pytest.raises(Interrupted):
+        interrupt(recover, name, call)
+        project.call("recover")
+    monkeypatch.undo()
+    first = {file: content for file, content in project.files().items() if "/10/" in file or "/9/" in file}
+    assert len(first) == 8 and not (project.run() / "result.json").exists()
+    project.call("recover")
+    assert first.items() <= project.files().items()
+    assert made(project, "recover") == made(project, "recover", f"{RUN}-whole")
+    assert not [file for file in project.files() if file.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("phase, name, call, kept", [
+    ("squeeze", "save_torch", 2, "convnet_w8.pt"), ("collect_stats", "save_torch", 2, "convnet_w8.stats.pt"),
+    ("relabel", "label_epoch", 2, None), ("train_eval", "train_student", 2, "convnet_w8.json")])
+def test_any_interrupted_phase_goes_on_as_if_nothing_had_happened(phase, name, call, kept, bare, interrupt, monkeypatch):
+    flags = "--students convnet_w8 wrn10_1" if phase == "train_eval" else ""
+    for earlier in list(PHASES)[:list(PHASES).index(phase)]:
+        bare.call(earlier)
+    before = bare.files()
+    with pytest.raises(Interrupted):
+        interrupt(PHASES[phase], name, call)
+        bare.call(phase, flags)
+    monkeypatch.undo()
+    halfway = {file: content for file, content in bare.files().items() if content and file not in before}
+    assert [file.rpartition("/")[2] for file in halfway] == [kept] * bool(kept)
+    bare.call(phase, flags)
+    assert halfway.items() <= bare.files().items()
+    finished = made(bare, phase)
+    bare.call(phase, flags, "--overwrite")
+    assert made(bare, phase) == finished
+
+
+def test_overwrite_starts_again(project):
+    project.call("recover", "--tag fresh --iterations 3")
+    project.call("recover")
+    Image.new("RGB", (16, 16)).save(project.run() / "images" / "ant" / "00000.png")
+    project.call("recover", "--iterations 3 --overwrite")
+    assert made(project, "recover") == made(project, "recover", f"{RUN}-fresh")
+    first, *entries = project.log()
+    assert first["args"]["iterations"] == 3 and len(entries) == 2 * 3
+
+
+# recover: the terms of the loss, and what moves the pixels
+
+@pytest.fixture
+def passes(monkeypatch):
+    """What recover.py does: for each pass its labels [G, B], and for each iteration the draw, the pixels [G, B, 3, S, S]
+    before and after augmentation, and the dropped layers."""
+    passes, loop, view = [], recover.recover_batches, recover.apply_view
+
+    def recover_batches(pixels, labels, *rest):
+        passes.append((labels.clone(), []))
+        return loop(pixels, labels, *rest)
+
+    def apply_view(images, draw):
+        after = view(images, draw)
+        pixels, seen = (x.detach().clone().unflatten(1, (-1, 3)) for x in (images, after))
+        passes[-1][1].append(SimpleNamespace(draw=draw, pixels=pixels, images=seen))
+        return after
+
+    def watch(matching):
+        hooks = matching.hooks
+
+        def watched(self, dropped=()):
+            passes[-1][1][-1].dropped = set(dropped)
+            return hooks(self, dropped)
+        monkeypatch.setattr(matching, "hooks", watched)
+
+    monkeypatch.setattr(recover, "recover_batches", recover_batches)
+    monkeypatch.setattr(recover, "apply_view", apply_view)
+    watch(recover.ClosedFormMatching)
+    watch(recover.PlainMatching)
+    return passes
+
+
+def inputs_and_logits(model, images):
+    inputs = {}
+    handles = [layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].clone()}))
+               for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))]
+    logits = model(images)
+    for handle in handles:
+        handle.remove()
+    return inputs, logits
+
+
+def moments(x, patch):
+    """Channel mean, channel variance, patch mean, patch variance, cell by cell; sides are multiples of patch."""
+    cells = [x[:, :, i:i + patch, j:j + patch] for i in range(0, x.shape[2], patch) for j in range(0, x.shape[3], patch)]
+    return [x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0), torch.stack([cell.mean() for cell in cells]),
+            torch.stack([cell.var(correction=0) for cell in cells])]
+
+
+def densification(pixels, labels, tau, scale):
+    loss = 0
+    for label in labels.unique():
+        rows = pixels[labels == label].flatten(1).double()
+        values = torch.linalg.eigvalsh(rows @ rows.T / (rows.shape[1] if scale == "mean" else 1))
+        soft, sharp = (values / tau).log_softmax(0), values.log_softmax(0)
+        loss += (soft.exp() * (soft - sharp)).sum().item()
+    return loss
+
+
+def loss_terms(project, args, passes, entries):
+    """The terms of the loss in each logged iteration, by slow loops over layers and patches; one batch a pass."""
+    folder = project.results / "teachers" / args["teachers"]
+    models, entries = teachers(project, *args["backbones"], folder=folder), iter(entries)
+    stored = {name: checkpoint(folder / f"{name}.stats.pt") for name in models}
+    for (labels,), steps in passes:
+        averages = {}
+        for step in steps:
+            name = next(entries)["backbone"]
+            inputs, logits = inputs_and_logits(models[name], step.images[0])
+            terms = {"ce": args["ce_weight"] * nn.functional.cross_entropy(logits, labels).item(), "bn": 0, "conv": 0,
+                     "dd": args["dd_weight"] * densification(step.pixels[0], labels, args["tau"], args["dd_scale"])}
+            for layer, x in inputs.items():
+                module, values = models[name].get_submodule(layer), moments(x, stored[name]["patch"])
+                if isinstance(module, nn.BatchNorm2d):
+                    kind, targets, values = "bn", (module.running_mean, module.running_var), values[:2]
+                else:
+                    kind, targets = "conv", stored[name]["statistics"][layer]
+                if layer in step.dropped:
+                    continue
+                weight = args[f"{kind}_weight"] * (args["first_multiplier"] if layer == next(iter(inputs)) else 1)
+                for i, (value, target) in enumerate(zip(values, targets, strict=True)):
+                    past = averages.get((name, layer, i), value)
+                    average = averages[name, layer, i] = args["alpha"] * past + (1 - args["alpha"]) * value
+                    terms[kind] += weight * (average - target).norm().item()
+            yield terms
+
+
+RECOVER = [
+    "", "--alpha 0", "--alpha 0.4", "--alpha 1", "--drop-rate 0", "--drop-rate 1", "--ce-weight 0", "--ce-weight 3", "--bn-weight 0",
+    "--bn-weight 1", "--conv-weight 0", "--conv-weight 1", "--dd-weight 0", "--dd-weight 3 --tau 2", "--first-multiplier 1",
+    "--dd-scale sum --crop none", "--loop original", "--choice cycle", "--ipc 1", "--ipc 3", "--ipc 5",
+    "--loop original --batch-size 3", "--backbones wrn10_1", "--backbones convnet_w8", "--crop none", "--crop pad2",
+    "--flip --roll 4", "--bn-weight 0 --conv-weight 0", "--backbones convnet_w8 --drop-rate 1"]
+
+
+@pytest.mark.parametrize("flags", RECOVER)
+def test_the_logged_terms_are_the_equations_and_both_gradients_give_the_same_images(flags, project, passes):
+    scale = "--dd-scale mean"       # the sum's gradient is mere rounding for a pixel outside the crop, and Adam makes it a step
+    result = project.call("recover", "--tag closed", scale, flags)
+    run = f"gvbsm-ipc{result['ipc']}"
+    closed = [entry for entry in project.log(f"{run}-closed")[1:]]
+    expected = list(loss_terms(project, result["args"], passes, closed))
+    assert len(closed) == len(expected) > 0
+    for entry, terms in zip(closed, expected, strict=True):
+        assert {term: entry[term] for term in terms} == {term: pytest.approx(value, 1e-3, 1e-6) for term, value in terms.items()}
+    project.call("recover", "--tag plain --statistics plain", scale, flags)
+    assert abs(project.images(f"{run}-plain") - project.images(f"{run}-closed")).max() <= 1
+
+
+@pytest.mark.parametrize("flags, term", [
+    ("--ce-weight 0", "ce"), ("--bn-weight 0", "bn"), ("--conv-weight 0", "conv"), ("--dd-weight 0", "dd"), ("--ipc 1", "dd"),
+    ("--drop-rate 1", "conv"), ("--backbones convnet_w8", "bn"), ("--loop original", "dd")])
+def test_a_term_that_is_off_is_exactly_zero_and_the_others_are_not(flags, term, project):
+    result = project.call("recover", "--dd-scale mean --drop-rate 0", flags)
+    entries = project.log(f"gvbsm-ipc{result['ipc']}")[1:]
+    if term != "bn":
+        entries = [entry for entry in entries if entry["backbone"] == "wrn10_1"]         # the one with BatchNorm
+    assert entries and all((entry[name] == 0) == (name == term) for entry in entries for name in ("ce", "bn", "conv", "dd"))
+
+
+@pytest.mark.parametrize("flags", [
+    "--alpha 0", "--drop-rate 0", "--drop-rate 1", "--ce-weight 0", "--bn-weight 0", "--conv-weight 0", "--dd-scale mean",
+    "--first-multiplier 1", "--loop original", "--choice cycle", "--backbones wrn10_1", "--crop none", "--crop pad2", "--flip",
+    "--roll 4", "--batch-size 8", "--lr 0.01", "--iterations 5", "--seed 1"])
+def test_each_flag_changes_the_images(flags, project):
+    project.call("recover")
+    project.call("recover", "--tag other", flags)
+    assert (project.images() != project.images(f"{RUN}-other")).any()
+
+
+def test_images_start_as_noise_of_their_own_and_do_not_move_without_a_loss(project):
+    project.call("recover", "--ce-weight 0 --bn-weight 0 --conv-weight 0 --dd-weight 0")
+    project.call("recover", "--lr 0 --loop original --batch-size 3 --ipc 3")
+    still, fewer = project.images("gvbsm-ipc3").reshape(4, 3, 16, 16, 3)[:, :2], project.images().reshape(4, 2, 16, 16, 3)
+    assert (still == fewer).all()
+    assert len({image.tobytes() for image in still.reshape(8, -1)}) == 8
+    data = checkpoint(project.teachers / "convnet_w8.pt")["data"]
+    start = [recover.noise(label, i, 16, seed=0) for label in range(4) for i in range(2)]
+    assert (to_uint8(torch.stack(start), data["mean"], data["std"]).permute(0, 2, 3, 1).view(4, 2, 16, 16, 3).numpy() == still).all()
+    inside = torch.stack(start)[torch.stack(start).abs() < 1]
+    assert inside.numel() / (8 * 768) == pytest.approx(0.683, abs=0.02)              # N(0, 1)
+
+
+def test_backbones_take_turns_or_are_drawn_alike_for_every_batch(project):
+    for choice in "cycle", "uniform":
+        project.call("recover", f"--tag {choice} --choice {choice} --iterations 40")
+        names = [entry["backbone"] for entry in project.log(f"{RUN}-{choice}")[1:]]
+        assert names[:40] == names[40:]
+        assert (names[:40] == ["convnet_w8", "wrn10_1"] * 20) == (choice == "cycle")
+        assert 10 <= names[:40].count("wrn10_1") <= 30
+
+
+def test_convolutions_alone_are_dropped_at_their_rate_alike_for_every_batch(project, passes):
+    project.call("recover", "--backbones wrn10_1 --iterations 60")
+    convolutions = set(checkpoint(project.teachers / "wrn10_1.stats.pt")["statistics"])
+    first, second = ([step.dropped for step in steps] for _, steps in passes)
+    assert first == second and set().union(*first) == convolutions
+    assert sum(map(len, first)) / (60 * len(convolutions)) == pytest.approx(0.4, abs=0.1)
+
+
+@pytest.mark.parametrize("flags, keys", [
+    ("--crop none", set()), ("--crop pad2", {"shift"}), ("--crop resized", {"crop"}), ("--crop none --flip", {"flip"}),
+    ("--crop none --roll 3", {"roll"}), ("--crop pad2 --flip --roll 3", {"shift", "flip", "roll"})])
+def test_a_batch_is_seen_under_one_view_of_its_own(flags, keys, project, passes):
+    project.call("recover", "--iterations 30", flags)
+    first, second = ([step.draw for step in steps] for _, steps in passes)
+    assert all(draw.keys() == keys and all(len(value) == 1 for value in draw.values()) for draw in first + second)
+    draws = {key: torch.cat([draw[key] for draw in first]) for key in keys}
+    assert all(not torch.equal(draws[key], torch.cat([draw[key] for draw in second])) for key in keys)
+    for key, bounds in ("shift", (-2, 2)), ("roll", (0, 3)), ("flip", (0, 1)):
+        assert key not in keys or (draws[key].min(), draws[key].max()) == bounds
+    changed = [not torch.equal(step.images, step.pixels) for _, steps in passes for step in steps]
+    assert any(changed) == bool(keys)
+
+
+@pytest.mark.parametrize("flags, shapes", [
+    ("--ipc 3", [(3, 3), (1, 3)]), ("--ipc 5", [(1, 4), (1, 1)] * 4), ("--ipc 3 --loop original --batch-size 3", [(1, 3), (1, 1)] * 3),
+    ("--ipc 3 --loop original", [(3, 4)]), ("--ipc 2 --batch-size 3", [(3, 2), (1, 2)])])
+def test_batches_that_share_a_pass_end_as_they_do_alone(flags, shapes, project, passes):
+    ipc = project.call("recover", "--tag together --groups-per-step 3", flags)["ipc"]
+    assert [tuple(labels.shape) for labels, _ in passes] == shapes
+    project.call("recover", "--tag alone", flags)
+    together, alone = (project.images(f"gvbsm-ipc{ipc}-{tag}") for tag in ("together", "alone"))
+    assert len(together) == 4 * ipc and abs(together - alone).max() <= 1
+
+
+@pytest.mark.parametrize("loop", ["reorder", "original"])
+def test_a_batch_holds_whole_classes_or_one_image_of_each(loop, project, passes):
+    project.call("recover", f"--loop {loop}")
+    assert [labels[0].tolist() for labels, _ in passes] == ([[0, 0, 1, 1], [2, 2, 3, 3]] if loop == "reorder" else [[0, 1, 2, 3]] * 2)
+
+
+def test_other_teachers_and_other_patches_are_what_the_images_match(project, passes):
+    other = project.results / "teachers" / "other"
+    project.call("squeeze", "--teachers other --epochs 1")
+    project.call("collect_stats", "--teachers other --patch 2")
+    result = project.call("recover", "--teachers other")
+    terms = list(loss_terms(project, result["args"], passes, project.log()[1:]))
+    assert [entry["conv"] for entry in project.log()[1:]] == [pytest.approx(term["conv"], 1e-3) for term in terms]
+    assert len(checkpoint(other / "convnet_w8.stats.pt")["statistics"]["0"][2]) == 64
+    assert result["upstream"]["squeeze"]["wrn10_1"]["epochs"] == 1 and result["upstream"]["collect_stats"]["wrn10_1"]["patch"] == 2
+
+
+def test_adam_takes_steps_of_the_learning_rate_that_falls_along_a_cosine(project, passes):
+    project.call("recover", "--iterations 4 --ce-weight 0 --bn-weight 0 --dd-weight 0 --backbones convnet_w8 --crop none --drop-rate 0 "
+                            "--batch-size 8 --conv-weight 1e4")
+    pixels = torch.stack([step.pixels for step in passes[0][1]])
+    moves = (pixels[1:] - pixels[:-1]).abs().flatten(1)
+    assert moves[0].median() == pytest.approx(0.05, rel=1e-3)                            # lr * g / |g|
+    assert (moves.quantile(0.9, dim=1) <= 1.5 * 0.05 * torch.tensor([1, 0.8536, 0.5])).all()
+
+
+# recover --method random
+
+def test_random_takes_distinct_training_images_of_the_class_and_needs_no_teachers(bare):
+    bare.call("recover", "--method random --ipc 5")
+    for name in bare.classes:
+        originals = {np.asarray(Image.open(file)).tobytes() for file in (bare.root / "beasts/train" / name).iterdir()}
+        chosen = [np.asarray(Image.open(file)).tobytes() for file in (bare.run("random-ipc5") / "images" / name).iterdir()]
+        assert len(set(chosen)) == 5 and set(chosen) <= originals
+    bare.call("recover", "--method random --ipc 5 --tag other --seed 1")
+    assert (bare.images("random-ipc5") != bare.images("random-ipc5-other")).any((1, 2, 3)).sum() > 5
+
+
+def test_random_images_go_through_the_same_phases(project):
+    results = project.chain("--method random", first="recover")
+    assert results["train_eval"]["method"] == "random" and (project.run("random-ipc2") / "eval/convnet_w8.json").exists()
+    assert results["train_eval"]["upstream"]["recover"]["method"] == "random"
+
+
+# squeeze and collect_stats
+
+def test_the_accuracy_of_a_backbone_is_that_of_its_weights_on_the_test_images(project):
+    result = project.call("squeeze", "--teachers trained --epochs 8")
+    test = ImageFolder(project.dataset / "test")
+    images = network_input(project, np.stack([np.asarray(image) for image, _ in test]))
+    for name, model in teachers(project, "convnet_w8", "wrn10_1", folder=project.results / "teachers/trained").items():
+        right = (model(images).argmax(1) == torch.tensor(test.targets)).float().mean().item()
+        assert result["top1"][name] == pytest.approx(100 * right)
+    assert result["top1"]["convnet_w8"] > 60                                            # of four classes
+
+
+@pytest.mark.parametrize("flags", ["--crop none", "--epochs 3", "--batch-size 8", "--lr 0.1", "--momentum 0", "--weight-decay 0.1",
+                                   "--schedule cosine"])
+def test_each_flag_of_squeeze_changes_the_weights(flags, project):
+    project.call("squeeze", "--teachers other", flags)
+    for name, model in teachers(project, "convnet_w8", "wrn10_1", folder=project.results / "teachers/other").items():
+        assert any(not torch.equal(mine, before) for mine, before in zip(
+            model.state_dict().values(), checkpoint(project.teachers / f"{name}.pt")["weights"].values(), strict=True))
+
+
+def test_a_backbone_does_not_depend_on_which_others_are_trained_beside_it(project):
+    project.call("squeeze", "--teachers alone --backbones wrn10_1")
+    alone, beside = (checkpoint(project.results / f"teachers/{name}/wrn10_1.pt")["weights"] for name in ("alone", "supervised"))
+    assert all(torch.equal(alone[key], beside[key]) for key in beside)
+
+
+def test_pretrained_weights_come_from_torchs_hub_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)                        # nothing may be fetched
+    saved, model = (build_model("shufflenetv2_05", 1000, 224) for _ in range(2))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(saved.state_dict(), tmp_path / "checkpoints" / "shufflenetv2_x0.5-f707e7126e.pth")
+    squeeze.load_pretrained("shufflenetv2_05", model, download=False)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), saved.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name, sizes", [("convnet_w8", (20, 20, 8)), ("wrn10_1", (7, 7, 7, 1))])
+def test_dataset_statistics_are_the_average_of_batches_by_their_size(name, sizes, project):
+    model, batches = teachers(project, name)[name], [torch.randn(size, 3, 16, 16) * (i + 1) for i, size in enumerate(sizes)]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found, total = collect_stats.dataset_statistics(model, iter(batches), patch=4), sum(sizes)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    inputs = [inputs_and_logits(model, batch)[0] for batch in batches]
+    convolutions = [layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert list(found) == convolutions
+    for layer in convolutions:
+        slow = [sum(size * values for size, values in zip(sizes, kind)) / total
+                for kind in zip(*(moments(batch[layer], 4) for batch in inputs))]
+        for mine, theirs in zip(found[layer], slow, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        mean, var, patch_mean, patch_var = moments(torch.cat([batch[layer] for batch in inputs]), 4)
+        torch.testing.assert_close(found[layer][0], mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[layer][2], patch_mean, rtol=1e-4, atol=1e-5)
+        assert (found[layer][1] < var).all() and (found[layer][3] < patch_var).all()    # as the docstring of the script says
+
+
+def test_the_stored_statistics_are_of_the_augmented_training_images_in_eval_mode(project, record):
+    views = record(collect_stats, "normalize")
+    result = project.call("collect_stats", "--overwrite --backbones wrn10_1 --crop none")
+    images = [view[-1] for view in views]
+    assert [len(batch) for batch in images] == [20, 20, 8] and result["convolutions"] == {"wrn10_1": 9}
+    train = ImageFolder(project.dataset / "train")
+    plain = network_input(project, np.stack([np.asarray(image) for image, _ in train]))
+    seen, once, mirrored = ({image.numpy().tobytes() for image in batch} for batch in (torch.cat(images), plain, plain.flip(-1)))
+    assert len(seen) == 48 and seen <= once | mirrored and seen & once and seen & mirrored
+    stored = checkpoint(project.teachers / "wrn10_1.stats.pt")
+    slow = collect_stats.dataset_statistics(teachers(project, "wrn10_1")["wrn10_1"], images, 4)
+    assert all(torch.equal(mine, theirs) for layer in slow for mine, theirs in zip(stored["statistics"][layer], slow[layer], strict=True))
+
+
+# relabel
+
+def test_the_labels_are_float16_logits_and_a_row_of_draws_for_every_mixed_sample(relabelled):
+    found = {name: (array.dtype.name, array.shape) for name, array in labels(relabelled).items()}
+    assert found == {"logits": ("float16", (3, 8, 4)), "crop": ("int16", (3, 8, 4)), "flip": ("bool", (3, 8)),
+                     "partner": ("int32", (3, 8)), "box": ("int16", (3, 8, 4)), "ratio": ("float32", (3, 8))}
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
+def test_replaying_the_stored_draws_shows_the_teachers_what_they_labelled(mix, project):
+    project.call("recover")
+    project.call("relabel", f"--no-logit-norm --mix {mix} --whole-up-to 0 --batch-size 3")
+    stored, images = labels(project), network_input(project, project.images())
+    models = teachers(project, "convnet_w8", "wrn10_1").values()
+    for epoch, size in itertools.product(range(3), (1, 3, 8)):
+        draw = {name: torch.from_numpy(stored[name][epoch]) for name in ("crop", "flip", "partner", "box", "ratio")}
+        draw = {name: value.long() if value.dtype in (torch.int16, torch.int32) else value for name, value in draw.items()}
+        mixed = torch.cat([apply_epoch(images, draw, index, mix) for index in torch.arange(8).split(size)])
+        logits = torch.stack([model(mixed) for model in models]).mean(0)
+        np.testing.assert_allclose(stored["logits"][epoch], logits, rtol=FP16, atol=FP16)
+    ratio, area = stored["ratio"], stored["box"][..., 2] * stored["box"][..., 3] / 256
+    assert (stored["partner"] == np.arange(8)).all() == (mix == "none") and (ratio == 1).all() == (mix == "none")
+    assert (area > 0).any() == (mix == "cutmix") and (mix == "mixup" or np.allclose(ratio, 1 - area))
+    assert len(set(map(bytes, stored["crop"]))) == len(set(map(bytes, stored["flip"]))) == 3           # epochs differ
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_ensembles_labels_are_eq_8_of_the_single_backbones_labels(norm, project):
+    project.call("recover")
+    single = []
+    for backbones in "convnet_w8 wrn10_1", "convnet_w8", "wrn10_1":
+        project.call("relabel", f"--overwrite --backbones {backbones}", "--logit-norm" if norm else "--no-logit-norm")
+        single.append(labels(project)["logits"].astype(np.float64))
+    ensemble, *single = single
+    for epoch in range(3):                                                               # the whole set is one batch
+        norms = [np.linalg.norm(logits[epoch]) if norm else 1 for logits in single]
+        expected = np.mean([logits[epoch] * np.mean(norms) / own for logits, own in zip(single, norms)], 0)
+        np.testing.assert_allclose(ensemble[epoch], expected, rtol=3 * FP16, atol=3 * FP16)
+    assert np.linalg.norm(single[0]) > 1.2 * np.linalg.norm(single[1]) or np.linalg.norm(single[1]) > 1.2 * np.linalg.norm(single[0])
+
+
+def test_the_norms_of_eq_8_are_those_of_a_label_batch_or_of_a_whole_small_set(project):
+    project.call("recover")
+    images, models = network_input(project, project.images()), teachers(project, "convnet_w8", "wrn10_1").values()
+    for flags, size in ("--whole-up-to 0 --batch-size 3", 3), ("--whole-up-to 8 --batch-size 3", 8), ("--whole-up-to 7 --batch-size 3", 3):
+        assert project.call("relabel", "--overwrite", flags)["label_batch"] == size
+        draw = draw_epoch(8, 16, size, "cutmix", generator("relabel", 0, 2))
+        for batch in draw["order"].split(size):
+            each = torch.stack([model(apply_epoch(images, draw, batch, "cutmix")) for model in models])
+            norms = each.flatten(1).norm(dim=1)
+            expected = (each * (norms.mean() / norms)[:, None, None]).mean(0)
+            np.testing.assert_allclose(labels(project)["logits"][2, batch], expected, rtol=FP16, atol=FP16)
+
+
+def test_labels_and_evaluation_of_images_of_any_origin(relabelled):
+    foreign = relabelled.root / "foreign"
+    for file in (relabelled.run() / "images").glob("*/*.png"):
+        (foreign / file.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.open(file).save(foreign / file.parent.name / f"{file.stem}.bmp")
+    result = relabelled.call("relabel", "--tag foreign --images", foreign)
+    assert result["args"]["images"] == str(foreign)
+    assert made(relabelled, "relabel", f"{RUN}-foreign") == made(relabelled, "relabel")
+    expected = relabelled.call("train_eval")["top1_by_epoch"]
+    assert relabelled.call("train_eval", "--tag foreign --images", foreign)["top1_by_epoch"] == expected
+    hard = relabelled.call("train_eval", "--labels hard")["top1_by_epoch"]
+    assert relabelled.call("train_eval", "--labels hard --tag nothing --images", foreign)["top1_by_epoch"] == hard
+
+
+# train_eval
+
+def test_students_are_judged_by_the_last_epoch_over_seeds(relabelled):
+    result = relabelled.call("train_eval", "--student-seeds 0 1 2 --epochs 3 --evaluations 3")
+    runs = result["top1_by_epoch"]
+    assert [list(run) for run in runs] == [["1", "2", "3"]] * 3 and result["seeds"] == [0, 1, 2]
+    last = [run["3"] for run in runs]
+    assert result["top1_per_seed"] == last and result["top1"] == pytest.approx(sum(last) / 3)
+    assert result["top1_std"] == pytest.approx(statistics.stdev(last)) and len(set(last)) > 1
+    assert result["top1_best"] == pytest.approx(sum(max(run.values()) for run in runs) / 3) != result["top1"]
+    alone = relabelled.call("train_eval", "--student-seeds 2 --epochs 3 --evaluations 3 --tag alone --images", relabelled.run() / "images",
+                            "--labels hard")
+    hard = relabelled.call("train_eval", "--student-seeds 0 1 2 --evaluations 3 --labels hard")
+    assert alone["top1_by_epoch"] == hard["top1_by_epoch"][2:] and alone["top1_std"] == 0
+
+
+@pytest.mark.parametrize("epochs, evaluations, expected", [(7, 3, [3, 5, 7]), (3, 5, [1, 2, 3]), (5, 1, [5])])
+def test_the_evaluated_epochs_are_evenly_spaced_and_end_with_the_last(epochs, evaluations, expected, relabelled):
+    result = relabelled.call("train_eval", f"--labels hard --epochs {epochs} --evaluations {evaluations}")
+    assert [int(epoch) for epoch in result["top1_by_epoch"][0]] == expected
+
+
+def test_each_student_has_a_result_of_its_own(relabelled):
+    relabelled.call("train_eval", "--students convnet_w8 wrn10_1 convnet_w16")
+    lines = [json.loads(line[7:]) for line in relabelled.printed.splitlines() if line.startswith("RESULT ")]
+    files = {path.stem: json.loads(path.read_text()) for path in (relabelled.run() / "eval").iterdir()}
+    assert files == {line["student"]: line for line in lines} and len(lines) == 3
+    relabelled.call("train_eval", "--students convnet_w16")                            # a subset is done, too
+    assert relabelled.printed.count("RESULT") == 1
+
+
+def test_labels_are_stored_or_asked_online_or_hard_and_kept_apart(relabelled):
+    relabelled.call("train_eval")
+    for kind in "online", "hard":
+        assert relabelled.call("train_eval", f"--labels {kind}")["labels"] == kind
+    assert {path.name for path in (relabelled.run() / "eval").iterdir()} == {
+        "convnet_w8.json", "convnet_w8-online.json", "convnet_w8-hard.json"}
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
+def test_the_student_sees_the_same_samples_and_soft_labels_stored_or_online(mix, project, record):
+    project.call("recover")
+    project.call("relabel", f"--mix {mix} --no-logit-norm --seed 3")
+    loss, seen = record(train_eval, "mse_gt_loss"), record(train_eval, "apply_epoch")
+    project.call("train_eval")
+    project.call("train_eval", f"--labels online --no-logit-norm --mix {mix} --label-seed 3")
+    project.call("train_eval", f"--labels hard --mix {mix} --label-seed 3")
+    stored, online, hard = ([call[-1] for call in seen[i:i + 3]] for i in (0, 3, 6))
+    assert len(seen) == 9 and len(loss) == 6
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(stored, online, hard, strict=True))
+    for (_, a, y, gamma, _), (_, b, z, _, _) in zip(loss[:3], loss[3:], strict=True):
+        torch.testing.assert_close(a, b, rtol=FP16, atol=FP16)
+        assert torch.equal(y, z) and gamma == 0.15
+
+
+def test_a_student_is_trained_on_the_stored_logits_of_its_batch(relabelled, record):
+    seen = {name: record(train_eval, name) for name in ("mse_gt_loss", "kl_loss", "hard_loss", "apply_epoch")}
+    relabelled.call("train_eval", "--batch-size 3 --whole-up-to 0 --gamma 0.7")
+    batches, stored = [call[2] for call in seen["apply_epoch"]], labels(relabelled)["logits"]
+    assert [len(batch) for batch in batches] == [3, 3, 2] * 3
+    assert all(sorted(torch.cat(batches[i:i + 3]).tolist()) == list(range(8)) for i in (0, 3, 6))
+    for i, (batch, (_, soft, hard, gamma, _)) in enumerate(zip(batches, seen["mse_gt_loss"], strict=True)):
+        assert (soft.numpy() == stored[i // 3, batch]).all() and hard.tolist() == (batch // 2).tolist() and gamma == 0.7
+    relabelled.call("train_eval", "--loss kl --temperature 9 --overwrite")
+    assert [call[2] for call in seen["kl_loss"]] == [9.0] * 3 and len(seen["mse_gt_loss"]) == 9
+    relabelled.call("train_eval", "--labels hard")
+    assert len(seen["hard_loss"]) == 3 and len(seen["mse_gt_loss"]) == 9 and len(seen["kl_loss"]) == 3
+
+
+def test_hard_labels_count_both_images_by_their_shares():
+    logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
+    log_p = logits.log_softmax(1)
+    loss = train_eval.hard_loss(logits, torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([0.25, 0.6]))
+    assert loss.item() == pytest.approx(-(0.25 * log_p[0, 0] + 0.75 * log_p[0, 1] + log_p[1, 2]).item() / 2)
+
+
+def test_weight_decay_is_for_tensors_of_two_or_more_dimensions_alone():
+    model = build_model("wrn10_1", 4, 16)
+    decayed, plain = train_eval.parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert {id(p) for p in decayed["params"]} == {id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert {id(p) for p in decayed["params"] + plain["params"]} == {id(p) for p in model.parameters()}
+    assert len(decayed["params"] + plain["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("flags, name, options", [
+    ("--optimizer sgd --momentum 0.5", "SGD", {"momentum": 0.5}), ("--optimizer adamw", "AdamW", {"betas": (0.9, 0.999)})])
+def test_each_student_has_its_learning_rate_and_the_cosine_ends_at_zero(flags, name, options, relabelled, monkeypatch):
+    made, kind = [], getattr(torch.optim, name)
+    monkeypatch.setattr(torch.optim, name, lambda *args, **kwargs: made.append(kind(*args, **kwargs)) or made[-1])
+    students = "--students convnet_w8 convnet_w16 wrn10_1 --lr 0.1 convnet_w8=0.2 wrn10_1=0.3 --weight-decay 0.01"
+    for schedule, last in ("cosine", 0.0), ("constant", 1.0):
+        relabelled.call("train_eval", flags, students, f"--schedule {schedule} --overwrite")
+        for optimizer, lr in zip(made[-3:], (0.2, 0.1, 0.3), strict=True):
+            assert optimizer.defaults["lr"] == lr
+            assert options.items() <= optimizer.defaults.items()
+            assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+            assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(last * lr, abs=1e-9)] * 2
+    assert len(made) == 6
+
+
+def test_students_learn_from_soft_labels_and_from_hard_ones_without_any_teacher(bare):
+    run = "--method random --ipc 12 --backbones convnet_w8 --batch-size 8"
+    bare.call("squeeze", "--epochs 10 --backbones convnet_w8")
+    bare.call("recover", run)
+    bare.call("relabel", run, "--epochs 20 --whole-up-to 0")
+    training = "--epochs 20 --whole-up-to 0 --optimizer adamw --lr 0.01"
+    assert bare.call("train_eval", run, training)["top1"] > 60                           # of four classes
+    shutil.rmtree(bare.teachers)
+    assert bare.call("train_eval", run, training, "--labels hard")["top1"] > 60

@@ -117,6 +117,16 @@ def squeezed(beasts, new_project):
     return project
 
 
+@pytest.fixture(scope="session")
+def labelled(squeezed, new_project):
+    """`squeezed` with distilled images and labels, which no test may change either."""
+    project = new_project(squeezed.dataset)
+    shutil.copytree(squeezed.root / "runs", project.root / "runs")
+    project.call("recover")
+    project.call("relabel")
+    return project
+
+
 @pytest.fixture
 def bare(beasts, tmp_path):
     """A project of one's own, with data alone."""
@@ -132,8 +142,7 @@ def project(squeezed, tmp_path):
 
 
 @pytest.fixture
-def relabelled(project):
+def relabelled(labelled, tmp_path):
     """`project` with distilled images and labels."""
-    project.call("recover")
-    project.call("relabel")
-    return project
+    shutil.copytree(labelled.root / "runs", tmp_path / "runs")
+    return Project(tmp_path, labelled.dataset)

@@ -338,6 +338,7 @@ def pixel_moments(split, batch_size=256):
 
 def load_folder(folder, image_size, workers=0):
     """Distilled images <folder>/<class>/<id>.png: uint8 [N, 3, S, S], labels [N], class names, relative paths [N]."""
+    folder = Path(folder).expanduser()      # as ImageFolder does
     files, labels, classes = image_folder(folder)
     images = read_images(files, image_size, image_size, workers)
     return images, torch.tensor(labels), classes, [Path(file).relative_to(folder).as_posix() for file in files]

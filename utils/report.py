@@ -30,18 +30,19 @@ def read_results(folder):
     """{(ipc, student, labels, method, tag): result} of all evaluations below runs/<dataset>."""
     results = {}
     for path in sorted(folder.glob("*/eval/*.json")):
-        result = load_json(path, "remove it and run train_eval.py again")
-        results[tuple(result[key] for key in ("ipc", "student", "labels", "method", "tag"))] = result
+        result = load_json(path, remedy := "remove it and run train_eval.py again")
+        try:
+            results[tuple(result[key] for key in ("ipc", "student", "labels", "method", "tag"))] = result
+        except (KeyError, TypeError):
+            fail(f"{path} is no result of train_eval.py; {remedy}")
     return results
 
 
 def rows(dataset, results):
     """The cells of the table, a row for each run but the random ones, which are its comparison."""
     runs = {key[:2] + key[3:] for key in results}                                      # ipc, student, method, tag
-    runs |= {(ipc, student, "gvbsm", tag) for ipc, student, method, tag in runs if method == "random" and not tag}
+    runs = {(ipc, student, "gvbsm" if method == "random" else method, tag) for ipc, student, method, tag in runs}
     for ipc, student, method, tag in sorted(runs, key=lambda run: [run[0], run[1], run[2], run[3] or ""]):
-        if method == "random":
-            continue
         for labels in ("stored", "online", "hard"):
             ours = results.get((ipc, student, labels, method, tag))
             real = results.get((ipc, student, labels, "random", tag)) or results.get((ipc, student, labels, "random", None))

@@ -158,12 +158,12 @@ def check_classes(found, expected, where, other):
 
 def relevant(args):
     """The arguments that decide the result, as plain values."""
-    return {key: value for key, value in vars(args).items() if key not in NEUTRAL}
+    return json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in NEUTRAL}, default=str))
 
 
 def check_same(stored, args, path):
     """Stop when what lies at `path` was made with other arguments."""
-    now = json.loads(json.dumps(relevant(args)))
+    now = relevant(args)
     changed = [key for key in now if key in stored and stored[key] != now[key]]
     if changed:
         told = ", ".join(f"--{key.replace('_', '-')} {stored[key]} (now {now[key]})" for key in changed)

@@ -1,0 +1,96 @@
+"""The results table, from result files written by hand."""
+import json
+
+import pytest
+
+from utils import report
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(method=, labels=, ..., top1=): a result file below tmp_path/cifar10."""
+    def write(method="gvbsm", labels="stored", ipc=10, tag=None, student="resnet18", dataset="cifar10", **metrics):
+        path = tmp_path / dataset / f"{method}-ipc{ipc}{f'-{tag}' if tag else ''}" / "eval" / f"{student}-{labels}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(method=method, labels=labels, ipc=ipc, tag=tag, student=student, top1_std=0.0, seeds=[0]) | metrics))
+    return write
+
+
+def cells(tmp_path, capsys, dataset="cifar10"):
+    """The printed table without its header.   -> list of lists of cells"""
+    report.main([str(tmp_path / dataset)])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["ipc", "student", "labels", "run", "top-1", "random real", "margin", "published"]
+    assert all(set(cell) == {"-"} for cell in lines[1]) and {len(line) for line in lines} == {8}
+    return lines[2:]
+
+
+def test_synthetic_and_random_images_stand_side_by_side_under_soft_and_under_hard_labels(write, tmp_path, capsys):
+    write(top1=61.04, top1_std=0.25, seeds=[0, 1])
+    write(top1=30, labels="hard")
+    write(top1=67.1, method="random")
+    write(top1=35.55, method="random", labels="hard", top1_std=1.04, seeds=[0, 1, 2])
+    assert cells(tmp_path, capsys) == [
+        ["10", "resnet18", "soft", "gvbsm", "61.0 ± 0.2", "67.1", "-6.1", "53.5 ± 0.6"],
+        ["10", "resnet18", "hard", "gvbsm", "30.0", "35.5 ± 1.0", "-5.5", ""]]
+
+
+def test_what_is_missing_is_not_run(write, tmp_path, capsys):
+    write(top1=50)
+    write(top1=20, method="random", ipc=50)
+    assert cells(tmp_path, capsys) == [
+        ["10", "resnet18", "soft", "gvbsm", "50.0", "not run", "", "53.5 ± 0.6"],
+        ["10", "resnet18", "hard", "gvbsm", "not run", "not run", "", ""],
+        ["50", "resnet18", "soft", "gvbsm", "not run", "20.0", "", "59.2 ± 0.4"],
+        ["50", "resnet18", "hard", "gvbsm", "not run", "not run", "", ""]]
+
+
+def test_a_tagged_run_is_compared_with_the_random_images_of_its_tag_or_else_with_the_untagged(write, tmp_path, capsys):
+    for tag, top1 in (None, 50), ("kl", 51), ("sgd", 52):
+        write(top1=top1, tag=tag)
+    write(top1=40, method="random")
+    write(top1=45, method="random", tag="kl")
+    soft = [line[3:7] for line in cells(tmp_path, capsys) if line[2] == "soft"]
+    assert soft == [["gvbsm", "50.0", "40.0", "+10.0"], ["gvbsm-kl", "51.0", "45.0", "+6.0"], ["gvbsm-sgd", "52.0", "40.0", "+12.0"]]
+
+
+def test_rows_are_in_the_order_of_ipc_student_and_run_and_online_labels_stand_where_there_are_any(write, tmp_path, capsys):
+    for ipc, student in (50, "resnet18"), (10, "resnet18"), (10, "convnet_w128"):
+        write(top1=1, ipc=ipc, student=student)
+    write(top1=2, labels="online")
+    found = [line[:3] for line in cells(tmp_path, capsys)]
+    assert found == [["10", "convnet_w128", "soft"], ["10", "convnet_w128", "hard"], ["10", "resnet18", "soft"], ["10", "resnet18", "soft, online"],
+                     ["10", "resnet18", "hard"], ["50", "resnet18", "soft"], ["50", "resnet18", "hard"]]
+
+
+@pytest.mark.parametrize("dataset, ipc, student, published", [
+    ("cifar10", 10, "convnet_w128", "46.5 ± 0.7"), ("cifar100", 10, "convnet_w128", "38.7 ± 0.2"), ("cifar100", 10, "resnet18", "59.5 ± 0.4"),
+    ("tiny", 50, "resnet18", "47.6 ± 0.3"), ("imagenet", 10, "resnet18", "31.4 ± 0.5"), ("imagenet", 10, "convnet_w128", ""), ("shapes", 10, "resnet18", "")])
+def test_the_papers_number_stands_beside_soft_labels_alone(dataset, ipc, student, published, write, tmp_path, capsys):
+    write(top1=1, dataset=dataset, ipc=ipc, student=student)
+    write(top1=1, dataset=dataset, ipc=ipc, student=student, labels="hard")
+    assert [line[7] for line in cells(tmp_path, capsys, dataset)] == [published, ""]
+
+
+def test_random_images_with_a_tag_alone_are_shown_too(write, tmp_path, capsys):
+    write(top1=40, method="random", tag="kl")
+    assert ["gvbsm-kl", "not run", "40.0"] in [line[3:6] for line in cells(tmp_path, capsys)]
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", "[]"])
+def test_nothing_to_show_is_told_in_one_line(content, tmp_path, capsys):
+    if content:
+        (tmp_path / "gvbsm-ipc10" / "eval").mkdir(parents=True)
+        (tmp_path / "gvbsm-ipc10" / "eval" / "resnet18.json").write_text(content)
+    with pytest.raises(SystemExit) as end:
+        report.main([str(tmp_path)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "train_eval.py" in error and ("resnet18.json" in error) == bool(content)
+
+
+def test_the_table_shows_what_train_eval_wrote(project, capsys):
+    for method in "random", "gvbsm":
+        project.chain(f"--method {method}", first="recover")
+    report.main([str(project.results)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "| 2   | convnet_w8 | soft   | gvbsm |" in lines[2] and "not run" not in lines[2]

@@ -1,0 +1,160 @@
+"""Bookkeeping: whole files, generators, fingerprints, comparison of arguments, accuracy, time."""
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils import fail, run
+
+
+def arguments(**changes):
+    return argparse.Namespace(**dict(alpha=0.8, backbones=["a", "b"], logit_norm=True, tag=None, workers=2, device="cpu") | changes)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("broken"), KeyboardInterrupt()])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_file_that_was_not_written_to_the_end_leaves_the_old_one(error, old, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    if old:
+        path.write_text(old)
+    with pytest.raises(SystemExit if isinstance(error, OSError) else type(error)):
+        with run.whole_file(path) as temporary:
+            temporary.write_text("ne")
+            assert path.exists() == bool(old)
+            raise error
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"] * bool(old)
+    assert not old or path.read_text() == "old"
+    if isinstance(error, OSError):
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and str(path) in told and "No space left on device" in told
+
+
+def test_a_whole_file_appears_in_new_folders_and_replaces_the_old_one(tmp_path):
+    path = tmp_path / "a" / "b" / "result.json"
+    for text in "old", "new":
+        with run.whole_file(path) as temporary:
+            temporary.write_text(text)
+        assert path.read_text() == text and list(path.parent.iterdir()) == [path]
+
+
+def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
+    code = ("import os, sys; from pathlib import Path; from utils.run import whole_file\n"
+            "with whole_file(Path(sys.argv[1])) as temporary:\n    temporary.write_text('ne')\n    os._exit(1)")
+    root = Path(run.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code, tmp_path / "result.json"], cwd=root)
+    assert not (tmp_path / "result.json").exists() and len(list(tmp_path.iterdir())) == 1
+    run.save_json(tmp_path / "result.json", 1)                                           # and the next attempt clears it away
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_generator_depends_on_its_key_alone():
+    torch.manual_seed(1)
+    first = torch.rand(9, generator=run.generator("noise", 0, 1))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    again = torch.rand(9, generator=run.generator("noise", 0, 1))
+    assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), before)
+    code = "import torch; from utils.run import generator; print(torch.rand(9, generator=generator('noise', 0, 1)).tolist())"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=Path(run.__file__).parents[1], capture_output=True, text=True).stdout
+    assert json.loads(printed) == first.tolist()                                        # not on the process's hash seed
+    keys = [("noise", 0, 1), ("noise", 1, 0), ("noise", 0, 11), ("noise", 0), ("view", 0, 1), ("noise", "0", 1), ("noise", 0, 2**70)]
+    assert len({run.generator(*key).initial_seed() for key in keys}) == len(keys)
+
+
+def test_a_fingerprint_is_of_the_contents_of_all_parts_in_their_order(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"abc")
+    two.write_bytes(b"abc")
+    assert run.fingerprint(one) == run.fingerprint(two) == run.fingerprint("abc") == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")             # FIPS 180-2, appendix B.1
+    two.write_bytes(b"abd")
+    pixels = np.arange(6, dtype=np.uint8)
+    parts = [(one,), (two,), ("abc", pixels), ("abd", pixels), ("abc", pixels + 1), (pixels, "abc")]
+    assert len({run.fingerprint(*part) for part in parts}) == len(parts)
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({}, None), ({"workers": 0, "device": "cuda"}, None), ({"alpha": 0.4}, "--alpha 0.8 (now 0.4);"),
+    ({"logit_norm": False, "tag": "x"}, "--logit-norm True (now False), --tag None (now x);"),
+    ({"backbones": ["b", "a"]}, "--backbones ['a', 'b'] (now ['b', 'a']);")])
+def test_other_arguments_are_told_by_flag_and_both_values(changes, told, capsys):
+    stored = json.loads(json.dumps(run.relevant(arguments())))
+    if not told:
+        run.check_same(stored, arguments(**changes), Path("here"))
+        assert capsys.readouterr().err == ""
+        return
+    with pytest.raises(SystemExit):
+        run.check_same(stored, arguments(**changes), Path("here"))
+    error = capsys.readouterr().err
+    assert error.startswith("here ") and told in error and "--overwrite" in error and error.count("\n") == 1
+
+
+def test_arguments_of_any_type_become_plain_values():
+    plain = run.relevant(arguments(images=Path("some/where"), lr=["0.1"], ipc=3))
+    assert json.loads(json.dumps(plain)) == plain == {
+        "alpha": 0.8, "backbones": ["a", "b"], "logit_norm": True, "tag": None, "images": "some/where", "lr": ["0.1"], "ipc": 3}
+
+
+def test_a_flag_that_is_new_since_a_result_was_written_does_not_void_it():
+    run.check_same({"alpha": 0.8}, arguments(), Path("here"))
+
+
+@pytest.mark.parametrize("found, told", [
+    (["a", "b", "c"], None), (["a", "c", "b"], "class 'c' stands where 'b' does"), (["a", "b"], "2 classes, not 3"),
+    (["a", "b", "c", "d"], "4 classes, not 3")])
+def test_classes_must_agree_in_their_order(found, told, capsys):
+    if told:
+        with pytest.raises(SystemExit):
+            run.check_classes(found, ["a", "b", "c"], "here", "there")
+        assert f"here and there differ in their classes ({told})" in capsys.readouterr().err
+    else:
+        run.check_classes(found, ["a", "b", "c"], "here", "there")
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0:00:00"), (59.9, "0:00:59"), (61, "0:01:01"), (3599, "0:59:59"), (86400 + 3661, "25:01:01")])
+def test_clock_shows_hours_minutes_seconds(seconds, text):
+    assert run.clock(seconds) == text
+
+
+def test_accuracy_is_the_share_of_images_whatever_the_batches_and_in_eval_mode():
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            assert not self.training and not torch.is_grad_enabled()
+            return torch.nn.functional.one_hot(x, 4).float()
+
+    guesses, labels = torch.tensor([0, 1, 2, 3, 3, 3, 0]), torch.tensor([0, 1, 2, 3, 0, 0, 1])
+    for size in 1, 3, 7:
+        assert run.accuracy(Model().train(), zip(guesses.split(size), labels.split(size))) == pytest.approx(400 / 7)
+
+
+def test_a_mistake_is_one_line_whatever_the_message(capsys):
+    with pytest.raises(SystemExit) as end:
+        fail("--ipc 0\n is  \t wrong:\r\nuse 1")
+    assert end.value.code == 2 and capsys.readouterr() == ("", "--ipc 0 is wrong: use 1\n")
+
+
+@pytest.mark.parametrize("dataset, tag, expected", [
+    ("tiny", None, ("runs/tiny/teachers/e20", "runs/tiny/gvbsm-ipc3")), ("some/where/", "x", ("runs/where/teachers/e20", "runs/where/gvbsm-ipc3-x"))])
+def test_a_run_is_named_by_data_set_method_ipc_and_tag(dataset, tag, expected):
+    paths = run.run_paths(argparse.Namespace(dataset=dataset, run_dir="runs", method="gvbsm", ipc=3, tag=tag, teachers="e20"))
+    assert (paths.teachers.as_posix(), paths.run.as_posix()) == expected
+    assert all(getattr(paths, name) == paths.run / name for name in ("images", "labels", "eval"))
+
+
+def test_progress_off_a_terminal_is_a_plain_line_now_and_then_and_at_the_end(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "time", lambda: now[0])
+    progress = run.Progress("work", 100)
+    for _ in range(100):
+        now[0] += 1
+        progress.step(lambda: "loss 1.0")
+    lines = capsys.readouterr().out.split("\n")
+    assert [line.split("  ")[:3] for line in lines[:-1]] == [
+        ["work", "30/100", "0:00:30, 0:01:10 left"], ["work", "60/100", "0:01:00, 0:00:40 left"],
+        ["work", "90/100", "0:01:30, 0:00:10 left"], ["work", "100/100", "0:01:40, 0:00:00 left"]]
+    assert lines[-1] == "" and all(line.endswith("loss 1.0") and "\r" not in line for line in lines[:-1])

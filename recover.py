@@ -122,7 +122,7 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
         loss_bn, loss_conv, states[k] = matching.inject(inputs, states[k], dropped)
         loss_ce = args.ce_weight * F.cross_entropy(logits, labels.flatten(), reduction="sum") / B
         loss_dd = logits.new_zeros(())
-        if args.dd_weight and members:
+        if args.dd_weight:
             if args.statistics == "plain":
                 loss_dd = sum(data_densification(x, y, args.tau, args.dd_scale) for x, y in zip(pixels, labels))
             else:

@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 import sys
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -65,9 +66,10 @@ class Project:
     def mistake(self, phase, *flags):
         """main() ends with code 2, one line on stderr, and all files as they were.   -> that line"""
         before, err = self.files(), io.StringIO()
-        with pytest.raises(SystemExit) as end, redirect_stderr(err), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(record=True) as warned, pytest.raises(SystemExit) as end, \
+                redirect_stderr(err), redirect_stdout(io.StringIO()):
             import_module(phase).main(self.arguments(phase, *flags))
-        assert end.value.code == 2
+        assert end.value.code == 2 and not warned
         assert err.getvalue().count("\n") == 1 and err.getvalue().endswith("\n")
         assert self.files() == before
         return err.getvalue()

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
 
-from helpers import assert_near
+from tests.helpers import assert_near
 from utils.augment import (apply_epoch, apply_flip, apply_resized_crop, apply_shift, apply_view, draw_beta,
                            draw_cutmix_box, draw_epoch, draw_flip, draw_resized_crop, draw_shift, draw_view, normalize,
                            to_uint8)

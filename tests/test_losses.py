@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from helpers import assert_near, gradient
+from tests.helpers import assert_near, gradient
 from utils.losses import (class_members, data_densification, densification_closed_form, ensemble_logits, kl_loss,
                           mse_gt_loss, pooled_rows, sds_match)
 

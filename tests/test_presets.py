@@ -1,4 +1,5 @@
 """The presets are the tables of the paper, every setting has a flag and every flag a reader."""
+import itertools
 import re
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +16,8 @@ SMALL = "resnet18 convnet_w128 mobilenetv2_05 wrn16_2 shufflenetv2_05".split()
 LARGE = "resnet18 mobilenetv2 efficientnet_b0 shufflenetv2_05".split()
 RESNETS = "resnet18 resnet50 resnet101".split()
 
-# arXiv:2311.17950, Tables 7-9 and Appendix A, and where they are silent the release; a row: cifar10, cifar100, tiny, imagenet.
-# "-": the phase is skipped there, ImageNet's backbones come trained.
+# arXiv:2311.17950, Tables 7-9 and Appendix A, and where they are silent the release; a row: cifar10, cifar100, tiny,
+# imagenet. "-": the phase is skipped there, ImageNet's backbones come trained.
 PAPER = {
     "squeeze backbones":           (SMALL, SMALL, SMALL, LARGE),
     "squeeze pretrained":          (False, False, False, True),
@@ -105,15 +106,15 @@ def test_what_runs_are_the_settings_of_the_paper_or_of_the_release(preset, datas
     table = PAPER | RELEASE if preset == "release" else PAPER
     for phase in PHASES:
         args = vars(parsed(phase, monkeypatch, "--dataset", dataset, "--preset", preset, "--ipc", "50"))
-        rows = {row.split()[1]: values[DATASETS.index(dataset)] for row, values in table.items() if row.split()[0] == phase}
-        assert {flag: args[flag] for flag, value in rows.items() if value != "-"} == {
-            flag: value for flag, value in rows.items() if value != "-"}
+        column = {row: values[DATASETS.index(dataset)] for row, values in table.items()}
+        rows = {row.split()[1]: value for row, value in column.items() if row.split()[0] == phase and value != "-"}
+        assert {flag: args[flag] for flag in rows} == rows
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_preset_sets_nothing_that_is_not_in_the_tables(phase):
     known = {row.split()[1] for row in PAPER if row.split()[0] == phase}
-    known |= {"collect_stats": {"batch_size"}, "train_eval": {"mix", "backbones"}}.get(phase, set())   # as in squeeze, as in relabel
+    known |= {"collect_stats": {"batch_size"}, "train_eval": {"mix", "backbones"}}.get(phase, set())      # see below
     for preset in PRESETS:
         for dataset in DATASETS:
             assert preset_values(preset, dataset, phase).keys() == known - {"tau"}       # a default of the parser
@@ -125,12 +126,13 @@ def test_statistics_and_samples_are_made_as_in_the_phase_before(dataset):
         values = {phase: preset_values(preset, dataset, phase) for phase in PHASES}
         for flag in "batch_size", "crop":
             assert values["collect_stats"][flag] == values["squeeze"][flag]
-        for flag in "batch_size", "whole_up_to", "mix", "epochs":
+        for flag in "batch_size", "whole_up_to", "mix", "epochs", "backbones":
             assert values["train_eval"][flag] == values["relabel"][flag]
 
 
 def test_nothing_is_dropped_on_imagenet_at_ipc_10_alone():
-    rates = {(dataset, ipc): preset_values("paper", dataset, "recover", ipc)["drop_rate"] for dataset in DATASETS for ipc in (1, 10, 50)}
+    rates = {(dataset, ipc): preset_values("paper", dataset, "recover", ipc)["drop_rate"]
+             for dataset in DATASETS for ipc in (1, 10, 50)}
     assert {key for key, rate in rates.items() if rate == 0} == {("imagenet", 10)} and set(rates.values()) == {0, 0.4}
 
 
@@ -141,20 +143,22 @@ def test_best_equals_paper():
                 assert preset_values("best", dataset, phase, ipc) == preset_values("paper", dataset, phase, ipc)
 
 
+def typed(flag, value):
+    """The words of a command line that give a flag a value."""
+    word = f"--{flag.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [word if value else word.replace("--", "--no-")]
+    return [word, *map(str, value if isinstance(value, list) else [value])]
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_value_of_every_preset_has_a_flag_that_accepts_it(phase, monkeypatch):
-    for preset in PRESETS:
-        for dataset in (*DATASETS, "shapes"):
-            for method in METHODS:
-                values = preset_values(preset, dataset, phase, 10, method)
-                assert values.keys() <= actions(phase).keys()
-                argv = []
-                for flag, value in values.items():
-                    word = f"--{'no-' if value is False else ''}{flag.replace('_', '-')}"
-                    argv += [word] if isinstance(value, bool) else [word, *map(str, value)] if isinstance(value, list) else [word, str(value)]
-                told = vars(parsed(phase, monkeypatch, "--method", method, *argv))
-                silent = vars(parsed(phase, monkeypatch, "--dataset", dataset, "--preset", preset, "--method", method, "--ipc", "10"))
-                assert all(told[flag] == silent[flag] == value for flag, value in values.items())
+    for preset, dataset, method in itertools.product(PRESETS, (*DATASETS, "shapes"), METHODS):
+        values = preset_values(preset, dataset, phase, 10, method)
+        assert values.keys() <= actions(phase).keys()
+        told = vars(parsed(phase, monkeypatch, *itertools.chain(*itertools.starmap(typed, values.items()))))
+        silent = vars(parsed(phase, monkeypatch, "--dataset", dataset, "--preset", preset, "--method", method))
+        assert all(told[flag] == silent[flag] == value for flag, value in values.items())
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -201,7 +205,8 @@ def test_the_command_line_beats_the_preset(phase, flag, words, value, monkeypatc
 @pytest.mark.parametrize("sizes, flags, column", [
     ([(16, 16)], "", "cifar100"), ([(32, 32)], "", "cifar100"), ([(33, 33)], "", "tiny"), ([(64, 64)], "", "tiny"),
     ([(65, 65)], "", "imagenet"), ([(32, 16)], "", "imagenet"), ([(32, 32), (16, 16)], "", "imagenet"),
-    ([(200, 100)], "--image-size 32", "cifar100"), ([(16, 16)], "--image-size 64", "tiny"), ([(16, 16)], "--image-size 96", "imagenet")])
+    ([(200, 100)], "--image-size 32", "cifar100"), ([(16, 16)], "--image-size 64", "tiny"),
+    ([(16, 16)], "--image-size 96", "imagenet")])
 def test_a_folder_takes_the_settings_of_the_nearest_image_size(sizes, flags, column, tmp_path, monkeypatch):
     for split in "train", "val":
         (tmp_path / split / "a").mkdir(parents=True)
@@ -215,7 +220,8 @@ def test_a_folder_takes_the_settings_of_the_nearest_image_size(sizes, flags, col
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_flags_are_never_abbreviated(phase, capsys):
-    for words in "--ip 3", "--data-d x", "--back resnet18", "--overwr", f"--{list(actions(phase))[-1].replace('_', '-')[:-1]} 3":
+    last = f"--{list(actions(phase))[-1].replace('_', '-')[:-1]}"                        # one of the phase's own
+    for short, *values in ["--ip", "3"], ["--data-d", "x"], ["--back", "resnet18"], ["--overwr"], [last]:
         with pytest.raises(SystemExit) as end:
-            import_module(phase).main(words.split())
-        assert end.value.code == 2 and words.split()[0] in capsys.readouterr().err
+            import_module(phase).main([short, *values])
+        assert end.value.code == 2 and short in capsys.readouterr().err

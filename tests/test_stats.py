@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
 
-from helpers import assert_near, counted_reductions, gradient
+from tests.helpers import assert_near, counted_reductions, gradient
 from utils.stats import (ClosedFormMatching, Inject, affine_terms, bn_stats, channel_stats, conv_stats, layer_inputs,
                          matched_layers, patch_stats, segment_norms, whole_patches)
 

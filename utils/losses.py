@@ -62,7 +62,7 @@ def densification_closed_form(images, members, tau=4.0, scale="sum"):
     members: index tensors [K, n], one for each class size n, as `class_members` gives them.   -> scalar
     """
     rows = pooled_rows(images, scale)
-    return sum(ClosedFormDensification.apply(rows[index], tau) for index in members)
+    return sum((ClosedFormDensification.apply(rows[index], tau) for index in members), rows.new_zeros(()))
 
 
 def class_members(labels):

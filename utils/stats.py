@@ -70,7 +70,7 @@ def matched_layers(model):
 def layer_inputs(model, names=None, wrap=None):
     """Within the context a forward pass of the model fills the yielded dict with {layer name: input tensor}, for the
     Conv2d and BatchNorm2d layers, or those of `names`; `wrap(tensor)` may replace what a layer is given, once for each
-    distinct tensor. No hook outlives the context."""
+    distinct tensor. No hook outlives the context. Of a layer called twice in one pass the last input is kept."""
     inputs, wrapped = {}, {}
 
     def hook(name):
@@ -171,7 +171,7 @@ class ClosedFormMatching:
         self.sizes = [len(vector) for vector in vectors]
         nothing = next(model.parameters()).new_zeros(0)
         self.target = torch.cat([nothing, *vectors])                                # all statistics, one after another
-        counts = torch.tensor(self.sizes, device=self.target.device)
+        counts = torch.tensor(self.sizes, dtype=torch.long, device=self.target.device)
         self.segment = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
         self.owner = [name for name, target in self.targets.items() for _ in target]        # layer of each segment
         self.weight = self.target.new_tensor([weights[name] for name in self.owner])
@@ -199,18 +199,14 @@ class ClosedFormMatching:
             return self.target.new_zeros(()), self.target.new_zeros(()), state
         ema, seen = state
         groups, measured, statistics = len(ema), {}, {}
+        patched = {id(x) for name, x in inputs.items() if len(self.targets[name]) == 4}
         for name, x in inputs.items():                      # a tensor that several layers share is reduced once
-            patches = len(self.targets[name]) == 4
-            if patches and len(measured.get(id(x), ())) != 4:
-                measured[id(x)] = conv_stats(x, self.patch, groups)
-            elif id(x) not in measured:
-                measured[id(x)] = bn_stats(x, groups)
+            if id(x) not in measured:
+                measured[id(x)] = conv_stats(x, self.patch, groups) if id(x) in patched else bn_stats(x, groups)
             statistics[name] = measured[id(x)][:len(self.targets[name])]
-        # a layer keeps alpha of its past, nothing when it is new, and all of it when it is dropped
-        keep = {name: 1.0 if name not in inputs else self.alpha if name in seen else 0.0 for name in self.targets}
-        keep = ema.new_tensor([keep[name] for name in self.owner])[self.segment]
+        keep = ema.new_tensor([self.alpha if name in seen else 0.0 for name in self.owner])[self.segment]
         past = dict(zip(self.targets, self._by_layer(ema)))
-        current = torch.cat([v for name in self.targets for v in statistics.get(name, past[name])], dim=1)
+        current = torch.cat([v for name in self.targets for v in statistics.get(name, past[name])], dim=1)    # dropped: stay
         ema = torch.lerp(current, ema, keep)
         active = ema.new_tensor([name in inputs for name in self.owner]) * self.weight
         norms, gradient = segment_norms(ema - self.target, self.segment, len(self.sizes), active)

@@ -24,7 +24,7 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.data import load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (Progress, check_classes, check_same, finish, generator, load_teachers, load_torch, pick_device,
+from utils.run import (Progress, check_classes, check_same, finish, generator, load_json, load_teachers, load_torch, pick_device,
                        relevant, repeat, run_paths, save_torch)
 from utils.stats import conv_stats, layer_inputs, matched_layers
 
@@ -73,11 +73,11 @@ def main(argv=None):
     device, paths = pick_device(args.device), run_paths(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     args.patch = args.patch or data["patch"]
-    result, split = paths.teachers / "collect_stats.json", None
+    result, split, remedy = paths.teachers / "collect_stats.json", None, "start again with --overwrite"
     for name, model in models.items():
         path = paths.teachers / f"{name}.stats.pt"
         if path.exists() and not args.overwrite:
-            stored = load_torch(path, "start again with --overwrite")
+            stored = load_torch(path, remedy, ("checkpoint", "args"))
             if stored["checkpoint"] != records[name]["fingerprint"]:
                 fail(f"{path} belongs to other weights than {name}.pt; collect again with --overwrite")
             check_same({key: stored["args"][key] for key in ("patch", "crop", "batch_size", "seed")}, args, path)
@@ -90,7 +90,7 @@ def main(argv=None):
         views = training_views(split, data, args, device, Progress(f"collect_stats {name}", len(split)))
         save_torch(path, {"statistics": dataset_statistics(model, views, args.patch), "patch": args.patch,
                           "checkpoint": records[name]["fingerprint"], "classes": data["classes"], "args": relevant(args)})
-    if split is None and result.exists():
+    if split is None and result.exists() and load_json(result, remedy)["args"]["backbones"] == args.backbones:
         return repeat(result)
     upstream = {"squeeze": {name: record["args"] for name, record in records.items()}}
     return finish(result, "collect_stats", args,

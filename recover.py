@@ -232,9 +232,9 @@ def load_statistics(args, paths, models, records):
     for name, model in models.items():
         path = paths.teachers / f"{name}.stats.pt"
         again = f"run: python collect_stats.py --dataset {args.dataset} --teachers {args.teachers} --backbones {name}"
-        stored[name] = load_torch(path, again)
+        stored[name] = load_torch(path, f"{again} --overwrite", ("statistics", "patch", "checkpoint", "args"))
         convolutions = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-        if stored[name].get("checkpoint") != records[name]["fingerprint"]:
+        if stored[name]["checkpoint"] != records[name]["fingerprint"]:
             fail(f"{path} belongs to other weights than {name}.pt; {again} --overwrite")
         if stored[name]["statistics"].keys() != convolutions:
             fail(f"{path} does not hold the convolutions of {name}; {again} --overwrite")
@@ -248,13 +248,15 @@ def select_random(args, paths):
     """--method random: --ipc random training images of each class.   -> data dict, arguments of the earlier phases"""
     data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
     split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers)
+    counts = split.labels.bincount(minlength=len(data["classes"])).tolist()
+    if min(counts) < args.ipc:
+        fail(f"--ipc {args.ipc} is more than the {min(counts)} training images of class "
+             f"{data['classes'][counts.index(min(counts))]}; use at most that many")
     start_log(args, paths)
     grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
     progress = Progress("recover", len(data["classes"]))
     for label, name in enumerate(data["classes"]):
         members = (split.labels == label).nonzero().flatten()
-        if len(members) < args.ipc:
-            fail(f"--ipc {args.ipc} is more than the {len(members)} training images of class {name}; use at most that many")
         chosen = members[torch.randperm(len(members), generator=generator("random", args.seed, label))[:args.ipc]]
         images = split.read(chosen)
         for index, image in enumerate(images):
@@ -331,8 +333,11 @@ def start_log(args, paths):
         for old in [paths.run / "result.json", log, *paths.images.glob("*/*.png")]:
             old.unlink(missing_ok=True)
     if log.exists():
-        with open(log) as lines:
-            check_same(json.loads(lines.readline())["args"], args, paths.run)
+        try:
+            stored = json.loads(log.read_text().partition("\n")[0])["args"]
+        except (OSError, ValueError, KeyError, TypeError):
+            fail(f"{log} does not begin with the arguments of the unfinished run; start again with --overwrite")
+        check_same(stored, args, paths.run)
     else:
         with whole_file(log) as temporary:
             temporary.write_text(json.dumps({"args": relevant(args)}) + "\n")

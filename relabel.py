@@ -17,6 +17,7 @@ python relabel.py --dataset shapes                                              
 """
 import argparse
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -65,22 +66,21 @@ def get_parser():
 def main(argv=None):
     args, started = parse_args(get_parser(), "relabel", argv, preset_column), time.time()
     device, paths = pick_device(args.device), run_paths(args)
-    if finished(paths.labels / "result.json", args):
-        return
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
-    folder = args.images or paths.images
+    upstream, folder = {"squeeze": {name: record["args"] for name, record in records.items()}}, args.images or paths.images
     if not args.images:
-        recovered = load_json(paths.run / "result.json",
-                              f"run: python recover.py --dataset {args.dataset} --ipc {args.ipc} --method {args.method}")
+        recovered = load_json(paths.run / "result.json", f"run: python recover.py --dataset {args.dataset} "
+                              f"--ipc {args.ipc} --method {args.method}", ("args", "upstream"))
         upstream = recovered["upstream"] | {"recover": recovered["args"]}
-    else:
-        upstream = {"squeeze": {name: record["args"] for name, record in records.items()}}
+    if finished(paths.labels / "result.json", args, upstream, "images"):
+        return
     raw, _, classes, ids = load_folder(folder, data["image_size"], args.workers)
     check_classes(classes, data["classes"], folder, f"the teachers in {paths.teachers}")
     images = normalize(raw.to(device), data["mean"], data["std"])
     batch_size = len(images) if len(images) <= args.whole_up_to else args.batch_size
     shape = (args.epochs, len(images))
-    (paths.labels / "result.json").unlink(missing_ok=True)
+    with suppress(NotADirectoryError):                               # whole_file will tell
+        (paths.labels / "result.json").unlink(missing_ok=True)       # labels half made anew are not finished
     drawn = {key: np.empty((*shape, *extra), kind) for key, (kind, extra) in DRAWN.items()}
     progress = Progress("relabel", args.epochs)
     with whole_file(paths.labels / "logits.npy") as temporary:

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from models import NAMES, build_model, is_model_name, pretrained_weights
+from models import build_model, pretrained_weights
 from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.data import describe, load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (Progress, accuracy, check_classes, check_same, finish, generator, load_torch, pick_device, relevant,
-                       repeat, run_paths, save_torch)
+from utils.run import (TEACHER, Progress, accuracy, check_classes, check_models, check_same, finish, generator, load_json,
+                       load_torch, pick_device, reason, relevant, repeat, run_paths, save_torch)
 
 
 def train(model, split, data, args, device, progress):
@@ -57,9 +57,13 @@ def load_pretrained(name, model, download):
     except ValueError as error:
         fail(f"--pretrained: {error}; name other --backbones or use --no-pretrained")
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    if not cached.exists() and not download:
-        fail(f"{cached} is missing; put torchvision's file there, or pass --download")
-    model.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
+    remedy = "put torchvision's file there, or remove it and pass --download"
+    if not cached.exists() and download:
+        weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    try:
+        model.load_state_dict(load_torch(cached, remedy))
+    except RuntimeError as error:
+        fail(f"{cached} does not hold weights of {name} ({reason(error)}); {remedy}")
 
 
 def get_parser():
@@ -85,20 +89,18 @@ def get_parser():
 def main(argv=None):
     args, started = parse_args(get_parser(), "squeeze", argv, preset_column), time.time()
     device, paths = pick_device(args.device), run_paths(args)
-    unknown = [name for name in args.backbones if not is_model_name(name)]
-    if unknown:
-        fail(f"--backbones {unknown[0]} is unknown; known are: {' '.join(NAMES)}, convnet_w<width>[_d<depth>]")
-    accuracies, todo = {}, []
+    check_models("--backbones", args.backbones, build_model)
+    accuracies, todo, remedy = {}, [], "start again with --overwrite"
     for name in args.backbones:
         path = paths.teachers / f"{name}.pt"
         if path.exists() and not args.overwrite:
-            record = load_torch(path, "start again with --overwrite")
+            record = load_torch(path, remedy, TEACHER)
             check_same({key: value for key, value in record["args"].items() if key in settings(args)}, args, path)
             accuracies[name] = record["top1"]
         else:
             todo.append(name)
     result = paths.teachers / "squeeze.json"
-    if not todo and result.exists():
+    if not todo and result.exists() and load_json(result, remedy)["args"]["backbones"] == args.backbones:
         return repeat(result)
     if todo:
         splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers, args.download)
@@ -107,12 +109,10 @@ def main(argv=None):
         check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
         if splits["train"].streamed and args.crop != "resized":
             fail(f"--crop {args.crop} is for images of at most 64 pixels; use --crop resized")
+        check_models("--backbones", todo, build_model, len(data["classes"]), data["image_size"])
     for name in todo:
         torch.manual_seed(generator("weights", args.seed, name).initial_seed())
-        try:
-            model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
-        except ValueError as error:
-            fail(f"--backbones {name}: {error}")
+        model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
         if args.pretrained:
             load_pretrained(name, model, args.download)
         else:

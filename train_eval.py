@@ -22,13 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models import NAMES, build_model, is_model_name
+from models import build_model, is_model_name
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import describe, load_folder, load_split, preset_column
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.presets import Parser, identity_flags, number, parse_args
-from utils.run import (Progress, accuracy, check_classes, finish, finished, fingerprint, generator, load_json,
+from utils.run import (Progress, accuracy, check_classes, check_models, finish, finished, fingerprint, generator, load_json,
                        load_teachers, pick_device, run_paths)
 
 
@@ -56,7 +56,7 @@ class FreshLabels:
     """Draws as relabel.py makes them, and the logits of the teachers, asked while training (none for hard labels)."""
 
     def __init__(self, args, count, size, teachers=()):
-        self.mix, self.seed, self.logit_norm = args.mix, args.label_seed, args.logit_norm
+        self.mix, self.seed, self.logit_norm = args.mix, args.seed, args.logit_norm
         self.count, self.size, self.teachers = count, size, teachers
         self.batch_size = whole_batch(args, count)
 
@@ -126,9 +126,12 @@ def student_value(texts, name):
     """The number for one student of texts such as ["0.1", "resnet18=0.2"]: the first, or its exception."""
     try:
         values = {text.rpartition("=")[0]: float(text.rpartition("=")[2]) for text in texts}
-        return values.get(name, values[""])
+        known = all(not student or is_model_name(student) for student in values)
+        if known and all(0 < value < float("inf") for value in values.values()):
+            return values.get(name, values[""])
     except (KeyError, ValueError):
-        fail(f"--lr {' '.join(texts)}: give one number, and exceptions such as resnet18=0.2 after it")
+        pass
+    fail(f"--lr {' '.join(texts)}: give one positive number, and exceptions such as resnet18=0.2 after it")
 
 
 def get_parser():
@@ -146,8 +149,6 @@ def get_parser():
                         help="with --labels online [LN, Eq. 8]")
     method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",
                         help="with --labels online or hard; stored labels know theirs")
-    method.add_argument("--label-seed", type=number(int, 0), default=0,
-                        help="of the draws with --labels online or hard")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--students", nargs="+", default=["convnet_w128"], metavar="NAME",
                               help="networks to train [f_eval]")
@@ -174,18 +175,19 @@ def get_parser():
 def main(argv=None):
     args = parse_args(get_parser(), "train_eval", argv, preset_column)
     device, paths = pick_device(args.device), run_paths(args)
-    suffix = "" if args.labels == "stored" else f"-{args.labels}"
-    todo = {}
+    check_models("--students", args.students, build_model)
     for name in args.students:
-        if not is_model_name(name):
-            fail(f"--students {name} is unknown; known are: {' '.join(NAMES)}, convnet_w<width>[_d<depth>]")
         student_value(args.lr, name)
+    before, upstream = earlier_result(args, paths)
+    suffix, todo = "" if args.labels == "stored" else f"-{args.labels}", {}
+    for name in args.students:
         mine = argparse.Namespace(**{**vars(args), "students": [name]})        # each student has a result of its own
-        if not finished(paths.eval / f"{name}{suffix}.json", mine):
+        if not finished(paths.eval / f"{name}{suffix}.json", mine, upstream, "labels" if args.labels == "stored" else "images"):
             todo[name] = mine
     if not todo:
         return
-    images, classes, data, labels, upstream = load_distilled(args, paths, device)
+    images, classes, data, labels = load_distilled(args, paths, before, device)
+    check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
     test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
     for name, mine in todo.items():
@@ -199,34 +201,39 @@ def main(argv=None):
             "top1_per_seed": last, "top1_by_epoch": runs, "images": len(images)}, started, upstream)
 
 
-def load_distilled(args, paths, device):
+def earlier_result(args, paths):
+    """The result of the phase before, relabel.py's or, without stored labels, recover.py's; {} for images of other origin.
+    -> result, arguments of the earlier phases"""
+    if args.labels != "stored" and args.images:
+        return {}, {}
+    phase, path = ("relabel", paths.labels) if args.labels == "stored" else ("recover", paths.run)
+    result = load_json(path / "result.json", f"run: python {phase}.py --dataset {args.dataset} --ipc {args.ipc} "
+                       f"--method {args.method}", ("args", "upstream"))
+    return result, result["upstream"] | {phase: result["args"]}
+
+
+def load_distilled(args, paths, before, device):
     """The images on the device, their classes, and where soft labels come from; all checked against each other.
-    -> images [N, 3, S, S] normalised, classes [N], data dict, labels object, arguments of the earlier phases"""
-    folder, upstream, recovered = args.images or paths.images, {}, None
-    remedy = "run: python {} " + f"--dataset {args.dataset} --ipc {args.ipc} --method {args.method}"
+    before: as of `earlier_result`.   -> images [N, 3, S, S] normalised, classes [N], data dict, labels object"""
+    folder, teachers = args.images or paths.images, {}
     if args.labels == "stored":
-        relabelled = load_json(paths.labels / "result.json", remedy.format("relabel.py"))
-        data, upstream = relabelled["data"], relabelled["upstream"] | {"relabel": relabelled["args"]}
+        data = before["data"]
+    elif args.labels == "online":
+        teachers, _, data = load_teachers(args, paths.teachers, build_model, device)
     else:
-        if not args.images:
-            recovered = load_json(paths.run / "result.json", remedy.format("recover.py"))
-            upstream = recovered["upstream"] | {"recover": recovered["args"]}
-        if args.labels == "online":
-            teachers, _, data = load_teachers(args, paths.teachers, build_model, device)
-        else:
-            data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
+        data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
     raw, classes, names, ids = load_folder(folder, data["image_size"], args.workers)
     check_classes(names, data["classes"], folder, paths.labels if args.labels == "stored" else "the data set")
     if args.labels == "stored":
-        if fingerprint(*ids, raw.numpy()) != relabelled["image_set"]:
+        if fingerprint(*ids, raw.numpy()) != before["image_set"]:
             fail(f"{paths.labels} was made for other images than {folder}; run relabel.py --overwrite")
-        labels = StoredLabels(paths.labels, relabelled["args"]["mix"])
+        labels = StoredLabels(paths.labels, before["args"]["mix"])
         if args.epochs > len(labels.logits):
             fail(f"--epochs {args.epochs} is more than the {len(labels.logits)} in {paths.labels}; "
                  f"run relabel.py --epochs {args.epochs} --overwrite")
     else:
-        labels = FreshLabels(args, len(raw), data["image_size"], list(teachers.values()) if args.labels == "online" else ())
-    return normalize(raw.to(device), data["mean"], data["std"]), classes, data, labels, upstream
+        labels = FreshLabels(args, len(raw), data["image_size"], list(teachers.values()))
+    return normalize(raw.to(device), data["mean"], data["std"]), classes, data, labels
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -199,7 +198,8 @@ def test_damaged_statistics(damage, phase, project):
 @pytest.mark.parametrize("phase, flags", [("collect_stats", ""), ("recover", "--tag new"), ("relabel", "--overwrite")])
 def test_weights_of_another_architecture(phase, flags, relabelled):
     edit(relabelled.teachers / "convnet_w8.pt", weights=build_model("convnet_w16", 4, 16).state_dict())
-    tells(relabelled.mistake(phase, flags), "convnet_w8.pt does not hold weights of convnet_w8", "squeeze.py --overwrite")
+    line = relabelled.mistake(phase, flags)
+    tells(line, "convnet_w8.pt does not hold weights of convnet_w8", "squeeze.py --overwrite")
 
 
 @pytest.mark.parametrize("phase", ["collect_stats", "recover"])
@@ -249,28 +249,34 @@ def test_labels_of_other_images(change, relabelled):
     tells(relabelled.mistake("train_eval"), "labels", "other images", "relabel.py --overwrite")
 
 
+@pytest.mark.parametrize("phase, remade, words", [
+    ("relabel", "recover", ["labels", "other images"]), ("train_eval", "relabel", ["convnet_w8.json", "other labels"])])
+def test_a_result_of_images_or_labels_that_have_been_made_anew_is_not_repeated(phase, remade, words, relabelled):
+    relabelled.call("train_eval")
+    relabelled.call(remade, "--seed 1 --overwrite")
+    tells(relabelled.mistake(phase), *words, "--overwrite")
+
+
 @pytest.mark.parametrize("name", ["logits", "crop", "flip", "partner", "box", "ratio"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "half", "text", "objects"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "text", "bare code"])
 def test_damaged_labels(damage, name, relabelled):
     path = relabelled.run() / "labels" / f"{name}.npy"
-    if damage == "missing":
-        path.unlink()
-    elif damage == "objects":
-        np.save(path, np.array([Trap(path.with_name("ran"))]), allow_pickle=True)
-    else:
-        DAMAGE[damage](path)
+    DAMAGE.get(damage, Path.unlink)(path)
     tells(relabelled.mistake("train_eval"), "labels", "relabel.py --overwrite")
     assert not path.with_name("ran").exists()
+
+
+JSON_DAMAGE = {kind: DAMAGE[kind] for kind in ("empty", "half", "an image")} | {
+    "a list": lambda path: path.write_text("[]"), "an empty dict": lambda path: path.write_text("{}")}
 
 
 @pytest.mark.parametrize("phase, file, remedy", [
     ("recover", "result.json", "--overwrite"), ("relabel", "labels/result.json", "--overwrite"),
     ("train_eval", "labels/result.json", "relabel.py"), ("train_eval", "eval/convnet_w8-hard.json", "--overwrite")])
-@pytest.mark.parametrize("damage", ["empty", "half", "an image", "a list", "an empty dict"])
+@pytest.mark.parametrize("damage", JSON_DAMAGE)
 def test_a_damaged_result(damage, phase, file, remedy, relabelled):
     relabelled.call("train_eval", "--labels hard")
-    path = relabelled.run() / file
-    DAMAGE[damage](path) if damage in ("empty", "half", "an image") else path.write_text("[]" if "list" in damage else "{}")
+    JSON_DAMAGE[damage](relabelled.run() / file)
     tells(relabelled.mistake(phase, "--labels hard" if "hard" in file else ""), file, remedy)
 
 

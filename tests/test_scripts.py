@@ -414,6 +414,8 @@ def test_images_start_as_noise_of_their_own_and_do_not_move_without_a_loss(proje
     data = checkpoint(project.teachers / "convnet_w8.pt")["data"]
     start = torch.stack([recover.noise(label, index, 16, seed=0) for label in range(4) for index in range(2)])
     assert (to_uint8(start, data["mean"], data["std"]).permute(0, 2, 3, 1).numpy() == still).all()
+    project.call("recover", "--lr 0 --tag other --seed 1")
+    assert (project.images(f"{RUN}-other") != still).any((1, 2, 3)).all()
     assert start.mean() == pytest.approx(0, abs=0.05) and start.std() == pytest.approx(1, abs=0.05)
 
 
@@ -426,12 +428,14 @@ def test_backbones_take_turns_or_are_drawn_alike_for_every_batch(project):
         assert 10 <= names[:40].count("wrn10_1") <= 30
 
 
-def test_convolutions_alone_are_dropped_at_their_rate_alike_for_every_batch(project, passes):
-    project.call("recover", "--backbones wrn10_1 --iterations 60")
+@pytest.mark.parametrize("rate", [0, 0.4, 1])
+def test_convolutions_alone_are_dropped_at_their_rate_alike_for_every_batch(rate, project, passes):
+    project.call("recover", f"--backbones wrn10_1 --iterations 40 --drop-rate {rate}")
     convolutions = set(checkpoint(project.teachers / "wrn10_1.stats.pt")["statistics"])
     first, second = ([step.dropped for step in steps] for _, steps in passes)
-    assert first == second and set().union(*first) == convolutions
-    assert sum(map(len, first)) / (60 * len(convolutions)) == pytest.approx(0.4, abs=0.1)
+    assert first == second and set().union(*first) == (convolutions if rate else set())
+    share = sum(map(len, first)) / (40 * len(convolutions))
+    assert abs(share - rate) <= (0.1 if 0 < rate < 1 else 0)
 
 
 @pytest.mark.parametrize("flags, keys", [
@@ -525,6 +529,13 @@ def test_each_flag_of_squeeze_changes_the_weights(flags, project):
     for name, model in teachers(project, "convnet_w8", "wrn10_1", folder=project.results / "teachers/other").items():
         assert any(not torch.equal(mine, before) for mine, before in zip(
             model.state_dict().values(), checkpoint(project.teachers / f"{name}.pt")["weights"].values(), strict=True))
+
+
+def test_weights_start_from_the_seed(project):
+    for seed in 0, 1:
+        project.call("squeeze", f"--teachers start{seed} --lr 0 --seed {seed} --backbones convnet_w8")
+    first, second = (checkpoint(project.results / f"teachers/start{seed}/convnet_w8.pt")["weights"] for seed in (0, 1))
+    assert not torch.equal(first["0.weight"], second["0.weight"])
 
 
 def test_a_backbone_does_not_depend_on_which_others_are_trained_beside_it(project):
@@ -692,8 +703,8 @@ def test_the_student_sees_the_same_samples_and_soft_labels_stored_or_online(mix,
     project.call("relabel", f"--mix {mix} --no-logit-norm --seed 3")
     loss, seen = record(train_eval, "mse_gt_loss"), record(train_eval, "apply_epoch")
     project.call("train_eval")
-    project.call("train_eval", f"--labels online --no-logit-norm --mix {mix} --label-seed 3")
-    project.call("train_eval", f"--labels hard --mix {mix} --label-seed 3")
+    project.call("train_eval", f"--labels online --no-logit-norm --mix {mix} --seed 3")
+    project.call("train_eval", f"--labels hard --mix {mix} --seed 3")
     stored, online, hard = ([call[-1] for call in seen[i:i + 3]] for i in (0, 3, 6))
     assert len(seen) == 9 and len(loss) == 6
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(stored, online, hard, strict=True))

@@ -19,6 +19,7 @@ from utils import fail
 NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every",
            "log_every", "groups_per_step"}
 # arguments that leave the result as it is, up to rounding
+TEACHER = ("weights", "backbone", "data", "top1", "args")            # what squeeze.py stores
 
 
 def pick_device(name):
@@ -80,13 +81,25 @@ def save_json(path, value):
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def load_json(path, remedy):
+def load_json(path, remedy, keys=("args",)):
+    """The object of a result file, which must have these keys."""
     try:
-        return json.loads(Path(path).read_text())
+        return with_keys(json.loads(Path(path).read_text()), keys)
     except FileNotFoundError:
         fail(f"{path} is missing; {remedy}")
     except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read ({error}); {remedy}")
+        fail(f"{path} is no whole result file ({reason(error)}); {remedy}")
+
+
+def with_keys(value, keys):
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        raise ValueError(f"it lacks {' '.join(keys)}")
+    return value
+
+
+def reason(error):
+    """An exception's first line, or its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
 
 
 def save_torch(path, value):
@@ -94,14 +107,14 @@ def save_torch(path, value):
         torch.save(value, temporary)
 
 
-def load_torch(path, remedy):
-    """The dict of a checkpoint, tensors and plain values only: nothing in the file can run."""
+def load_torch(path, remedy, keys=()):
+    """The dict of a checkpoint, which must have these keys; tensors and plain values only: nothing in the file can run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return with_keys(torch.load(path, map_location="cpu", weights_only=True), keys)
     except FileNotFoundError:
         fail(f"{path} is missing; {remedy}")
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        fail(f"{path} is no whole checkpoint of plain weights ({str(error).splitlines()[0][:100]}); {remedy}")
+        fail(f"{path} is no whole checkpoint of plain weights ({reason(error)}); {remedy}")
 
 
 def fingerprint(*parts):
@@ -124,13 +137,12 @@ def load_teachers(args, folder, build_model, device):
     for name in args.backbones:
         path = folder / f"{name}.pt"
         record = load_torch(path, f"run: python squeeze.py --dataset {args.dataset} --teachers {args.teachers} "
-                                  f"--backbones {name}")
+                                  f"--backbones {name} --overwrite", TEACHER)
         try:
             model = build_model(record["backbone"], len(record["data"]["classes"]), record["data"]["image_size"])
             model.load_state_dict(record.pop("weights"))
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            fail(f"{path} does not hold weights of {name} ({str(error).splitlines()[0][:100]}); "
-                 "train it again with squeeze.py --overwrite")
+            fail(f"{path} does not hold weights of {name} ({reason(error)}); train it again with squeeze.py --overwrite")
         models[name] = model.eval().requires_grad_(False).to(device)
         records[name] = record | {"fingerprint": fingerprint(path)}
         first = records[args.backbones[0]]["data"]
@@ -146,6 +158,16 @@ def accuracy(model, batches):
     model.eval()
     right = torch.cat([model(images).argmax(1).cpu() == labels for images, labels in batches])
     return 100 * right.sum().item() / len(right)
+
+
+def check_models(flag, names, build_model, num_classes=10, image_size=224):
+    """Every name is that of a network which takes such images; nothing is allocated."""
+    for name in names:
+        try:
+            with torch.device("meta"):
+                build_model(name, num_classes, image_size)
+        except ValueError as error:
+            fail(f"{flag} {name}: {error}")
 
 
 def check_classes(found, expected, where, other):
@@ -170,11 +192,15 @@ def check_same(stored, args, path):
         fail(f"{path} was made with {told}; choose another --tag or --teachers, or start again with --overwrite")
 
 
-def finished(path, args):
-    """Whether the phase has its result already; says so and repeats the RESULT line."""
+def finished(path, args, upstream=None, made_from=""):
+    """Whether the phase has its result already; says so and repeats the RESULT line. With upstream, the arguments of the
+    earlier phases as they are now, a result that was `made_from` other ones is refused."""
     if args.overwrite or not path.exists():
         return False
-    check_same(load_json(path, "start again with --overwrite")["args"], args, path)
+    result = load_json(path, "start again with --overwrite", ("args", "upstream"))
+    check_same(result["args"], args, path)
+    if upstream is not None and result["upstream"] != upstream:
+        fail(f"{path} was made from other {made_from} than there are now; start again with --overwrite")
     repeat(path)
     return True
 

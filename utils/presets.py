@@ -117,7 +117,7 @@ def identity_flags(parser):
     run = parser.add_argument_group("run")
     run.add_argument("--run-dir", default="runs", help="where results go")
     run.add_argument("--seed", type=number(int, 0), default=0, help="of everything random in this phase")
-    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is")
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
     run.add_argument("--workers", type=number(int, 0), default=2, help="processes or threads that read images")
     run.add_argument("--overwrite", action="store_true", help="start again where results exist")
     return parser

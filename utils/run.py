@@ -23,15 +23,14 @@ TEACHER = ("weights", "backbone", "data", "top1", "args")            # what sque
 
 
 def pick_device(name):
-    """torch.device of --device; auto: the first of cuda, mps, cpu that exists."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+    """torch.device of --device; auto: cuda where there is one, else cpu."""
+    available = ["cuda"] * torch.cuda.is_available() + ["cpu"]
+    name = available[0] if name == "auto" else name
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        fail(f"--device {name} is not to be had here; use one of: {' '.join(k for k in available if available[k])}")
+        fail(f"--device {name} is not to be had here; use auto or one of: {' '.join(available)}")
     if device.type == "cpu":
         keep_freed_memory()
     return device

@@ -165,6 +165,7 @@ DAMAGE = {
     "half": lambda path: path.write_bytes(path.read_bytes()[:path.stat().st_size // 2]),
     "without its end": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "text": lambda path: path.write_text("404: Not Found\n"),
+    "a cut pickle": lambda path: path.write_bytes(b"\x80\x02."),
     "an image": lambda path: Image.new("RGB", (4, 4)).save(path, format="png"),
     "a tensor": lambda path: torch.save(torch.zeros(3), path),
     "a list": lambda path: torch.save([1, 2], path),

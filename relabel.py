@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from models import build_model
+from utils import fail
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import load_folder, preset_column
 from utils.losses import ensemble_logits
@@ -70,12 +71,14 @@ def main(argv=None):
     upstream, folder = {"squeeze": {name: record["args"] for name, record in records.items()}}, args.images or paths.images
     if not args.images:
         recovered = load_json(paths.run / "result.json", f"run: python recover.py --dataset {args.dataset} "
-                              f"--ipc {args.ipc} --method {args.method}", ("args", "upstream"))
+                              f"--ipc {args.ipc} --method {args.method}", ("args", "upstream", "images"))
         upstream = recovered["upstream"] | {"recover": recovered["args"]}
     if finished(paths.labels / "result.json", args, upstream, "images"):
         return
     raw, _, classes, ids = load_folder(folder, data["image_size"], args.workers)
     check_classes(classes, data["classes"], folder, f"the teachers in {paths.teachers}")
+    if not args.images and len(raw) != recovered["images"]:
+        fail(f"{folder} holds {len(raw)} images of the {recovered['images']} there were; run recover.py --overwrite")
     images = normalize(raw.to(device), data["mean"], data["std"])
     batch_size = len(images) if len(images) <= args.whole_up_to else args.batch_size
     shape = (args.epochs, len(images))
@@ -90,11 +93,11 @@ def main(argv=None):
                               generator("relabel", args.seed, epoch))
             logits = label_epoch(images, draw, batch_size, list(models.values()), args.mix, args.logit_norm)
             stored[epoch] = logits.half().cpu().numpy()
+            if not np.isfinite(stored[epoch]).all():
+                raise FloatingPointError(f"the ensemble's logits are not finite in float16 in epoch {epoch}")
             for key in DRAWN:
                 drawn[key][epoch] = draw[key].numpy()
             progress.step()
-        if not np.isfinite(stored[-1]).all():
-            raise FloatingPointError("the ensemble's logits are not finite in float16")
         stored.flush()
     for key, array in drawn.items():
         with whole_file(paths.labels / f"{key}.npy") as temporary, open(temporary, "wb") as file:

@@ -21,9 +21,11 @@ def commands(block, tmp_path):
     """Run a block of the README with a `python` that only writes down its arguments.   -> lists of arguments"""
     log = tmp_path / "log"
     for name in "python", "pip":
-        (tmp_path / name).write_text(f'#!/bin/sh\nfor word; do printf "%s\\n" "$word" >>"{log}"; done; echo . >>"{log}"\n')
+        write = f'for word; do printf "%s\\n" "$word" >>"{log}"; done; echo . >>"{log}"'
+        (tmp_path / name).write_text(f"#!/bin/sh\n{write}\n")
         (tmp_path / name).chmod(0o755)
-    subprocess.run(["bash", "-euc", FUNCTION + block], check=True, cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    path = f"{tmp_path}:/usr/bin:/bin"
+    subprocess.run(["bash", "-euc", FUNCTION + block], check=True, cwd=tmp_path, env={"PATH": path})
     return [call.split("\n") for call in log.read_text().split("\n.\n") if call] if log.exists() else []
 
 
@@ -56,4 +58,5 @@ def test_every_test_and_function_the_equation_map_names_exists():
             for quoted in re.findall(r"`(.*?)`", column):
                 name, _, function = quoted.rpartition(": ") if ".py" in quoted else (name, "", quoted)
                 name, function = (name, function) if name else (function, "")
-                assert re.search(rf"^(def|class) {function}\b" if function else "", (folder / name).read_text(), re.M), quoted
+                pattern = rf"^(def|class) {function}\b" if function else ""
+                assert re.search(pattern, (folder / name).read_text(), re.M), quoted

@@ -45,6 +45,17 @@ def test_a_whole_file_appears_in_new_folders_and_replaces_the_old_one(tmp_path):
         assert path.read_text() == text and list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("save", [run.save_json, run.save_torch])
+def test_a_place_that_cannot_be_written_is_told_in_one_line(save, tmp_path, capsys):
+    with run.whole_file(tmp_path / "result") as temporary:
+        temporary.mkdir()
+    (tmp_path / "result").rename(temporary)         # in the way: not even root can open a file there
+    with pytest.raises(SystemExit) as end:
+        save(tmp_path / "result", {})
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and f"{tmp_path / 'result'} cannot be written" in error
+
+
 def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
     code = ("import os, sys; from pathlib import Path; from utils.run import whole_file\n"
             "with whole_file(Path(sys.argv[1])) as temporary:\n    temporary.write_text('ne')\n    os._exit(1)")

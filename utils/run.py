@@ -1,9 +1,9 @@
 """Bookkeeping of a phase: device, seeds, folders, whole files, checkpoints, progress, and the RESULT line."""
 import ctypes
 import hashlib
+import io
 import json
 import os
-import pickle
 import platform
 import resource
 import sys
@@ -29,6 +29,8 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type not in available:
+            raise RuntimeError
     except (RuntimeError, AssertionError):
         fail(f"--device {name} is not to be had here; use auto or one of: {' '.join(available)}")
     if device.type == "cpu":
@@ -102,8 +104,10 @@ def reason(error):
 
 
 def save_torch(path, value):
+    buffer = io.BytesIO()                   # torch's own writer turns a full disk into an error that is no OSError
+    torch.save(value, buffer)
     with whole_file(path) as temporary:
-        torch.save(value, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_torch(path, remedy, keys=()):
@@ -112,7 +116,7 @@ def load_torch(path, remedy, keys=()):
         return with_keys(torch.load(path, map_location="cpu", weights_only=True), keys)
     except FileNotFoundError:
         fail(f"{path} is missing; {remedy}")
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:                                       # a damaged pickle may raise anything
         fail(f"{path} is no whole checkpoint of plain weights ({reason(error)}); {remedy}")
 
 

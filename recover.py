@@ -31,7 +31,7 @@ from utils.augment import apply_view, draw_view, to_uint8
 from utils.data import describe, load_split, preset_column
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (Progress, check_same, finish, finished, generator, load_teachers, load_torch,
+from utils.run import (Progress, check_same, finish, finished, generator, load_teachers, load_torch, need_files,
                        pick_device, relevant, run_paths, whole_file)
 from utils.stats import ClosedFormMatching, channel_stats, layer_inputs, matched_layers, patch_stats
 
@@ -228,19 +228,17 @@ def recover_group(group, matchings, names, data, args, paths, device, grid, log,
 
 def load_statistics(args, paths, models, records):
     """The files of Eq. 9, each checked to belong to its backbone's weights.   -> {backbone: file's dict}"""
-    stored = {}
+    stored, command = {}, need_files(args, paths.teachers, ".stats.pt", "collect_stats.py")
     for name, model in models.items():
-        path = paths.teachers / f"{name}.stats.pt"
-        again = f"run: python collect_stats.py --dataset {args.dataset} --teachers {args.teachers} --backbones {name}"
-        stored[name] = load_torch(path, f"{again} --overwrite", ("statistics", "patch", "checkpoint", "args"))
+        path, again = paths.teachers / f"{name}.stats.pt", f"{command} --backbones {name} --overwrite"
+        stored[name] = load_torch(path, again, ("statistics", "patch", "checkpoint", "args"))
         convolutions = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)}
         if stored[name]["checkpoint"] != records[name]["fingerprint"]:
-            fail(f"{path} belongs to other weights than {name}.pt; {again} --overwrite")
+            fail(f"{path} belongs to other weights than {name}.pt; {again}")
         if stored[name]["statistics"].keys() != convolutions:
-            fail(f"{path} does not hold the convolutions of {name}; {again} --overwrite")
+            fail(f"{path} does not hold the convolutions of {name}; {again}")
         if stored[name]["patch"] != (patch := stored[args.backbones[0]]["patch"]):
-            fail(f"{path} was collected with --patch {stored[name]['patch']}, {args.backbones[0]}'s with {patch}; "
-                 f"{again} --overwrite")
+            fail(f"{path} was collected with --patch {stored[name]['patch']}, {args.backbones[0]}'s with {patch}; {again}")
     return stored
 
 

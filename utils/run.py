@@ -133,14 +133,23 @@ def fingerprint(*parts):
     return digest.hexdigest()
 
 
+def need_files(args, folder, suffix, script):
+    """A file for each backbone, or the command that makes those which are missing.   -> the command for others"""
+    command = f"run: python {script} --dataset {args.dataset} --teachers {args.teachers}"
+    missing = [name for name in args.backbones if not (folder / f"{name}{suffix}").exists()]
+    if missing:
+        fail(f"{folder / missing[0]}{suffix} is missing; {command} --backbones {' '.join(missing)}")
+    return command
+
+
 def load_teachers(args, folder, build_model, device):
     """The backbones of --backbones, frozen and in eval mode, and what their checkpoints agree on.
     -> {name: model}, {name: checkpoint without weights, plus its fingerprint}, data dict(classes, image_size, ...)"""
     models, records = {}, {}
+    again = need_files(args, folder, ".pt", "squeeze.py")
     for name in args.backbones:
         path = folder / f"{name}.pt"
-        record = load_torch(path, f"run: python squeeze.py --dataset {args.dataset} --teachers {args.teachers} "
-                                  f"--backbones {name} --overwrite", TEACHER)
+        record = load_torch(path, f"{again} --backbones {name} --overwrite", TEACHER)
         try:
             model = build_model(record["backbone"], len(record["data"]["classes"]), record["data"]["image_size"])
             model.load_state_dict(record.pop("weights"))

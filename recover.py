@@ -76,7 +76,7 @@ class PlainMatching:
     def hooks(self, dropped=()):
         return layer_inputs(self.model, self.targets.keys() - set(dropped))
 
-    def inject(self, inputs, state, dropped=()):
+    def inject(self, inputs, state):
         groups, state = state["groups"], dict(state)
         bn = conv = next(self.model.parameters()).new_zeros(())
         for name, x in inputs.items():
@@ -119,7 +119,7 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
         images = apply_view(pixels.flatten(1, 2), views).view(G * B, *pixels.shape[2:])
         with matching.hooks(dropped) as inputs:
             logits = matching.model(images)
-        loss_bn, loss_conv, states[k] = matching.inject(inputs, states[k], dropped)
+        loss_bn, loss_conv, states[k] = matching.inject(inputs, states[k])
         loss_ce = args.ce_weight * F.cross_entropy(logits, labels.flatten(), reduction="sum") / B
         loss_dd = logits.new_zeros(())
         if args.dd_weight:

@@ -73,7 +73,7 @@ def iterate(matching, steps, groups):
         images = images.clone().requires_grad_()
         with matching.hooks(dropped) as inputs:
             logits = matching.model(images)
-        bn, conv, state = matching.inject(inputs, state, dropped)
+        bn, conv, state = matching.inject(inputs, state)
         yield bn.detach(), conv.detach(), torch.autograd.grad(F.cross_entropy(logits, labels) + bn + conv, images)[0]
 
 

@@ -308,7 +308,7 @@ def test_closed_form_matching_is_eqs_6_10_and_15_over_several_steps_with_dropped
         past, before = state, state[0].clone()
         with matching.hooks(dropped) as inputs:
             logits = net(images)
-        bn, conv, state = matching.inject(inputs, state, dropped)
+        bn, conv, state = matching.inject(inputs, state)
         slope, = torch.autograd.grad(F.cross_entropy(logits, labels), images)
         for actual, value in zip((bn, conv, slope), expected):
             assert_near(actual, value, 1e-12)

@@ -158,7 +158,7 @@ class ClosedFormMatching:
         state = matching.start(groups)                             # once for each image batch
         with matching.hooks(dropped) as inputs:
             logits = model(images)
-        bn, conv, state = matching.inject(inputs, state, dropped)  # losses [], the value of the terms
+        bn, conv, state = matching.inject(inputs, state)           # losses [], the value of the terms
         classification_loss.backward()                             # adds the gradient of the matching terms
     """
 
@@ -193,7 +193,7 @@ class ClosedFormMatching:
             yield inputs
 
     @torch.no_grad()
-    def inject(self, inputs, state, dropped=()):
+    def inject(self, inputs, state):
         """Measure the inputs, move the averages, and hand each tensor the gradient of its terms."""
         if not inputs:                                      # every layer dropped, or none has a weight
             return self.target.new_zeros(()), self.target.new_zeros(()), state

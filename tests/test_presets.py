@@ -225,3 +225,10 @@ def test_flags_are_never_abbreviated(phase, capsys):
         with pytest.raises(SystemExit) as end:
             import_module(phase).main([short, *values])
         assert end.value.code == 2 and short in capsys.readouterr().err
+
+
+def test_only_imagenet_itself_takes_pretrained_weights_by_default():
+    for dataset, expected in ("imagenet", True), ("beasts", False), ("cifar10", False):
+        args = parse_args(import_module("squeeze").get_parser(), "squeeze", ["--dataset", dataset],
+                          lambda dataset, data_dir, size: "cifar10" if dataset == "cifar10" else "imagenet")
+        assert args.pretrained is expected

@@ -133,6 +133,8 @@ def parse_args(parser, phase, argv, find_column):
     known, rest = early.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
     column = find_column(known.dataset, known.data_dir, known.image_size)
     values = preset_values(known.preset, column, phase, known.ipc, known.method)
+    if known.dataset != "imagenet":
+        values.pop("pretrained", None)          # a folder with ImageNet's settings has other classes than the weights
     unread = set(values) - {action.dest for action in parser._actions}
     if unread:
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")

@@ -70,7 +70,7 @@ def get_parser():
 
 def main(argv=None):
     args, started = parse_args(get_parser(), "collect_stats", argv, preset_column), time.time()
-    device, paths = pick_device(args.device), run_paths(args)
+    device, paths = pick_device(args.device, args.precision), run_paths(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     args.patch = args.patch or data["patch"]
     result, split, remedy = paths.teachers / "collect_stats.json", None, "start again with --overwrite"

@@ -316,7 +316,7 @@ def get_parser():
 
 def main(argv=None):
     args, started = parse_args(get_parser(), "recover", argv, preset_column), time.time()
-    device, paths = pick_device(args.device), run_paths(args)
+    device, paths = pick_device(args.device, args.precision), run_paths(args)
     if finished(paths.run / "result.json", args):
         return
     data, upstream = select_random(args, paths) if args.method == "random" else synthesise(args, paths, device)

@@ -66,7 +66,7 @@ def get_parser():
 
 def main(argv=None):
     args, started = parse_args(get_parser(), "relabel", argv, preset_column), time.time()
-    device, paths = pick_device(args.device), run_paths(args)
+    device, paths = pick_device(args.device, args.precision), run_paths(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     upstream, folder = {"squeeze": {name: record["args"] for name, record in records.items()}}, args.images or paths.images
     if not args.images:

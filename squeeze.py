@@ -88,7 +88,7 @@ def get_parser():
 
 def main(argv=None):
     args, started = parse_args(get_parser(), "squeeze", argv, preset_column), time.time()
-    device, paths = pick_device(args.device), run_paths(args)
+    device, paths = pick_device(args.device, args.precision), run_paths(args)
     check_models("--backbones", args.backbones, build_model)
     accuracies, todo, remedy = {}, [], "start again with --overwrite"
     for name in args.backbones:

@@ -174,7 +174,7 @@ def get_parser():
 
 def main(argv=None):
     args = parse_args(get_parser(), "train_eval", argv, preset_column)
-    device, paths = pick_device(args.device), run_paths(args)
+    device, paths = pick_device(args.device, args.precision), run_paths(args)
     check_models("--students", args.students, build_model)
     for name in args.students:
         student_value(args.lr, name)

@@ -118,6 +118,8 @@ def identity_flags(parser):
     run.add_argument("--run-dir", default="runs", help="where results go")
     run.add_argument("--seed", type=number(int, 0), default=0, help="of everything random in this phase")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
+    run.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="tf32",
+                     help="of the networks' matrix work: tf32 is fp32 except on a GPU, bf16 is autocast")
     run.add_argument("--workers", type=number(int, 0), default=2, help="processes or threads that read images")
     run.add_argument("--overwrite", action="store_true", help="start again where results exist")
     return parser

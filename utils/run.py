@@ -22,8 +22,9 @@ NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", 
 TEACHER = ("weights", "backbone", "data", "top1", "args")            # what squeeze.py stores
 
 
-def pick_device(name):
-    """torch.device of --device; auto: cuda where there is one, else cpu."""
+def pick_device(name, precision="tf32"):
+    """torch.device of --device; auto: cuda where there is one, else cpu. precision other than fp32: its float32 matrix
+    products and convolutions take their factors as TF32 (10 bits of mantissa), on a GPU that can."""
     available = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     name = available[0] if name == "auto" else name
     try:
@@ -33,9 +34,18 @@ def pick_device(name):
             raise RuntimeError
     except (RuntimeError, AssertionError):
         fail(f"--device {name} is not to be had here; use auto or one of: {' '.join(available)}")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+def with_precision(model, device, precision):
+    """The model; at bf16 its layers run under autocast, and its outputs are float32 again."""
+    if precision == "bf16":
+        forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+        model.forward = lambda images: forward(images).float()
+    return model
 
 
 def keep_freed_memory():
@@ -155,7 +165,7 @@ def load_teachers(args, folder, build_model, device):
             model.load_state_dict(record.pop("weights"))
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             fail(f"{path} does not hold weights of {name} ({reason(error)}); train it again with squeeze.py --overwrite")
-        models[name] = model.eval().requires_grad_(False).to(device)
+        models[name] = with_precision(model.eval().requires_grad_(False).to(device), device, args.precision)
         records[name] = record | {"fingerprint": fingerprint(path)}
         first = records[args.backbones[0]]["data"]
         if record["data"] != first:

@@ -26,23 +26,35 @@ def draw_resized_crop(n, size, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3
 
 
 def apply_resized_crop(images, boxes, size=None):
-    """Cut each box and enlarge it bilinearly to `size` (default: that of the images), differentiably.
-
-    Equals torchvision's resized_crop where a box is not shrunk: the coordinates are clamped to the box, so that nothing
-    outside it is seen. Shrinking is not antialiased.
+    """Cut each box and resize it bilinearly to `size` (default: that of the images), as torchvision's resized_crop with
+    antialiasing, differentiably: a pixel of a shrunk box averages all that it covers, and nothing outside the box is seen.
     """
-    size = size or images.shape[-1]
-    boxes = boxes.to(images)
+    H, W = images.shape[2:]
+    size = size or W
+    top, left, height, width = boxes.to(images).unbind(1)
+    if size < max(H, W):                                             # some box may shrink; which, only the device knows
+        rows, columns = (triangles(*box, size, side)[:, None] for box, side in (((top, height), H), ((left, width), W)))
+        return (rows @ images.double() @ columns.mT).to(images)      # float64: a GPU may take float32 factors as TF32
     centres = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size
 
     def coordinates(start, length, side):                            # of the pixels to read, -1 .. 1 over the image
         pixel = (centres * length[:, None] - 0.5).clamp_(min=0).minimum(length[:, None] - 1) + start[:, None]
         return (2 * pixel + 1) / side - 1
 
-    top, left, height, width = boxes.unbind(1)
-    rows, columns = coordinates(top, height, images.shape[2]), coordinates(left, width, images.shape[3])
+    rows, columns = coordinates(top, height, H), coordinates(left, width, W)
     grid = torch.stack([columns[:, None, :].expand(-1, size, -1), rows[:, :, None].expand(-1, -1, size)], dim=-1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def triangles(start, length, size, side):
+    """The weight of each of `side` pixels in each of the `size` pixels that a stretch [B] of them becomes: bilinear
+    interpolation, as wide as a new pixel where that is wider than an old one.   -> [B, size, side], float64"""
+    start, length = start.double()[:, None, None], length.double()[:, None, None]
+    new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size + start           # the centres
+    old = torch.arange(side, device=start.device) + 0.5
+    weight = (1 - (old - new).abs() / (length / size).clamp(min=1)).clamp(min=0)
+    weight = weight * ((old > start) & (old < start + length))
+    return weight / weight.sum(2, keepdim=True)
 
 
 def draw_flip(n, generator):
@@ -140,11 +152,13 @@ def draw_epoch(n, size, batch_size, mix, generator, scale=(0.08, 1.0)):
     return draw
 
 
-def apply_epoch(images, draw, index, mix):
-    """The mixed samples `index` [B] of a draw of `draw_epoch`, for images [N, C, S, S] (all of them).   -> [B, C, S, S]
-    The bytes do not depend on which samples make a batch."""
+def apply_epoch(images, draw, index, mix, units=None):
+    """The mixed samples `index` [B] of a draw of `draw_epoch`, for images [N, C, S, S] (all of them), with units (mean,
+    std) uint8 ones that `normalize` brings into them.   -> [B, C, S, S].  The bytes do not depend on which samples make a
+    batch."""
     def augmented(chosen):
-        return apply_flip(apply_resized_crop(images[chosen.to(images.device)], draw["crop"][chosen]), draw["flip"][chosen])
+        view = images[chosen] if units is None else normalize(images[chosen], *units)
+        return apply_flip(apply_resized_crop(view, draw["crop"][chosen]), draw["flip"][chosen])
 
     base = augmented(index)
     if mix == "none":
@@ -160,7 +174,8 @@ def apply_epoch(images, draw, index, mix):
 
 
 def normalize(images, mean, std):
-    """uint8 images [N, 3, S, S] -> float32 in the units the networks see."""
+    """uint8 images [N, 3, S, S] -> float32 in the units the networks see.   mean, std: three numbers each; as tensors on
+    the images' device they cost no transfer."""
     return (images.float() / 255 - _channel(mean, images)) / _channel(std, images)
 
 
@@ -171,4 +186,4 @@ def to_uint8(images, mean, std):
 
 
 def _channel(values, images):
-    return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+    return torch.as_tensor(values, dtype=torch.float32, device=images.device)[:, None, None]

@@ -121,6 +121,16 @@ def test_batches_in_memory_follow_the_order_and_the_last_one_is_short(tmp_path):
     assert torch.equal(split.read(order), split.images[order])
 
 
+def test_a_split_moves_to_a_device_unless_it_is_streamed(tmp_path):
+    make_folder(tmp_path, count=3)
+    order = torch.tensor([5, 0, 3])
+    for size, device in (8, "meta"), (80, "cpu"):
+        split = load_split(str(tmp_path), "x", "train", size).to(torch.device("meta"))
+        batches = list(split.batches(2, order, crop_seed=0))
+        assert [(images.shape, images.device.type, labels.device.type) for images, labels in batches] == [
+            ((count, 3, size, size), device, device) for count in (2, 1)]
+
+
 def make_cifar(root, dataset, monkeypatch):
     """An archive like that of CIFAR-10 or -100, 20 images to a file; the md5 sums of the real one are not checked."""
     cifar = data.CIFAR[dataset]

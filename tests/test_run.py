@@ -65,6 +65,61 @@ def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int16, np.int32, np.bool_])
+def test_an_array_written_row_by_row_is_the_file_that_numpy_saves(dtype, tmp_path):
+    rows = np.random.default_rng(0).integers(0, 2, (5, 3, 4))
+    with run.array_file(tmp_path / "rows.npy", rows.shape, dtype) as append:
+        for row in rows:
+            append(row)
+            assert not (tmp_path / "rows.npy").exists()
+    np.save(tmp_path / "whole.npy", rows.astype(dtype))
+    assert (tmp_path / "rows.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_an_array_that_was_not_written_to_the_end_is_absent(tmp_path):
+    with pytest.raises(KeyboardInterrupt), run.array_file(tmp_path / "rows.npy", (2, 3), np.float16) as append:
+        append(np.ones(3))
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_an_array_that_finds_the_disk_full_is_told_in_one_line(tmp_path, capsys):
+    (tmp_path / ".rows.npy.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit), run.array_file(tmp_path / "rows.npy", (9,), np.float16) as append:
+        append(np.ones(9))
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d, lambda width: torch.nn.GroupNorm(width, width)])
+def test_channels_come_last_unless_group_norms_are_trained(norm, frozen):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm(8)).requires_grad_(not frozen)
+    outputs = run.channels_last(model)(torch.rand(2, 3, 9, 9))
+    expected = frozen or isinstance(model[1], torch.nn.BatchNorm2d)
+    assert outputs.is_contiguous(memory_format=torch.channels_last) == expected
+    assert outputs.is_contiguous() != expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_precision_is_that_of_the_layers_and_not_of_weights_or_outputs(precision):
+    seen, model = [], torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    keys = list(model.state_dict())
+    model[1].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    model = run.with_precision(model, torch.device("cpu"), precision)
+    outputs = model(torch.rand(5, 3, 3, 3))
+    outputs.sum().backward()
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32] and outputs.dtype == torch.float32
+    assert list(model.state_dict()) == keys and all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_what_is_sent_to_a_device_arrives_there():
+    device, one = torch.device("meta"), torch.ones(2)
+    sent = run.send({"a": one, "b": torch.zeros(3)}, device)
+    assert list(sent) == ["a", "b"] and all(part.is_meta for part in sent.values()) and run.send(one, device).is_meta
+    assert run.send(one, torch.device("cpu")) is one
+
+
 def test_a_generator_depends_on_its_key_alone():
     torch.manual_seed(1)
     first = torch.rand(9, generator=run.generator("noise", 0, 1))

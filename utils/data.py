@@ -161,6 +161,12 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
+    def to(self, device):
+        """Images and labels move to the device to stay, unless they are streamed.   -> self"""
+        if not self.streamed:
+            self.images, self.labels = self.images.to(device), self.labels.to(device)
+        return self
+
     def read(self, index):
         """uint8 [n, 3, S, S] of the images at index (LongTensor [n]), never augmented."""
         if not self.streamed:
@@ -173,7 +179,7 @@ class Split:
         crop_seed (0, 1, ...): streamed images go through RandomResizedCrop and a flip drawn from (crop_seed, index)
         alone, whatever the workers; torch's generators stay as they were. Images in memory come as they are.
         """
-        order = torch.arange(len(self)) if order is None else order
+        order = torch.arange(len(self)) if order is None else order.to(self.labels.device)
         if not self.streamed:
             yield from ((self.images[index], self.labels[index]) for index in order.split(batch_size))
             return

@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+from torch import nn
 
 from utils import fail
 
@@ -46,6 +48,22 @@ def with_precision(model, device, precision):
         forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
         model.forward = lambda images: forward(images).float()
     return model
+
+
+def channels_last(model):
+    """The model in the layout that convolutions are fastest in, unless it trains GroupNorms: these are slower by more."""
+    if not any(isinstance(layer, nn.GroupNorm) and layer.weight.requires_grad for layer in model.modules()):
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def send(value, device):
+    """A tensor, or a dict of tensors, on the device; a GPU fetches it while the host goes on."""
+    if isinstance(value, dict):
+        return {key: send(part, device) for key, part in value.items()}
+    if device.type == "cuda" and not value.is_cuda:
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def keep_freed_memory():
@@ -85,6 +103,18 @@ def whole_file(path):
     finally:
         with suppress(OSError):                                      # nothing is left to remove when all went well
             temporary.unlink()
+
+
+@contextmanager
+def array_file(path, shape, dtype):
+    """Yields a function that appends rows to an .npy file of this shape, whole or absent as by `whole_file`.
+
+    Not through a memory map, whose pages count as the process's own and whose errors, such as a full disk, kill it.
+    """
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)})
+        yield lambda rows: file.write(np.ascontiguousarray(rows, dtype))
 
 
 def save_json(path, value):
@@ -178,7 +208,7 @@ def load_teachers(args, folder, build_model, device):
 def accuracy(model, batches):
     """Top-1 in % over batches of (network input, labels)."""
     model.eval()
-    right = torch.cat([model(images).argmax(1).cpu() == labels for images, labels in batches])
+    right = torch.cat([model(images).argmax(1) == labels.to(images.device) for images, labels in batches])
     return 100 * right.sum().item() / len(right)
 
 

@@ -24,8 +24,8 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.data import load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (Progress, check_classes, check_same, finish, generator, load_json, load_teachers, load_torch, pick_device,
-                       relevant, repeat, run_paths, save_torch)
+from utils.run import (Progress, check_classes, check_same, finish, generator, load_json, load_teachers, load_torch,
+                       pick_device, relevant, repeat, run_paths, save_torch, send)
 from utils.stats import conv_stats, layer_inputs, matched_layers
 
 
@@ -38,7 +38,7 @@ def dataset_statistics(model, batches, patch):
     for images in batches:
         with layer_inputs(model, convolutions) as inputs:
             model(images)
-        shared = {id(x): conv_stats(x, patch) for x in {id(x): x for x in inputs.values()}.values()}
+        shared = {id(x): conv_stats(x.float(), patch) for x in {id(x): x for x in inputs.values()}.values()}
         for name, x in inputs.items():
             batch = [vector[0].double() * len(images) for vector in shared[id(x)]]
             sums[name] = [total + part for total, part in zip(sums[name], batch)] if name in sums else batch
@@ -48,12 +48,14 @@ def dataset_statistics(model, batches, patch):
 
 def training_views(split, data, args, device, progress):
     """The training images once, augmented and normalised, in batches."""
-    draw = generator("collect_stats", args.seed)
+    draw, units = generator("collect_stats", args.seed), torch.tensor([data["mean"], data["std"]], device=device)
     order = torch.randperm(len(split), generator=draw)       # batches of mixed classes: their variances are averaged
     for images, _ in split.batches(args.batch_size, order, crop_seed=args.seed):
+        images = send(images, device)
         if not split.streamed:
-            images = apply_view(images, draw_view(len(images), data["image_size"], args.crop, True, 0, draw))
-        yield normalize(images.to(device), data["mean"], data["std"])
+            view = draw_view(len(images), data["image_size"], args.crop, True, 0, draw)
+            images = apply_view(images.float(), send(view, device))
+        yield normalize(images, *units)
         progress.step(count=len(images))
 
 
@@ -83,7 +85,7 @@ def main(argv=None):
             check_same({key: stored["args"][key] for key in ("patch", "crop", "batch_size", "seed")}, args, path)
             continue
         if split is None:
-            split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers)
+            split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers).to(device)
             check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
             if split.streamed and args.crop != "resized":
                 fail(f"--crop {args.crop} is for images of at most 64 pixels; use --crop resized")

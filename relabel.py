@@ -17,7 +17,7 @@ python relabel.py --dataset shapes                                              
 """
 import argparse
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,26 +25,27 @@ import torch
 
 from models import build_model
 from utils import fail
-from utils.augment import apply_epoch, draw_epoch, normalize
+from utils.augment import apply_epoch, draw_epoch
 from utils.data import load_folder, preset_column
 from utils.losses import ensemble_logits
 from utils.presets import Parser, identity_flags, number, parse_args
-from utils.run import (Progress, check_classes, finish, finished, fingerprint, generator, load_json, load_teachers,
-                       pick_device, run_paths, whole_file)
+from utils.run import (Progress, array_file, channels_last, check_classes, finish, finished, fingerprint, generator,
+                       load_json, load_teachers, pick_device, run_paths, send)
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
          "ratio": (np.float32, ())}                                   # what a mixed sample is made with
 
 
 @torch.inference_mode()
-def label_epoch(images, draw, batch_size, models, mix, logit_norm):
-    """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch.   images [N, 3, S, S] -> [N, classes]"""
-    logits = None
+def label_epoch(images, units, draw, batch_size, models, mix, logit_norm):
+    """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch.
+    images: uint8 [N, 3, S, S]; units: their mean and deviation [2, 3]   -> [N, classes]"""
+    draw, logits = send(draw, images.device), None
     for batch in draw["order"].split(batch_size):
-        mixed = apply_epoch(images, draw, batch, mix)
+        mixed = apply_epoch(images, draw, batch, mix, units)
         ensemble = ensemble_logits(torch.stack([model(mixed) for model in models]), logit_norm)
         logits = ensemble.new_empty(len(images), ensemble.shape[1]) if logits is None else logits
-        logits[batch.to(logits.device)] = ensemble
+        logits[batch] = ensemble
     return logits
 
 
@@ -79,29 +80,25 @@ def main(argv=None):
     check_classes(classes, data["classes"], folder, f"the teachers in {paths.teachers}")
     if not args.images and len(raw) != recovered["images"]:
         fail(f"{folder} holds {len(raw)} images of the {recovered['images']} there were; run recover.py --overwrite")
-    images = normalize(raw.to(device), data["mean"], data["std"])
+    images, units = raw.to(device), torch.tensor([data["mean"], data["std"]], device=device)
+    networks = [channels_last(model) for model in models.values()]
     batch_size = len(images) if len(images) <= args.whole_up_to else args.batch_size
     shape = (args.epochs, len(images))
     with suppress(NotADirectoryError):                               # whole_file will tell
         (paths.labels / "result.json").unlink(missing_ok=True)       # labels half made anew are not finished
-    drawn = {key: np.empty((*shape, *extra), kind) for key, (kind, extra) in DRAWN.items()}
     progress = Progress("relabel", args.epochs)
-    with whole_file(paths.labels / "logits.npy") as temporary:
-        stored = np.lib.format.open_memmap(temporary, "w+", np.float16, (*shape, len(classes)))
+    with ExitStack() as stack:
+        files = {key: stack.enter_context(array_file(paths.labels / f"{key}.npy", (*shape, *extra), kind))
+                 for key, (kind, extra) in {"logits": (np.float16, (len(classes),)), **DRAWN}.items()}
         for epoch in range(args.epochs):
             draw = draw_epoch(len(images), data["image_size"], batch_size, args.mix,
                               generator("relabel", args.seed, epoch))
-            logits = label_epoch(images, draw, batch_size, list(models.values()), args.mix, args.logit_norm)
-            stored[epoch] = logits.half().cpu().numpy()
-            if not np.isfinite(stored[epoch]).all():
+            logits = label_epoch(images, units, draw, batch_size, networks, args.mix, args.logit_norm).half().cpu()
+            if not logits.isfinite().all():
                 raise FloatingPointError(f"the ensemble's logits are not finite in float16 in epoch {epoch}")
-            for key in DRAWN:
-                drawn[key][epoch] = draw[key].numpy()
+            for key, append in files.items():
+                append(draw.get(key, logits).numpy())
             progress.step()
-        stored.flush()
-    for key, array in drawn.items():
-        with whole_file(paths.labels / f"{key}.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, array)
     return finish(paths.labels / "result.json", "relabel", args,
                   {"images": len(images), "classes": classes, "data": data, "image_set": fingerprint(*ids, raw.numpy()),
                    "teachers": {name: record["fingerprint"] for name, record in records.items()},

@@ -23,23 +23,27 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.data import describe, load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (TEACHER, Progress, accuracy, check_classes, check_models, check_same, finish, generator, load_json,
-                       load_torch, pick_device, reason, relevant, repeat, run_paths, save_torch)
+from utils.run import (TEACHER, Progress, accuracy, channels_last, check_classes, check_models, check_same, finish,
+                       generator, load_json, load_torch, pick_device, reason, relevant, repeat, run_paths, save_torch,
+                       send, with_precision)
 
 
 def train(model, split, data, args, device, progress):
     """Train the model in place for --epochs epochs of cross-entropy."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+                                fused=device.type == "cuda")
+    units = torch.tensor([data["mean"], data["std"]], device=device)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else None
     for epoch in range(args.epochs):
         draw = generator("squeeze", args.seed, epoch)
         order = torch.randperm(len(split), generator=draw)
         model.train()
         for images, labels in split.batches(args.batch_size, order, crop_seed=epoch):
+            images, labels = send(images, device), send(labels, device)
             if not split.streamed:
                 view = draw_view(len(images), data["image_size"], args.crop, True, 0, draw)
-                images = apply_view(images, view)
-            loss = F.cross_entropy(model(normalize(images.to(device), data["mean"], data["std"])), labels.to(device))
+                images = apply_view(images.float(), send(view, device))
+            loss = F.cross_entropy(model(normalize(images, *units)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -103,8 +107,8 @@ def main(argv=None):
     if not todo and result.exists() and load_json(result, remedy)["args"]["backbones"] == args.backbones:
         return repeat(result)
     if todo:
-        splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers, args.download)
-                  for split in ("train", "test")}
+        splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
+                                    args.download).to(device) for split in ("train", "test")}
         data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
         check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
         if splits["train"].streamed and args.crop != "resized":
@@ -113,12 +117,13 @@ def main(argv=None):
     for name in todo:
         torch.manual_seed(generator("weights", args.seed, name).initial_seed())
         model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
+        model = with_precision(channels_last(model), device, args.precision)
         if args.pretrained:
             load_pretrained(name, model, args.download)
         else:
             train(model, splits["train"], data, args, device,
                   Progress(f"squeeze {name}", args.epochs * len(splits["train"])))
-        accuracies[name] = accuracy(model, ((normalize(x.to(device), data["mean"], data["std"]), y)
+        accuracies[name] = accuracy(model, ((normalize(send(x, device), data["mean"], data["std"]), y)
                                             for x, y in splits["test"].batches(500)))
         print(f"{name}: {accuracies[name]:.2f} % of the test images", flush=True)
         save_torch(paths.teachers / f"{name}.pt",

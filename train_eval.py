@@ -28,8 +28,8 @@ from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import describe, load_folder, load_split, preset_column
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.presets import Parser, identity_flags, number, parse_args
-from utils.run import (Progress, accuracy, check_classes, check_models, finish, finished, fingerprint, generator, load_json,
-                       load_teachers, pick_device, run_paths)
+from utils.run import (Progress, accuracy, channels_last, check_classes, check_models, finish, finished, fingerprint,
+                       generator, load_json, load_teachers, pick_device, run_paths, send, with_precision)
 
 
 class StoredLabels:
@@ -49,7 +49,7 @@ class StoredLabels:
         return {key: value.long() if key in ("crop", "partner", "box") else value for key, value in draw.items()}
 
     def soft_logits(self, epoch, batch, mixed):
-        return torch.from_numpy(self.logits[epoch, batch.numpy()]).to(mixed)
+        return send(torch.from_numpy(self.logits[epoch, batch.numpy()]), mixed.device).to(mixed)
 
 
 class FreshLabels:
@@ -89,24 +89,27 @@ def train_student(name, seed, images, classes, labels, test, data, args, device)
     """One student from scratch.   -> top-1 in % by epoch evaluated, {epoch: top1}; the last epoch is always among them"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
     model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
+    model = with_precision(channels_last(model), device, args.precision)
     lr, groups = student_value(args.lr, name), parameter_groups(model, args.weight_decay)
-    optimizer = (torch.optim.AdamW(groups, lr=lr) if args.optimizer == "adamw" else
-                 torch.optim.SGD(groups, lr=lr, momentum=args.momentum))
+    fused = device.type == "cuda"
+    optimizer = (torch.optim.AdamW(groups, lr=lr, fused=fused) if args.optimizer == "adamw" else
+                 torch.optim.SGD(groups, lr=lr, momentum=args.momentum, fused=fused))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else None
-    order, top1 = generator("order", seed, name), {}
+    order, units, top1 = generator("order", seed, name), torch.tensor([data["mean"], data["std"]], device=device), {}
     progress = Progress(f"train_eval {name} seed {seed}", args.epochs)
     for epoch in range(args.epochs):
         model.train()
-        draw = labels.epoch(epoch)
-        for batch in torch.randperm(len(images), generator=order).split(whole_batch(args, len(images))):
-            mixed = apply_epoch(images, draw, batch, labels.mix)
-            logits, y = model(mixed), classes[batch].to(device)
+        draw = send(labels.epoch(epoch), device)
+        for rows in torch.randperm(len(images), generator=order).split(whole_batch(args, len(images))):
+            batch = send(rows, device)
+            mixed = apply_epoch(images, draw, batch, labels.mix, units)
+            logits, y = model(mixed), classes[batch]
             if args.labels == "hard":
-                loss = hard_loss(logits, y, classes[draw["partner"][batch]].to(device), draw["ratio"][batch].to(device))
+                loss = hard_loss(logits, y, classes[draw["partner"][batch]], draw["ratio"][batch])
             elif args.loss == "kl":
-                loss = kl_loss(logits, labels.soft_logits(epoch, batch, mixed), args.temperature)
+                loss = kl_loss(logits, labels.soft_logits(epoch, rows, mixed), args.temperature)
             else:
-                loss = mse_gt_loss(logits, labels.soft_logits(epoch, batch, mixed), y, args.gamma)
+                loss = mse_gt_loss(logits, labels.soft_logits(epoch, rows, mixed), y, args.gamma)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -116,8 +119,7 @@ def train_student(name, seed, images, classes, labels, test, data, args, device)
         if (epoch + 1) * args.evaluations // args.epochs > epoch * args.evaluations // args.epochs:
             if not loss.isfinite():
                 raise FloatingPointError(f"{name}: the training loss is {loss.item()} in epoch {epoch + 1}")
-            top1[epoch + 1] = accuracy(model, ((normalize(x.to(device), data["mean"], data["std"]), y)
-                                               for x, y in test.batches(500)))
+            top1[epoch + 1] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(500)))
         progress.step(lambda: f"loss {loss.item():.4f}  top1 {list(top1.values())[-1:]}")
     return top1
 
@@ -188,7 +190,7 @@ def main(argv=None):
         return
     images, classes, data, labels = load_distilled(args, paths, before, device)
     check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
-    test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download)
+    test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
     for name, mine in todo.items():
         started = time.time()
@@ -213,13 +215,14 @@ def earlier_result(args, paths):
 
 
 def load_distilled(args, paths, before, device):
-    """The images on the device, their classes, and where soft labels come from; all checked against each other.
-    before: as of `earlier_result`.   -> images [N, 3, S, S] normalised, classes [N], data dict, labels object"""
+    """The images and their classes on the device, and where soft labels come from; all checked against each other.
+    before: as of `earlier_result`.   -> images uint8 [N, 3, S, S], classes [N], data dict, labels object"""
     folder, teachers = args.images or paths.images, {}
     if args.labels == "stored":
         data = before["data"]
     elif args.labels == "online":
         teachers, _, data = load_teachers(args, paths.teachers, build_model, device)
+        teachers = {name: channels_last(teacher) for name, teacher in teachers.items()}
     else:
         data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
     raw, classes, names, ids = load_folder(folder, data["image_size"], args.workers)
@@ -233,7 +236,7 @@ def load_distilled(args, paths, before, device):
                  f"run relabel.py --epochs {args.epochs} --overwrite")
     else:
         labels = FreshLabels(args, len(raw), data["image_size"], list(teachers.values()))
-    return normalize(raw.to(device), data["mean"], data["std"]), classes, data, labels
+    return raw.to(device), classes.to(device), data, labels
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import relabel
 import squeeze
 import train_eval
 from models import build_model
+from tests.helpers import assert_near
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
 from utils.run import generator, load_teachers
 
@@ -66,7 +67,7 @@ def checkpoint(path):
 
 def teachers(project, *names, folder=None):
     """Frozen backbones of a project, {name: model}."""
-    args = SimpleNamespace(backbones=names, dataset=project.dataset, teachers="")
+    args = SimpleNamespace(backbones=names, dataset=project.dataset, teachers="", precision="fp32")
     return load_teachers(args, folder or project.teachers, build_model, torch.device("cpu"))[0]
 
 
@@ -522,8 +523,8 @@ def test_the_accuracy_of_a_backbone_is_that_of_its_weights_on_the_test_images(pr
 
 
 @pytest.mark.parametrize("flags", [
-    "--crop none", "--epochs 3", "--batch-size 8", "--lr 0.1", "--momentum 0", "--weight-decay 0.1",
-    "--schedule cosine"])
+    "--crop none", "--crop resized", "--epochs 3", "--batch-size 8", "--lr 0.1", "--momentum 0", "--weight-decay 0.1",
+    "--schedule cosine", "--precision bf16"])
 def test_each_flag_of_squeeze_changes_the_weights(flags, project):
     project.call("squeeze", "--teachers other", flags)
     for name, model in teachers(project, "convnet_w8", "wrn10_1", folder=project.results / "teachers/other").items():
@@ -592,6 +593,16 @@ def test_the_stored_statistics_are_of_the_augmented_training_images_in_eval_mode
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(stored[layer], again[layer], strict=True))
 
 
+def test_statistics_are_measured_in_float32_whatever_the_networks_precision(project, record):
+    measured, first = record(collect_stats, "conv_stats"), made(project, "collect_stats")
+    for crop in "pad2", "resized":
+        project.call("collect_stats", f"--overwrite --precision bf16 --crop {crop}")
+        assert made(project, "collect_stats") != first
+    assert {call[0].dtype for call in measured} == {torch.float32}
+    project.call("collect_stats", "--overwrite")
+    assert made(project, "collect_stats") == first
+
+
 # relabel
 
 def test_the_labels_are_float16_logits_and_a_row_of_draws_for_every_mixed_sample(relabelled):
@@ -644,6 +655,15 @@ def test_the_norms_of_eq_8_are_those_of_a_label_batch_or_of_a_whole_small_set(pr
             norms = each.flatten(1).norm(dim=1)
             expected = (each * (norms.mean() / norms)[:, None, None]).mean(0)
             np.testing.assert_allclose(labels(project)["logits"][2, batch], expected, rtol=FP16, atol=FP16)
+
+
+def test_labelling_an_epoch_waits_for_no_value_of_the_device():
+    """On the device `meta` there are none, and whatever asked for one would fail."""
+    images, units = torch.empty(20, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.empty(2, 3, device="meta")
+    models = [build_model(name, 4, 16).eval().to("meta") for name in ("convnet_w8", "wrn10_1")]
+    draw = draw_epoch(20, 16, 8, "cutmix", generator("relabel"))
+    logits = relabel.label_epoch(images, units, draw, 8, models, "cutmix", True)
+    assert logits.is_meta and logits.shape == (20, 4)
 
 
 def test_labels_and_evaluation_of_images_of_any_origin(relabelled):
@@ -732,6 +752,15 @@ def test_hard_labels_count_both_images_by_their_shares():
     log_p = logits.log_softmax(1)
     loss = train_eval.hard_loss(logits, torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([0.25, 0.6]))
     assert loss.item() == pytest.approx(-(0.25 * log_p[0, 0] + 0.75 * log_p[0, 1] + log_p[1, 2]).item() / 2)
+
+
+def test_students_train_at_the_precision_asked_for(relabelled, record):
+    losses = record(train_eval, "mse_gt_loss")
+    for precision in "fp32", "tf32", "bf16":
+        relabelled.call("train_eval", f"--precision {precision} --overwrite")
+    fp32, tf32, bf16 = (call[0] for call in losses[::3])                     # the first logits of each
+    assert bf16.dtype == torch.float32 and torch.equal(fp32, tf32) and not torch.equal(fp32, bf16)
+    assert_near(bf16, fp32.detach(), 0.05)
 
 
 def test_weight_decay_is_for_tensors_of_two_or_more_dimensions_alone():

@@ -49,6 +49,22 @@ def label_epoch(images, units, draw, batch_size, models, mix, logit_norm):
     return logits
 
 
+def label_epochs(images, units, models, batch_size, classes, args, folder):
+    """Labels and draws of all epochs, into the files of a folder; none is kept in memory."""
+    shape, progress = (args.epochs, len(images)), Progress("relabel", args.epochs)
+    with ExitStack() as stack:
+        files = {key: stack.enter_context(array_file(folder / f"{key}.npy", (*shape, *extra), kind))
+                 for key, (kind, extra) in {"logits": (np.float16, (classes,)), **DRAWN}.items()}
+        for epoch in range(args.epochs):
+            draw = draw_epoch(len(images), images.shape[-1], batch_size, args.mix, generator("relabel", args.seed, epoch))
+            logits = label_epoch(images, units, draw, batch_size, models, args.mix, args.logit_norm).half().cpu()
+            if not logits.isfinite().all():
+                raise FloatingPointError(f"the ensemble's logits are not finite in float16 in epoch {epoch}")
+            for key, append in files.items():
+                append(draw.get(key, logits).numpy())
+            progress.step()
+
+
 def get_parser():
     parser = identity_flags(Parser(__doc__))
     method = parser.add_argument_group("method")
@@ -80,27 +96,14 @@ def main(argv=None):
     check_classes(classes, data["classes"], folder, f"the teachers in {paths.teachers}")
     if not args.images and len(raw) != recovered["images"]:
         fail(f"{folder} holds {len(raw)} images of the {recovered['images']} there were; run recover.py --overwrite")
-    images, units = raw.to(device), torch.tensor([data["mean"], data["std"]], device=device)
-    networks = [channels_last(model) for model in models.values()]
-    batch_size = len(images) if len(images) <= args.whole_up_to else args.batch_size
-    shape = (args.epochs, len(images))
-    with suppress(NotADirectoryError):                               # whole_file will tell
+    batch_size = len(raw) if len(raw) <= args.whole_up_to else args.batch_size
+    with suppress(NotADirectoryError):                               # array_file will tell
         (paths.labels / "result.json").unlink(missing_ok=True)       # labels half made anew are not finished
-    progress = Progress("relabel", args.epochs)
-    with ExitStack() as stack:
-        files = {key: stack.enter_context(array_file(paths.labels / f"{key}.npy", (*shape, *extra), kind))
-                 for key, (kind, extra) in {"logits": (np.float16, (len(classes),)), **DRAWN}.items()}
-        for epoch in range(args.epochs):
-            draw = draw_epoch(len(images), data["image_size"], batch_size, args.mix,
-                              generator("relabel", args.seed, epoch))
-            logits = label_epoch(images, units, draw, batch_size, networks, args.mix, args.logit_norm).half().cpu()
-            if not logits.isfinite().all():
-                raise FloatingPointError(f"the ensemble's logits are not finite in float16 in epoch {epoch}")
-            for key, append in files.items():
-                append(draw.get(key, logits).numpy())
-            progress.step()
+    units = torch.tensor([data["mean"], data["std"]], device=device)
+    label_epochs(raw.to(device), units, [channels_last(model) for model in models.values()], batch_size, len(classes),
+                 args, paths.labels)
     return finish(paths.labels / "result.json", "relabel", args,
-                  {"images": len(images), "classes": classes, "data": data, "image_set": fingerprint(*ids, raw.numpy()),
+                  {"images": len(raw), "classes": classes, "data": data, "image_set": fingerprint(*ids, raw.numpy()),
                    "teachers": {name: record["fingerprint"] for name, record in records.items()},
                    "teacher_top1": {name: record["top1"] for name, record in records.items()}, "label_batch": batch_size},
                   started, upstream)

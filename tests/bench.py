@@ -1,0 +1,243 @@
+"""How much of a script's time is the networks' own: its loop against the bare work in it, interleaved in one process.
+
+Each row is one case; `ratio` is the speed of the script over that of the bare work, 1 at best (augment, labels: over the
+customary way). Medians of several rounds; the times of one case are comparable, those of different cases hardly.
+
+python -m tests.bench                                      # all
+python -m tests.bench relabel train_eval --json            # some, a JSON object a line
+"""
+import argparse
+import io
+import json
+import statistics
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms
+
+import relabel
+import squeeze
+import train_eval
+from models import build_model
+from utils.augment import apply_epoch, draw_epoch, normalize
+from utils.data import Split
+from utils.losses import mse_gt_loss
+from utils.run import Progress, array_file, channels_last, generator, pick_device
+
+UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
+DATA = {"classes": [str(label) for label in range(10)], "image_size": 32, "mean": UNITS[0], "std": UNITS[1]}
+CIFAR = "resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05"
+
+
+def interleaved(functions, rounds):
+    """Median seconds of each function over `rounds` rounds in which each runs once, after one that does not count."""
+    times = [[] for _ in functions]
+    for _ in range(rounds + 1):
+        for function, seconds in zip(functions, times):
+            started = time.perf_counter()
+            with redirect_stdout(io.StringIO()):
+                function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return [statistics.median(seconds[1:]) for seconds in times]
+
+
+def ratio(times):
+    """The columns of a script's loop against the bare work."""
+    return {"ratio": times[1] / times[0], "script_ms": 1e3 * times[0], "bare_ms": 1e3 * times[1]}
+
+
+def pixels(count, size=32):
+    """uint8 [count, 3, size, size], noise"""
+    return torch.randint(256, (count, 3, size, size), generator=generator("bench"), dtype=torch.uint8)
+
+
+def network(name, last=True):
+    model = build_model(name, 10, 32)
+    return channels_last(model) if last else model
+
+
+def training_steps(model, optimizer, batches, loss):
+    """The bare work of training: batches of (network input, whatever the loss takes beside the logits)."""
+    def run():
+        model.train()
+        for images, *targets in batches:
+            value = loss(model(images), *targets)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    return run
+
+
+def bench_relabel(rounds, quick, device):
+    """relabel.py: draws, mixing, teachers, Eq. 8 and writing, against the teachers' forward passes of the same batches."""
+    units = torch.tensor(UNITS, device=device)
+    for what, names, count, size, epochs in [
+            ("shapes, two teachers, 100 images at once", ("convnet_w64", "wrn16_2"), 100, 100, 5),
+            ("CIFAR, five teachers, 100 images at once", CIFAR, 100, 100, 1),
+            ("CIFAR, five teachers, 500 images by 64", CIFAR, 500, 64, 1)]:
+        if quick:
+            names, count, size, epochs = ("convnet_w8", "wrn10_1"), count // 10, size // 10, 1
+        images = pixels(count).to(device)
+        models = [channels_last(network(name).to(device).eval().requires_grad_(False)) for name in names]
+        draw = draw_epoch(count, 32, size, "cutmix", generator("relabel", 0, 0))
+        mixed = [apply_epoch(images, draw, batch, "cutmix", units) for batch in draw["order"].split(size)]
+        args = relabel.get_parser().parse_args(["--epochs", str(epochs)])
+
+        @torch.inference_mode()
+        def bare():
+            for _ in range(epochs):
+                for batch in mixed:
+                    for model in models:
+                        model(batch)
+
+        with TemporaryDirectory() as folder:
+            times = interleaved([
+                lambda: relabel.label_epochs(images, units, models, size, 10, args, Path(folder)), bare], rounds)
+        yield what, ratio(times)
+
+
+def bench_train_eval(rounds, quick, device):
+    """train_eval.py: a student's whole training on stored labels, with one evaluation on ten images, against its bare steps."""
+    test = Split(np.zeros((10, 32, 32, 3), np.uint8), range(10), DATA["classes"], 32).to(device)
+    for name, count, epochs in [
+            ("convnet_w128", 100, 5), ("resnet18", 100, 2), ("convnet_w128", 500, 1), ("resnet18", 500, 1)]:
+        if quick:
+            name, count, epochs = "convnet_w8", count // 10, 2
+        args = train_eval.get_parser().parse_args(["--epochs", str(epochs), "--evaluations", "1"])
+        images, classes = pixels(count).to(device), torch.arange(count, device=device) % 10
+        with TemporaryDirectory() as folder:
+            store_labels(Path(folder), epochs, count, 10)
+            labels = train_eval.StoredLabels(Path(folder), "cutmix")
+            draw, batches = labels.epoch(0), []
+            for rows in torch.arange(count).split(train_eval.whole_batch(args, count)):
+                mixed = apply_epoch(images.cpu(), draw, rows, "cutmix", UNITS).to(device)
+                batches.append((mixed, labels.soft_logits(0, rows, mixed), classes[rows]))
+            model = network(name).to(device)
+            optimizer = torch.optim.AdamW(train_eval.parameter_groups(model, 0), lr=1e-3, fused=device.type == "cuda")
+            times = interleaved([
+                lambda: train_eval.train_student(name, 0, images, classes, labels, test, DATA, args, device),
+                training_steps(model, optimizer, batches * epochs, lambda *x: mse_gt_loss(*x, args.gamma))], rounds)
+        yield f"{name}, {count} images by {len(batches[0][0])}", ratio(times)
+
+
+def bench_squeeze(rounds, quick, device):
+    """squeeze.py: an epoch with padded crops and flips against its bare steps, and these without channels_last."""
+    count = 32 if quick else 256
+    split = Split(pixels(count).permute(0, 2, 3, 1).numpy(), torch.arange(count) % 10, DATA["classes"], 32).to(device)
+    batches = [(normalize(images, *UNITS), labels) for images, labels in split.batches(64)]
+    args = squeeze.get_parser().parse_args(["--epochs", "1"])
+    for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
+        def bare(model):
+            optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, fused=device.type == "cuda")
+            return training_steps(model, optimizer, batches, F.cross_entropy)
+
+        trained, last, first = (network(name, last).to(device) for last in (True, True, False))
+        times = interleaved([
+            lambda: squeeze.train(trained, split, DATA, args, device, Progress("", count)), bare(last), bare(first)], rounds)
+        yield f"{name}, {count} images by 64", {**ratio(times), "bare/channels_first": times[1] / times[2]}
+
+
+def bench_augment(rounds, quick, device):
+    """Batched crops, flips and normalisation of utils/augment.py, draws included, against torchvision's on PIL images."""
+    for count, size in (100, 32), (100, 64), (20, 224):
+        count = 2 if quick else count
+        raw, units = pixels(count, size), torch.tensor(UNITS, device=device)
+        images, pictures = raw.to(device), [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in raw]
+        customary = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(),
+                                        transforms.ToTensor(), transforms.Normalize(*UNITS)])
+
+        def batched():
+            draw = draw_epoch(count, size, count, "none", generator("bench"))
+            return apply_epoch(images, draw, draw["order"], "none", units)
+
+        ours, theirs = interleaved([batched, lambda: torch.stack([customary(picture) for picture in pictures])], rounds)
+        yield f"{count} images of {size} pixels", {"ratio": theirs / ours, "ours_ms": 1e3 * ours, "pil_ms": 1e3 * theirs}
+
+
+def bench_labels(rounds, quick, device):
+    """Soft labels of relabel.py, written by epoch and read by batch, against a file of torch.save for each batch."""
+    epochs, count, classes, size = (2, 20, 10, 8) if quick else (40, 1000, 100, 64)
+    logits = torch.randn(count, classes, generator=generator("bench")).half()
+    batches = torch.randperm(count, generator=generator("bench")).split(size)
+    with TemporaryDirectory() as folder:
+        ours, files = Path(folder, "ours"), Path(folder, "files")
+        files.mkdir()
+        store_labels(ours, epochs, count, classes)                   # the draws, which reading needs too
+        stored = train_eval.StoredLabels(ours, "cutmix")
+
+        def write():
+            with array_file(ours / "written.npy", (epochs, count, classes), np.float16) as append:
+                for _ in range(epochs):
+                    append(logits.numpy())
+
+        def write_files():
+            for epoch in range(epochs):
+                for i, batch in enumerate(batches):
+                    torch.save(logits[batch], files / f"{epoch}-{i}.pt")
+
+        def read():
+            for epoch in range(epochs):
+                for batch in batches:
+                    stored.soft_logits(epoch, batch, logits)
+
+        def read_files():
+            for epoch in range(epochs):
+                for i in range(len(batches)):
+                    torch.load(files / f"{epoch}-{i}.pt", weights_only=True)
+
+        for what, *pair in ("write", write, write_files), ("read", read, read_files):
+            mine, theirs = (1e3 * seconds / epochs for seconds in interleaved(pair, rounds))
+            yield (f"{what} an epoch of {count} x {classes}, page cache warm",
+                   {"ratio": theirs / mine, "ours_ms": mine, "files_ms": theirs})
+
+
+def store_labels(folder, epochs, count, classes):
+    """Labels as of relabel.py for images of 32 pixels, of no teacher."""
+    args = relabel.get_parser().parse_args(["--epochs", str(epochs)])
+    weights = torch.randn(48, classes, generator=generator("bench"))
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, classes, bias=False))
+    model[2].weight.data = weights.T
+    with redirect_stdout(io.StringIO()):
+        relabel.label_epochs(pixels(count), torch.tensor(UNITS), [model], count, classes, args, folder)
+
+
+BENCHES = {"relabel": bench_relabel, "train_eval": bench_train_eval, "squeeze": bench_squeeze, "augment": bench_augment,
+           "labels": bench_labels}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benches", nargs="*", metavar="BENCH", help=" ".join(BENCHES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="sizes that tell nothing but that it runs")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    if unknown := set(args.benches) - set(BENCHES):
+        parser.error(f"{' '.join(unknown)} is none of {' '.join(BENCHES)}")
+    torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    where = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": args.threads, "rounds": args.rounds,
+             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+    if not args.json:
+        print("  ".join(f"{key} {value}" for key, value in where.items()))
+    for name in args.benches or BENCHES:
+        if not args.json:
+            print(f"\n{BENCHES[name].__doc__}")
+        for what, columns in BENCHES[name](args.rounds, args.quick, device):
+            columns = {key: float(f"{value:.4g}") for key, value in columns.items()}
+            told = f"{what:<45}" + "".join(f"  {key} {value:<7}" for key, value in columns.items())
+            print(json.dumps({"bench": name, "case": what, **columns, **where}) if args.json else told.rstrip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,7 @@ from utils.losses import class_members, data_densification, densification_closed
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
 from utils.run import (Progress, check_same, finish, finished, generator, load_teachers, load_torch, need_files,
                        pick_device, relevant, run_paths, whole_file)
-from utils.stats import ClosedFormMatching, channel_stats, layer_inputs, matched_layers, patch_stats
+from utils.stats import ClosedFormMatching, channel_stats, freeze, layer_inputs, matched_layers, patch_stats
 
 
 def make_batches(num_classes, ipc, batch_size, loop):
@@ -76,7 +76,7 @@ class PlainMatching:
     def hooks(self, dropped=()):
         return layer_inputs(self.model, self.targets.keys() - set(dropped))
 
-    def inject(self, inputs, state):
+    def inject(self, inputs, state, kept=None):
         groups, state = state["groups"], dict(state)
         bn = conv = next(self.model.parameters()).new_zeros(())
         for name, x in inputs.items():
@@ -92,48 +92,69 @@ class PlainMatching:
         return bn, conv, state
 
 
+def draw_iterations(args, matchings, numbers, size):
+    """What is random in the T iterations: a function of (seed, T), a batch's views of its number too.
+    -> backbones [T]; kept, of each backbone bool [T, layers], false where a convolution is dropped; views, tensors
+    [T, batches, ...], one view for a whole batch"""
+    draw, T = generator("iterations", args.seed, args.iterations), args.iterations
+    uniform = torch.randint(len(matchings), (T,), generator=draw)                                           # Eq. 7
+    backbones = uniform if args.choice == "uniform" else torch.arange(T) % len(matchings)
+    chance = torch.rand(T, max(len(matching.targets) for matching in matchings), generator=draw)
+    kept = []
+    for matching in matchings:
+        is_bn = torch.tensor([len(target) == 2 for target in matching.targets.values()], dtype=torch.bool)
+        kept.append((chance[:, :len(is_bn)] >= args.drop_rate) | is_bn)
+    views = [draw_view(T, size, args.crop, args.flip, args.roll, generator("views", args.seed, T, number))
+             for number in numbers]
+    return backbones.tolist(), kept, {key: torch.stack([view[key] for view in views], dim=1) for key in views[0]}
+
+
+def matching_gradient(matching, labels, ce_weight, pixels, view, kept, state, dropped=()):
+    """Eq. 2 without densification, for pixels [G, B, 3, S, S] under a view of each batch.
+    -> gradient at the pixels, losses (classification, BatchNorm, convolutions), state"""
+    G, B = labels.shape
+    pixels = pixels.detach().requires_grad_()
+    images = apply_view(pixels.flatten(1, 2), view).view(G * B, *pixels.shape[2:])
+    with matching.hooks(dropped) as inputs:
+        logits = matching.model(images)
+    bn, conv, state = matching.inject(inputs, state, kept)           # closed form: without a graph, their gradient comes
+    ce = ce_weight * F.cross_entropy(logits, labels.flatten(), reduction="sum") / B             # in at the layers' inputs
+    gradient, = torch.autograd.grad(ce + bn + conv, pixels)
+    return gradient, (ce.detach(), bn.detach(), conv.detach()), state
+
+
 def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambda *_: None):
     """Optimise the images of G batches at once; they move as if each batch were alone, up to rounding.
 
     pixels [G, B, 3, S, S] in normalised units, changed in place; labels [G, B]; numbers: the batches' numbers, on which
     their augmentation depends; matchings: one for each backbone, with its model. report(iteration, losses, pixels).
     """
-    G, B = labels.shape
+    G, device = len(labels), pixels.device
     low, high = ((torch.tensor([bound - m for m in data["mean"]]) / torch.tensor(data["std"])).to(pixels)[:, None, None]
                  for bound in (0, 1))
-    members = class_members((labels + len(data["classes"]) * torch.arange(G, device=labels.device)[:, None]).flatten())
-    pixels.requires_grad_()
-    optimizer = torch.optim.Adam([pixels], lr=args.lr, betas=(0.5, 0.9))
+    members = class_members((labels + len(data["classes"]) * torch.arange(G, device=device)[:, None]).flatten())
+    backbones, kept, views = draw_iterations(args, matchings, numbers, pixels.shape[-1])
+    names = [[[name for name, keep in zip(matching.targets, row) if not keep] for row in rows.tolist()]
+             for matching, rows in zip(matchings, kept)]
+    kept, views = [rows.to(device) for rows in kept], {key: rows.to(device) for key, rows in views.items()}
+    optimizer = torch.optim.Adam([pixels.requires_grad_()], lr=args.lr, betas=(0.5, 0.9), fused=pixels.is_cuda)
     states = [matching.start(G) for matching in matchings]           # the averages start anew with every image batch
-    for t in range(args.iterations):
+    for t, k in enumerate(backbones):
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * t / args.iterations)) / 2
-        draw = generator("iteration", args.seed, t)
-        uniform = torch.randint(len(matchings), (), generator=draw).item()                       # Eq. 7
-        k = uniform if args.choice == "uniform" else t % len(matchings)
-        matching = matchings[k]
-        dropped = [name for name in matching.targets if len(matching.targets[name]) == 4         # convolutions only
-                   and torch.rand((), generator=draw) < args.drop_rate]
-        views = [draw_view(1, pixels.shape[-1], args.crop, args.flip, args.roll, generator("view", args.seed, t, batch))
-                 for batch in numbers]                               # one view for a whole batch
-        views = {key: torch.cat([view[key] for view in views]) for key in views[0]}
-        images = apply_view(pixels.flatten(1, 2), views).view(G * B, *pixels.shape[2:])
-        with matching.hooks(dropped) as inputs:
-            logits = matching.model(images)
-        loss_bn, loss_conv, states[k] = matching.inject(inputs, states[k])
-        loss_ce = args.ce_weight * F.cross_entropy(logits, labels.flatten(), reduction="sum") / B
-        loss_dd = logits.new_zeros(())
-        if args.dd_weight:
-            if args.statistics == "plain":
-                loss_dd = sum(data_densification(x, y, args.tau, args.dd_scale) for x, y in zip(pixels, labels))
-            else:
-                loss_dd = densification_closed_form(pixels.flatten(0, 1), members, args.tau, args.dd_scale)
-            loss_dd = args.dd_weight * loss_dd
-        optimizer.zero_grad()
-        (loss_ce + loss_bn + loss_conv + loss_dd).backward()         # closed form: loss_bn and loss_conv have no graph,
-        optimizer.step()                                             # their gradient is injected at the layers' inputs
+        view = {key: rows[t] for key, rows in views.items()}
+        pixels.grad, (ce, bn, conv), states[k] = matching_gradient(
+            matchings[k], labels, args.ce_weight, pixels, view, kept[k][t], states[k], names[k][t])
+        dd = pixels.new_zeros(())
+        if args.dd_weight and args.statistics == "plain":
+            dd = args.dd_weight * sum(data_densification(x, y, args.tau, args.dd_scale) for x, y in zip(pixels, labels))
+        elif args.dd_weight and members:
+            dd = args.dd_weight * densification_closed_form(pixels.flatten(0, 1), members, args.tau, args.dd_scale)
+        if dd.requires_grad:
+            dd.backward()                                            # adds to the gradient
+        optimizer.step()
         with torch.no_grad():
             pixels.clamp_(low, high)
-        report(t, {"backbone": k, "ce": loss_ce, "bn": loss_bn, "conv": loss_conv, "dd": loss_dd}, pixels)
+        report(t, {"backbone": k, "ce": ce, "bn": bn, "conv": conv, "dd": dd}, pixels)
     return pixels.detach()
 
 
@@ -177,11 +198,13 @@ def synthesise(args, paths, device):
     statistics = load_statistics(args, paths, models, records)
     upstream = {"squeeze": {name: record["args"] for name, record in records.items()},
                 "collect_stats": {name: stored["args"] for name, stored in statistics.items()}}
-    build, matchings = PlainMatching if args.statistics == "plain" else ClosedFormMatching, []
+    matchings = []
     for name, model in models.items():
         targets = {layer: tuple(vector.to(device) for vector in vectors)
                    for layer, vectors in statistics[name]["statistics"].items()}
         weights = layer_weights(model, args.bn_weight, args.conv_weight, args.first_multiplier)
+        build = PlainMatching if args.statistics == "plain" else ClosedFormMatching
+        model = model if args.statistics == "plain" else freeze(model)
         matchings.append(build(model, targets, weights, args.alpha, statistics[name]["patch"]))
     start_log(args, paths)
     grid, todo = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"]), []

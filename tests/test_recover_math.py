@@ -282,7 +282,7 @@ class Spy:
         self.images.append(images.detach().clone())
         return images.mean((2, 3)) @ self.weight
 
-    def inject(self, inputs, state):
+    def inject(self, inputs, state, kept):
         return self.weight.new_zeros(()), self.weight.new_zeros(()), state
 
 

@@ -231,7 +231,7 @@ def test_a_finished_phase_repeats_the_result_of_the_backbones_it_was_asked_for(p
         assert list(project.call(phase, "--backbones convnet_w8")[metric]) == ["convnet_w8"]
 
 
-@pytest.mark.parametrize("name, call", [("draw_view", 9), ("save_png", 6)])    # iterating, saving the second batch
+@pytest.mark.parametrize("name, call", [("matching_gradient", 9), ("save_png", 6)])    # iterating, saving the second batch
 def test_an_interrupted_recovery_goes_on_as_if_nothing_had_happened(name, call, project, interrupt, monkeypatch):
     project.call("recover", "--tag whole")
     with monkeypatch.context(), pytest.raises(Interrupted):

@@ -23,7 +23,9 @@ def pooled_rows(images, scale="sum"):
     scale "sum" is the paper's Gram matrix, whose eigenvalues are of the order of the row length; "mean" divides it by
     that length, so that Eq. 5 does not saturate.
     """
-    rows = F.adaptive_avg_pool2d(images, [min(side, 32) for side in images.shape[-2:]]).flatten(1)
+    if max(images.shape[-2:]) > 32:
+        images = F.adaptive_avg_pool2d(images, [min(side, 32) for side in images.shape[-2:]])
+    rows = images.flatten(1)
     return rows if scale == "sum" else rows / rows.shape[1] ** 0.5
 
 

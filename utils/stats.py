@@ -3,9 +3,13 @@
 Needs torch alone. A batch may hold `groups` independent batches, one after the other: x is [groups*B, C, H, W] and each
 group has statistics of its own.
 """
+import operator
+from collections import Counter
 from contextlib import contextmanager
+from copy import copy
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
@@ -37,28 +41,43 @@ def _cells(x, patch, groups):
     return x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).unflatten(0, (groups, -1))
 
 
+def _batch_moments(x, groups):
+    """x [groups*B, C, H, W] -> mean, biased variance over B of every pixel of every channel, each [groups, C, H, W]."""
+    order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2         # as they lie in memory
+    x = x.permute(order)
+    rows, shape = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1), (groups, *x.shape[1:])
+    if x.is_cuda:
+        var, mean = torch.var_mean(rows.unflatten(0, (groups, -1)), 1, correction=0)
+    else:                                                   # of as many channels: a tenth of the time of var_mean
+        mean, var = map(torch.stack, zip(*(torch.batch_norm_update_stats(group, None, None, 0.0)
+                                           for group in rows.chunk(groups))))
+    return mean.view(shape).permute(back), var.view(shape).permute(back)
+
+
+def _joined(mean, var, dims):
+    """Moments of equal parts -> moments of their union along dims: the law of total variance."""
+    centre = mean.mean(dims, keepdim=True)
+    return centre.squeeze(dims), (mean - centre).square_().add_(var).mean(dims)
+
+
 @torch.no_grad()
 def conv_stats(x, patch, groups=1):
-    """`channel_stats` and `patch_stats` of x from one set of cell moments, without a graph: the law of total variance
-    joins the cells of a channel, and those of a patch.   -> channel_mean, channel_var, patch_mean, patch_var"""
+    """`channel_stats` and `patch_stats` of x together, without a graph, in float32 at least.
+    -> channel_mean, channel_var, patch_mean, patch_var"""
+    moments = _batch_moments(x, groups)
+    channel = _joined(*moments, (2, 3))
     whole = whole_patches(x, patch)
-    mean = F.avg_pool2d(whole, patch).unflatten(0, (groups, -1)).mean(1)                            # [G, C, U, V]
-    centred = _cells(whole, patch, groups) - mean[:, None, :, :, None, :, None]
-    var = F.avg_pool2d(centred.square_().view_as(whole), patch).unflatten(0, (groups, -1)).mean(1)
-    patch_mean, patch_var = mean.mean(1), var.mean(1) + mean.var(1, correction=0)
-    if whole is x:
-        channel = mean.mean((2, 3)), var.mean((2, 3)) + mean.var((2, 3), correction=0)
-    else:                                                   # resizing changes the moments of a channel
-        channel = bn_stats(x, groups)
-    return *channel, patch_mean.flatten(1), patch_var.flatten(1)
+    if whole is not x:                                      # resizing changes the moments of a channel
+        moments = _batch_moments(whole, groups)
+    pixels = _joined(*moments, (1,))                                                                # [groups, H, W]
+    cells = (m.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)) for m in pixels)
+    return *channel, *(m.flatten(1) for m in _joined(*cells, (2, 4)))
 
 
 @torch.no_grad()
 def bn_stats(x, groups=1):
-    """`channel_stats` in two plain passes, some four times faster on a CPU than torch.var_mean, without a graph."""
-    x = x.unflatten(0, (groups, -1)).flatten(3)
-    mean = x.mean((1, 3))
-    return mean, (x - mean[:, None, :, None]).square_().mean((1, 3))
+    """`channel_stats` of x, without a graph, in float32 at least."""
+    return _joined(*_batch_moments(x, groups), (2, 3))
 
 
 def matched_layers(model):
@@ -92,8 +111,8 @@ def layer_inputs(model, names=None, wrap=None):
 
 
 class Inject(torch.autograd.Function):
-    """Identity on x whose backward pass adds the gradient of the statistics at x: the sum over `terms`, a list filled
-    after the forward pass, of scale * x + shift (see `affine_terms`)."""
+    """Identity on x whose backward pass adds the gradient of the statistics at x, the sum of `terms`, a list filled after
+    the forward pass: each (channels[, patches], patch), the coefficients of `affine_terms` for them."""
 
     @staticmethod
     def forward(ctx, x, terms):
@@ -104,56 +123,98 @@ class Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, = ctx.saved_tensors
-        for scale, shift, patch in ctx.terms:
-            if patch is None:
-                grad = grad + torch.addcmul(shift, x.view(_blocks(scale, x)), scale).view_as(x)
-            else:                                   # the statistics are of the resized map: pull their gradient back
+        for channels, *patches, patch in ctx.terms:
+            if not patches or x.shape[2] % patch == x.shape[3] % patch == 0:
+                grad = _add_affine(grad, x, patch, channels, *patches)
+            else:                                   # patches are of the resized map: pull their gradient back
                 with torch.enable_grad():
                     leaf = x.detach().requires_grad_()
                     whole = whole_patches(leaf, patch)
-                pulled = torch.addcmul(shift, whole.detach().view(_blocks(scale, whole)), scale)
-                grad = grad + torch.autograd.grad(whole, leaf, pulled.view_as(whole))[0]
+                nothing = [torch.zeros_like(vector) for vector in channels]
+                pulled = _add_affine(torch.zeros_like(whole), whole.detach(), patch, nothing, *patches)
+                grad = _add_affine(grad, x, patch, channels) + torch.autograd.grad(whole, leaf, pulled)[0]
         return grad, None
 
 
-def _blocks(scale, x):
-    """The view [groups, B, C, U, h, V, w] of x [groups*B, C, H, W] that scale [groups, 1, C or 1, U, 1, V, 1] fits."""
-    groups, _, _, rows, _, columns, _ = scale.shape
-    return groups, -1, x.shape[1], rows, x.shape[2] // rows, columns, x.shape[3] // columns
+def _add_affine(grad, x, patch, channels, patches=None):
+    """grad + (scale * x + shift) / n for the channels, of n = B*H*W values, and the patches, of n = B*C*patch*patch.
+    channels, patches: (scale, shift), each [groups, C] or [groups, number of patches]"""
+    (C, H, W), groups = x.shape[1:], len(channels[0])
+    maps = []
+    for kind, vector in enumerate(channels):                        # an image a group, laid out in memory as x is
+        spread = torch.empty_like(x[:groups], dtype=vector.dtype)
+        if patches is None:
+            spread.copy_(vector[:, :, None, None])
+        else:
+            cells = patches[kind].view(groups, 1, H // patch, 1, W // patch, 1).expand(-1, -1, -1, patch, -1, patch)
+            torch.add(vector[:, :, None, None], cells.reshape(groups, 1, H, W), alpha=H * W / (C * patch ** 2), out=spread)
+        maps.append(spread.mul_(groups * C / x.numel())[:, None])
+    grad, x = grad.unflatten(0, (groups, -1)), x.unflatten(0, (groups, -1))
+    return torch.addcmul(grad, x, maps[0]).add_(maps[1]).flatten(0, 1)
 
 
-def affine_terms(x, patch, statistics, gradient):
-    """App. B, Eq. 15: the gradient of the matching terms at x [groups*B, C, H, W] as an affine function of x.
+def affine_terms(mean, mean_slope, var_slope):
+    """App. B, Eq. 15: a loss whose gradients at the mean and variance of n values are mean_slope and var_slope has at a value
+    x, since d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n, the gradient (scale * x + shift) / n.   -> scale, shift"""
+    scale = 2 * var_slope
+    return scale, torch.addcmul(mean_slope, scale, mean, value=-1)
 
-    With n values behind a statistic, d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n; so a loss with gradients
-    (gm, gv) at (mean, var) has 2 gv / n * x + (gm - 2 gv * mean) / n at x.
-    statistics, gradient: (channel_mean, channel_var[, patch_mean, patch_var]), each [groups, C] or [groups, patches].
-    Returns a list of (scale, shift, patch), patch None where it is at x itself, else at `whole_patches(x, patch)`.
-    """
-    groups, (_, C, H, W) = len(statistics[0]), x.shape
-    values = x.numel() // groups
 
-    def affine(mean, gm, gv, n, shape):
-        scale = 2 * gv / n
-        return scale.view(shape), torch.addcmul(gm / n, scale, mean, value=-1).view(shape)
+class FrozenNorm(nn.BatchNorm2d):
+    """A BatchNorm2d in eval mode as the affine map gain * x + offset, gain and offset [C]. `folded`: the convolution
+    before it has taken the map into its weights, and x comes mapped already."""
 
-    channel = affine(statistics[0], *gradient[:2], values // C, (groups, 1, C, 1, 1, 1, 1))
-    if len(statistics) == 2:
-        return [(*channel, None)]
-    rows, columns = -(-H // patch), -(-W // patch)
-    patched = affine(statistics[2], *gradient[2:], values // (H * W) * patch * patch,
-                     (groups, 1, 1, rows, 1, columns, 1))
-    if H % patch or W % patch:
-        return [(*channel, None), (*patched, patch)]
-    return [(channel[0] + patched[0], channel[1] + patched[1], None)]
+    @classmethod
+    def of(cls, layer):
+        norm = copy(layer)
+        norm.__class__, norm.folded = cls, False
+        norm.gain = layer.weight.detach() * (layer.running_var + layer.eps).rsqrt()
+        norm.offset = layer.bias.detach() - layer.running_mean * norm.gain
+        return norm
+
+    def fold_into(self, convolution):
+        weight, bias = convolution.weight.detach(), 0 if convolution.bias is None else convolution.bias.detach()
+        convolution.weight = nn.Parameter(weight * self.gain[:, None, None, None], requires_grad=False)
+        convolution.bias = nn.Parameter(bias * self.gain + self.offset, requires_grad=False)
+        self.folded = True
+
+    def forward(self, x):
+        return x if self.folded else torch.addcmul(self.offset[:, None, None], x, self.gain[:, None, None])
+
+
+def freeze(model):
+    """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding. Every BatchNorm2d
+    becomes a `FrozenNorm`, and a convolution takes it into its weights where torch.fx can tell that nobody else reads what
+    the convolution gives, and where no gain is so small that the norm's input could not be told from its output."""
+    layers = dict(model.named_modules())
+    try:
+        nodes = torch.fx.Tracer().trace(model).nodes
+    except Exception:                                       # its flow depends on values
+        nodes = ()
+    calls = Counter(node.target for node in nodes)
+    for name, layer in layers.items():
+        if isinstance(layer, nn.BatchNorm2d):
+            layers[name] = FrozenNorm.of(layer)
+            parent, _, child = name.rpartition(".")
+            setattr(layers[parent], child, layers[name])
+        if getattr(layer, "inplace", False):
+            layer.inplace = False                           # a folded norm's input is needed in the backward pass
+    for node in nodes:
+        if node.op == "call_module" and isinstance(norm := layers[node.target], FrozenNorm):
+            source, convolution = node.args[0], layers.get(node.args[0].target)
+            if (isinstance(convolution, nn.Conv2d) and len(source.users) == calls[source.target] == calls[node.target] == 1
+                    and not any(user.target is operator.add and user.args[0] is node for user in node.users)     # perhaps +=
+                    and (norm.weight.abs() > 0.01 * norm.bias.abs()).all()):
+                norm.fold_into(convolution)
+    return model
 
 
 class ClosedFormMatching:
     """Eqs. 6 and 10 for all layers of a frozen backbone, without a graph through any statistic.
 
-    model: in eval mode; targets: {conv name: (channel_mean, channel_var, patch_mean, patch_var)}, Eq. 9; BatchNorm's
-    are its own running statistics. weights: {layer name: weight of its terms in the loss}; a layer of weight 0 is
-    neither reduced nor hooked. alpha, patch: see `sds_match`, `patch_stats`.
+    model: in eval mode, perhaps of `freeze`; targets: {conv name: (channel_mean, channel_var, patch_mean, patch_var)},
+    Eq. 9; BatchNorm's are its own running statistics. weights: {layer name: weight of its terms in the loss}; a layer of
+    weight 0 is neither reduced nor hooked. alpha, patch: see `sds_match`, `patch_stats`.
 
         state = matching.start(groups)                             # once for each image batch
         with matching.hooks(dropped) as inputs:
@@ -167,19 +228,29 @@ class ClosedFormMatching:
         layers = {name: layer for name, layer in matched_layers(model).items() if weights[name]}
         self.targets = {name: (layer.running_mean, layer.running_var) if isinstance(layer, nn.BatchNorm2d)
                         else targets[name] for name, layer in layers.items()}
-        vectors = [vector for target in self.targets.values() for vector in target]
-        self.sizes = [len(vector) for vector in vectors]
-        nothing = next(model.parameters()).new_zeros(0)
-        self.target = torch.cat([nothing, *vectors])                                # all statistics, one after another
-        counts = torch.tensor(self.sizes, dtype=torch.long, device=self.target.device)
-        self.segment = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        self.owner = [name for name, target in self.targets.items() for _ in target]        # layer of each segment
-        self.weight = self.target.new_tensor([weights[name] for name in self.owner])
-        self.is_bn = torch.tensor([isinstance(layers[name], nn.BatchNorm2d) for name in self.owner], device=counts.device)
+        # All statistics in one row: of each layer the channels, then the patches; a row of means, and one of variances.
+        # A segment is what has one norm.
+        pairs = [(i, pair) for i, target in enumerate(self.targets.values()) for pair in zip(target[::2], target[1::2])]
+        nothing = next(model.parameters()).new_zeros(2, 0)
+        device = nothing.device
+        self.target = torch.cat([nothing, *(torch.stack(pair) for _, pair in pairs)], dim=1)        # [2, statistics]
+        self.sizes = [len(mean) for _, (mean, _) in pairs]
+        self.owner = torch.tensor([i for i, _ in pairs], dtype=torch.long, device=device)           # layer of a segment
+        self.segment = torch.repeat_interleave(torch.arange(len(pairs), device=device),
+                                               torch.tensor(self.sizes, dtype=torch.long, device=device))
+        names = list(self.targets)
+        self.weight = nothing.new_tensor([weights[names[i]] for i, _ in pairs])
+        self.is_bn = torch.tensor([isinstance(layers[names[i]], nn.BatchNorm2d) for i, _ in pairs], device=device)
+        # a folded norm's input comes mapped: (input - offset) * unit is what it was
+        maps = [(layer.offset, 1 / layer.gain) if getattr(layer := layers[names[i]], "folded", False) else
+                (torch.zeros_like(mean), torch.ones_like(mean)) for i, (mean, _) in pairs]
+        self.offset, unit = (torch.cat([nothing[0], *vectors]) for vectors in (zip(*maps) if maps else ((), ())))
+        self.offset, self.unit = torch.stack([self.offset, 0 * unit])[:, None], torch.stack([unit, unit ** 2])[:, None]
 
     def start(self, groups):
-        """The moving averages before the first batch: (values [groups, all statistics], layers seen so far)."""
-        return self.target.new_zeros(groups, len(self.target)), frozenset()
+        """Before the first batch: moving averages [2, groups, statistics], layers that have one [layers]."""
+        return (self.target.new_zeros(2, groups, self.target.shape[1]),
+                torch.zeros(len(self.targets), dtype=torch.bool, device=self.target.device))
 
     @contextmanager
     def hooks(self, dropped=()):
@@ -193,33 +264,38 @@ class ClosedFormMatching:
             yield inputs
 
     @torch.no_grad()
-    def inject(self, inputs, state):
-        """Measure the inputs, move the averages, and hand each tensor the gradient of its terms."""
+    def inject(self, inputs, state, kept=None):
+        """Measure the inputs, move the averages, and hand each tensor the gradient of its terms.
+        kept: bool [layers], where a layer is dropped though its input is given; default: none is."""
+        ema, seen = state
         if not inputs:                                      # every layer dropped, or none has a weight
             return self.target.new_zeros(()), self.target.new_zeros(()), state
-        ema, seen = state
-        groups, measured, statistics = len(ema), {}, {}
+        if kept is None:
+            kept = torch.tensor([name in inputs for name in self.targets], device=seen.device)
+        measured, current, past = {}, [], iter(ema.split(self.sizes, dim=2))
         patched = {id(x) for name, x in inputs.items() if len(self.targets[name]) == 4}
-        for name, x in inputs.items():                      # a tensor that several layers share is reduced once
-            if id(x) not in measured:
-                measured[id(x)] = conv_stats(x, self.patch, groups) if id(x) in patched else bn_stats(x, groups)
-            statistics[name] = measured[id(x)][:len(self.targets[name])]
-        keep = ema.new_tensor([self.alpha if name in seen else 0.0 for name in self.owner])[self.segment]
-        past = dict(zip(self.targets, self._by_layer(ema)))
-        current = torch.cat([v for name in self.targets for v in statistics.get(name, past[name])], dim=1)    # dropped: stay
-        ema = torch.lerp(current, ema, keep)
-        active = ema.new_tensor([name in inputs for name in self.owner]) * self.weight
-        norms, gradient = segment_norms(ema - self.target, self.segment, len(self.sizes), active)
-        for name, part in zip(self.targets, self._by_layer(gradient)):
+        for name, target in self.targets.items():
+            x, pairs = inputs.get(name), [next(past) for _ in target[::2]]                  # dropped: as it was
+            if x is not None:
+                if id(x) not in measured:                   # a tensor that several layers share is reduced once
+                    groups = ema.shape[1]
+                    measured[id(x)] = conv_stats(x, self.patch, groups) if id(x) in patched else bn_stats(x, groups)
+                pairs = zip(measured[id(x)][::2], measured[id(x)][1::2])
+            current += [pair for pair, _ in zip(pairs, target[::2])]
+        measured = torch.stack([torch.cat(row, dim=1) for row in zip(*current)])
+        momentum = torch.where(kept, self.alpha * seen.to(ema), 1)[self.owner][self.segment]
+        ema = torch.lerp((measured - self.offset) * self.unit, ema, momentum)
+        weight = self.weight * kept[self.owner]
+        norms, slope = segment_norms((ema - self.target[:, None]).flatten(0, 1), self.segment, len(self.sizes), weight)
+        slope = slope.view_as(ema) * self.unit
+        terms = affine_terms(measured[0], slope[0], slope[1])
+        terms = iter(zip(*(vector.split(self.sizes, dim=1) for vector in terms)))
+        for name, target in self.targets.items():
+            term = [next(terms) for _ in target[::2]]
             if name in inputs:
-                x = inputs[name]
-                self.terms[id(x)] += affine_terms(x, self.patch, statistics[name], part)
-        terms = (norms * active).sum(0)
-        return terms[self.is_bn].sum(), terms[~self.is_bn].sum(), (ema, seen | inputs.keys())
-
-    def _by_layer(self, flat):
-        parts = iter(flat.split(self.sizes, dim=1))
-        return [[next(parts) for _ in target] for target in self.targets.values()]
+                self.terms[id(inputs[name])].append((*term, self.patch))
+        losses = (norms * weight).sum(0)
+        return losses[self.is_bn].sum(), losses[~self.is_bn].sum(), (ema, seen | kept)
 
 
 def segment_norms(difference, segment, count, weight):

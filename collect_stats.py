@@ -24,8 +24,8 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.data import load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (Progress, check_classes, check_same, finish, generator, load_json, load_teachers, load_torch,
-                       pick_device, relevant, repeat, run_paths, save_torch, send)
+from utils.run import (Progress, channels_last, check_classes, check_same, finish, generator, load_json, load_teachers,
+                       load_torch, pick_device, relevant, repeat, run_paths, save_torch, send)
 from utils.stats import conv_stats, layer_inputs, matched_layers
 
 
@@ -90,7 +90,7 @@ def main(argv=None):
             if split.streamed and args.crop != "resized":
                 fail(f"--crop {args.crop} is for images of at most 64 pixels; use --crop resized")
         views = training_views(split, data, args, device, Progress(f"collect_stats {name}", len(split)))
-        save_torch(path, {"statistics": dataset_statistics(model, views, args.patch), "patch": args.patch,
+        save_torch(path, {"statistics": dataset_statistics(channels_last(model), views, args.patch), "patch": args.patch,
                           "checkpoint": records[name]["fingerprint"], "classes": data["classes"], "args": relevant(args)})
     if split is None and result.exists() and load_json(result, remedy)["args"]["backbones"] == args.backbones:
         return repeat(result)

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import time
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -30,10 +31,13 @@ from utils import fail
 from utils.augment import apply_view, draw_view, to_uint8
 from utils.data import describe, load_split, preset_column
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
-from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (Progress, check_same, finish, finished, generator, load_teachers, load_torch, need_files,
-                       pick_device, relevant, run_paths, whole_file)
+from utils.presets import Parser, crop_name, identity_flags, number, number_or_auto, parse_args
+from utils.run import (Graphed, Progress, check_same, finish, finished, generator, load_teachers, load_torch, need_files,
+                       pick_device, relevant, run_paths, send, whole_file)
 from utils.stats import ClosedFormMatching, channel_stats, freeze, layer_inputs, matched_layers, patch_stats
+
+
+FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 83 batches of 50 at 32x32; an estimate
 
 
 def make_batches(num_classes, ipc, batch_size, loop):
@@ -123,6 +127,40 @@ def matching_gradient(matching, labels, ce_weight, pixels, view, kept, state, dr
     return gradient, (ce.detach(), bn.detach(), conv.detach()), state
 
 
+def graphed_gradient(matching, labels, ce_weight, pool):
+    """`matching_gradient` from its third argument on, replayed as a CUDA graph; layers are dropped by `kept` alone."""
+    keys = []
+
+    def flat(pixels, kept, ema, seen, *view):
+        view = dict(zip(keys, view))
+        gradient, losses, state = matching_gradient(matching, labels, ce_weight, pixels, view, kept, (ema, seen))
+        return gradient, *losses, *state
+
+    def gradient(pixels, view, kept, state, dropped):
+        keys[:] = view
+        gradient, ce, bn, conv, *state = graph(pixels.detach(), kept, *state, *view.values())
+        return gradient, (ce, bn, conv), state
+
+    graph = Graphed(flat, pool)
+    return gradient
+
+
+def fitting_groups(matchings, batch_size, image_size, device):
+    """--groups-per-step auto: 1 on a CPU, which has no use for more; on a GPU as many batches as fill it and fit."""
+    if device.type != "cuda":
+        return 1
+    pixels, needed = torch.zeros(1, batch_size, 3, image_size, image_size, device=device), 0
+    labels = torch.zeros(1, batch_size, dtype=torch.long, device=device)
+    for matching in matchings:
+        kept = torch.ones(len(matching.targets), dtype=torch.bool, device=device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        matching_gradient(matching, labels, 1.0, pixels, {}, kept, matching.start(1))
+        needed = max(needed, torch.cuda.max_memory_allocated(device) - before)
+    torch.cuda.empty_cache()
+    return max(1, min(int(0.8 * torch.cuda.mem_get_info(device)[0] / needed), FILLING // pixels[0, :, 0].numel()))
+
+
 def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambda *_: None):
     """Optimise the images of G batches at once; they move as if each batch were alone, up to rounding.
 
@@ -134,16 +172,19 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
                  for bound in (0, 1))
     members = class_members((labels + len(data["classes"]) * torch.arange(G, device=device)[:, None]).flatten())
     backbones, kept, views = draw_iterations(args, matchings, numbers, pixels.shape[-1])
-    names = [[[name for name, keep in zip(matching.targets, row) if not keep] for row in rows.tolist()]
-             for matching, rows in zip(matchings, kept)]
-    kept, views = [rows.to(device) for rows in kept], {key: rows.to(device) for key, rows in views.items()}
+    dropped = [[[name for name, keep in zip(matching.targets, row) if not keep] for row in rows.tolist()]
+               for matching, rows in zip(matchings, kept)]
+    kept, views = [send(rows, device) for rows in kept], send(views, device)         # nothing more is sent on the way
     optimizer = torch.optim.Adam([pixels.requires_grad_()], lr=args.lr, betas=(0.5, 0.9), fused=pixels.is_cuda)
     states = [matching.start(G) for matching in matchings]           # the averages start anew with every image batch
+    gradients = [partial(matching_gradient, matching, labels, args.ce_weight) for matching in matchings]
+    if args.cuda_graphs:
+        pool = torch.cuda.graph_pool_handle()
+        gradients = [graphed_gradient(matching, labels, args.ce_weight, pool) for matching in matchings]
     for t, k in enumerate(backbones):
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * t / args.iterations)) / 2
         view = {key: rows[t] for key, rows in views.items()}
-        pixels.grad, (ce, bn, conv), states[k] = matching_gradient(
-            matchings[k], labels, args.ce_weight, pixels, view, kept[k][t], states[k], names[k][t])
+        pixels.grad, (ce, bn, conv), states[k] = gradients[k](pixels, view, kept[k][t], states[k], dropped[k][t])
         dd = pixels.new_zeros(())
         if args.dd_weight and args.statistics == "plain":
             dd = args.dd_weight * sum(data_densification(x, y, args.tau, args.dd_scale) for x, y in zip(pixels, labels))
@@ -217,9 +258,11 @@ def synthesise(args, paths, device):
     progress = Progress("recover", args.iterations * sum(len(batch) for _, batch in todo))
     with open(paths.run / "log.jsonl", "a") as log:
         for _, alike in groupby(todo, key=lambda entry: len(entry[1])):                # of one size: they share a pass
-            alike = list(alike)
-            for first in range(0, len(alike), args.groups_per_step):
-                recover_group(alike[first:first + args.groups_per_step], matchings, list(models), data, args, paths, device,
+            alike, together = list(alike), args.groups_per_step
+            if together == "auto":
+                together = fitting_groups(matchings, len(alike[0][1]), data["image_size"], device)
+            for first in range(0, len(alike), together):
+                recover_group(alike[first:first + together], matchings, list(models), data, args, paths, device,
                               grid, log, progress)
     return data, upstream
 
@@ -326,8 +369,11 @@ def get_parser():
                               help="Adam steps for each batch of images")
     optimization.add_argument("--batch-size", type=number(int, 1), default=50, help="images optimised together")
     optimization.add_argument("--lr", type=number(float, 0), default=0.05, help="Adam learning rate, cosine to 0")
-    optimization.add_argument("--groups-per-step", type=number(int, 1), default=1,
-                              help="batches in one pass; the images are the same up to rounding, 1 is the paper's loop")
+    optimization.add_argument("--groups-per-step", type=number_or_auto(int, 1), default="auto",
+                              help="batches in one pass, auto: as many as fill a GPU; 1 is the paper's loop, and the images "
+                              "are the same up to rounding")
+    optimization.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
+                              help="replay each backbone's pass as one launch; for GPUs that wait for the host")
     optimization.add_argument("--statistics", choices=["closed", "plain"], default="closed",
                               help="gradient of the statistics in closed form, or by autograd as Eqs. 6 and 10 read")
     output = parser.add_argument_group("output")
@@ -340,6 +386,8 @@ def get_parser():
 def main(argv=None):
     args, started = parse_args(get_parser(), "recover", argv, preset_column), time.time()
     device, paths = pick_device(args.device, args.precision), run_paths(args)
+    if args.cuda_graphs and (device.type != "cuda" or args.statistics == "plain"):
+        fail("--cuda-graphs needs a GPU (--device cuda) and --statistics closed; leave it out")
     if finished(paths.run / "result.json", args):
         return
     data, upstream = select_random(args, paths) if args.method == "random" else synthesise(args, paths, device)

@@ -1,5 +1,19 @@
 """ConvNet: the small instance-normalised network of the dataset distillation literature (Gidaris & Komodakis, 2018)."""
+import torch
+import torch.nn.functional as F
 from torch import nn
+
+
+class Halve(nn.AvgPool2d):
+    """AvgPool2d(2); on a CPU as a convolution, which takes half the time."""
+
+    def __init__(self):
+        super().__init__(2)
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return super().forward(x)
+        return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), 0.25), stride=2, groups=x.shape[1])
 
 
 class ConvNet(nn.Sequential):
@@ -17,5 +31,5 @@ class ConvNet(nn.Sequential):
         layers = []
         for i in range(depth):
             layers += [nn.Conv2d(width if i else 3, width, 3, padding=1), nn.GroupNorm(width, width),
-                       nn.ReLU(inplace=True), nn.AvgPool2d(2)]
+                       nn.ReLU(inplace=True), Halve()]
         super().__init__(*layers, nn.Flatten(), nn.Linear(width * last * last, num_classes))

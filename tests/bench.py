@@ -1,7 +1,8 @@
 """How much of a script's time is the networks' own: its loop against the bare work in it, interleaved in one process.
 
 Each row is one case; `ratio` is the speed of the script over that of the bare work, 1 at best (augment, labels: over the
-customary way). Medians of several rounds; the times of one case are comparable, those of different cases hardly.
+customary way; recover: see there). Medians of several rounds; the times of one case are comparable, those of different
+cases hardly.
 
 python -m tests.bench                                      # all
 python -m tests.bench relabel train_eval --json            # some, a JSON object a line
@@ -12,6 +13,8 @@ import json
 import statistics
 import time
 from contextlib import redirect_stdout
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,14 +24,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms
 
+import recover
 import relabel
 import squeeze
 import train_eval
 from models import build_model
+from tests.helpers import counted_operations, saved_bytes
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import Split
 from utils.losses import mse_gt_loss
 from utils.run import Progress, array_file, channels_last, generator, pick_device
+from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
 DATA = {"classes": [str(label) for label in range(10)], "image_size": 32, "mean": UNITS[0], "std": UNITS[1]}
@@ -76,6 +82,60 @@ def training_steps(model, optimizer, batches, loss):
     return run
 
 
+def frozen(name, device):
+    """A backbone as squeeze.py leaves it, but for what it knows, with the statistics of noise; and targets for it."""
+    torch.manual_seed(0)
+    model, noise = build_model(name, 10, 32).to(device).requires_grad_(False), torch.randn(50, 3, 32, 32, device=device)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    model.train()(noise)
+    with layer_inputs(model.eval()) as inputs, torch.no_grad():
+        model(noise + 1)
+    return model, {layer: [vector[0] for vector in conv_stats(inputs[layer], 4)] for layer, module
+                   in matched_layers(model).items() if isinstance(module, torch.nn.Conv2d)}
+
+
+def bench_recover(rounds, quick, device):
+    """recover.py: a whole iteration's time over that of the bare forward and backward pass (float32, to the input) of the
+    same network as squeeze.py leaves it, with drop rates 0 and 0.4; the same as one would first write it (--statistics
+    plain, a loop over classes); operations dispatched, and bytes saved for the backward pass over the bare ones."""
+    classes, iterations, sums = (2, 2, {}) if quick else (5, 6, {})
+    labels = torch.arange(classes, device=device).repeat_interleave(10)[None]
+    pixels = torch.randn(1, 10 * classes, 3, 32, 32, generator=generator("bench")).to(device)
+    for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
+        model, targets = frozen(name, device)
+        weights = recover.layer_weights(model, 0.01, 0.01, 10.0)
+        forms = {"plain": recover.PlainMatching(model, targets, weights, 0.8, 4),
+                 "closed": ClosedFormMatching(freeze(deepcopy(model)), targets, weights, 0.8, 4)}
+
+        def bare(count=1):
+            for _ in range(count):
+                leaf = pixels[0].clone().requires_grad_()
+                F.cross_entropy(model(leaf), labels[0]).backward()
+
+        def run(form, drop, count=iterations):
+            args = recover.get_parser().parse_args([
+                "--statistics", form, "--drop-rate", str(drop), "--iterations", str(count)])
+            recover.recover_batches(pixels.clone(), labels, [0], [forms[form]], DATA, args)
+
+        cases = {"drop 0": ("closed", 0), "drop 0.4": ("closed", 0.4), "plain 0": ("plain", 0), "plain 0.4": ("plain", 0.4)}
+        alone, *times = interleaved([lambda: bare(2), *(partial(run, *case) for case in cases.values())], rounds)
+        columns = {case: seconds / iterations / (alone / 2) for case, seconds in zip(cases, times)}
+        for case in "drop 0", "drop 0.4":
+            sums[case] = sums.get(case, 0) + columns[case] * alone
+        sums["bare"] = sums.get("bare", 0) + alone
+        ops = {form: counted_operations(partial(run, form, 0, 2)) - counted_operations(partial(run, form, 0, 1))
+               for form in forms}
+        kept, leaf = torch.ones(len(weights), dtype=torch.bool, device=device), pixels[0].clone().requires_grad_()
+        saved = {form: saved_bytes(matching.model, lambda: recover.matching_gradient(
+            matching, labels, 1.0, pixels, {}, kept, matching.start(1))) for form, matching in forms.items()}
+        only = saved_bytes(model, lambda: F.cross_entropy(model(leaf), labels[0]))
+        yield name, {**columns, "ops": ops["closed"], "plain ops": ops["plain"], "bare ops": counted_operations(bare),
+                     "saved": saved["closed"] / only, "plain saved": saved["plain"] / only, "bare_ms": 500 * alone}
+    yield "all five, by time", {case: sums[case] / sums["bare"] for case in ("drop 0", "drop 0.4")}
+
+
 def bench_relabel(rounds, quick, device):
     """relabel.py: draws, mixing, teachers, Eq. 8 and writing, against the teachers' forward passes of the same batches."""
     units = torch.tensor(UNITS, device=device)
@@ -105,7 +165,8 @@ def bench_relabel(rounds, quick, device):
 
 
 def bench_train_eval(rounds, quick, device):
-    """train_eval.py: a student's whole training on stored labels, with one evaluation on ten images, against its bare steps."""
+    """train_eval.py: a student's whole training on stored labels, with an evaluation on ten images, against its bare steps.
+    """
     test = Split(np.zeros((10, 32, 32, 3), np.uint8), range(10), DATA["classes"], 32).to(device)
     for name, count, epochs in [
             ("convnet_w128", 100, 5), ("resnet18", 100, 2), ("convnet_w128", 500, 1), ("resnet18", 500, 1)]:
@@ -209,8 +270,8 @@ def store_labels(folder, epochs, count, classes):
         relabel.label_epochs(pixels(count), torch.tensor(UNITS), [model], count, classes, args, folder)
 
 
-BENCHES = {"relabel": bench_relabel, "train_eval": bench_train_eval, "squeeze": bench_squeeze, "augment": bench_augment,
-           "labels": bench_labels}
+BENCHES = {"recover": bench_recover, "relabel": bench_relabel, "train_eval": bench_train_eval, "squeeze": bench_squeeze,
+           "augment": bench_augment, "labels": bench_labels}
 
 
 def main(argv=None):

@@ -1,5 +1,8 @@
 """What several of the tests need."""
+from collections import Counter
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils.stats
 
@@ -27,3 +30,30 @@ def counted_reductions(monkeypatch):
             return measure(x, *rest)
         monkeypatch.setattr(utils.stats, name, counted)
     return reduced
+
+
+def saved_bytes(model, step):
+    """Memory that the graph of step() keeps for its backward pass, beside the weights; each storage counts once."""
+    kept, weights = {}, {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor              # a reference, so that no address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+
+
+def counted_operations(function):
+    """How many operations function() dispatches, views not counted."""
+    counts = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            counts[operation.is_view] += 1
+            return operation(*args, **(kwargs or {}))
+
+    with Counting():
+        function()
+    return counts[False]

@@ -68,7 +68,7 @@ def test_images_of_an_unfinished_run_are_not_labelled(project):
 IMPOSSIBLE = {
     PHASES: ["--ipc 0", "--ipc -1", "--ipc 1.5", "--ipc ten", "--tag ../x", "--tag a/b", "--tag ..", "--teachers a/b",
              "--method sre3l", "--preset good", "--seed -1", "--workers -1", "--image-size 4", "--device nonsense",
-             "--dataset nonsense", "--nonsense 1"],
+             "--dataset nonsense", "--precision fp8", "--nonsense 1"],
     ("squeeze",): ["--backbones resnet81", "--epochs 0", "--epochs 1.5", "--batch-size 0", "--lr -1", "--lr nan",
                    "--lr inf", "--lr fast", "--momentum 1.5", "--weight-decay -1", "--schedule linear", "--crop pad",
                    "--crop padx", "--crop random"],
@@ -76,7 +76,7 @@ IMPOSSIBLE = {
     ("recover",): ["--alpha 1.1", "--alpha -0.1", "--alpha nan", "--drop-rate 1.1", "--drop-rate some",
                    "--bn-weight -1", "--conv-weight -1", "--dd-weight inf", "--tau 0.5", "--dd-scale max",
                    "--loop fast", "--choice last", "--roll -1", "--roll 1.5", "--iterations 0", "--batch-size 0",
-                   "--lr inf", "--groups-per-step 0", "--statistics fast", "--log-every 0"],
+                   "--lr inf", "--groups-per-step 0", "--groups-per-step all", "--statistics fast", "--log-every 0"],
     ("relabel",): ["--epochs 0", "--batch-size 0", "--whole-up-to -1", "--mix cutup"],
     ("train_eval",): ["--students resnet81", "--student-seeds -1", "--student-seeds one", "--labels soft",
                       "--loss mse", "--gamma -1", "--temperature 0", "--epochs 0", "--evaluations 0", "--lr -1",
@@ -96,6 +96,10 @@ def test_a_value_that_cannot_be(phase, flags, relabelled):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(phase, bare):
     tells(bare.mistake(phase, "--device cuda"), "--device cuda", "cpu")
+
+
+def test_graphs_need_a_gpu(project):
+    tells(project.mistake("recover", "--cuda-graphs --device cpu"), "--cuda-graphs", "needs a GPU", "leave it out")
 
 
 def test_a_network_too_deep_for_the_images(bare):

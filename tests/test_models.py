@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 
 from models import NAMES, PRETRAINED, build_model, is_model_name, pretrained_weights
+from models.convnet import Halve
 
 PAPER = {  # parameters with (10 classes, 32 px), (100, 32), (200, 64); convolutions, BatchNorms, GroupNorms
     "resnet18": (11_173_962, 11_220_132, 11_271_432, 20, 20, 0),
@@ -196,3 +197,25 @@ def test_a_size_that_does_not_fit_is_refused_in_a_sentence(name, image_size, mat
 def test_networks_without_published_weights_say_so(name):
     with pytest.raises(ValueError, match=f"no ImageNet weights for '{name}'.*resnet18"):
         pretrained_weights(name)
+
+
+def test_the_convnets_pooling_is_the_mean_of_four_pixels():
+    for x in torch.randn(2, 3, 8, 6), torch.randn(2, 3, 8, 6).contiguous(memory_format=torch.channels_last), torch.randn(
+            2, 3, 7, 5), torch.randn(2, 3, 8, 6, dtype=torch.float64):
+        x.requires_grad_()
+        upstream = torch.randn(2, 3, x.shape[2] // 2, x.shape[3] // 2, dtype=x.dtype)
+        (mine, slope), (expected, theirs) = ((pool(x), torch.autograd.grad((upstream * pool(x)).sum(), x)[0])
+                                             for pool in (Halve(), nn.AvgPool2d(2)))
+        assert mine.dtype == x.dtype and torch.allclose(mine, expected, atol=1e-6)
+        assert torch.allclose(slope, theirs, atol=1e-6)
+
+
+def test_the_shufflenet_is_torchvisions_in_both_layouts():
+    torch.manual_seed(0)
+    mine = build_model("shufflenetv2_05", 10, 224).eval()
+    theirs = torchvision.models.shufflenet_v2_x0_5(num_classes=10).eval()
+    theirs.load_state_dict(mine.state_dict())
+    x = torch.randn(2, 3, 96, 96)
+    expected = theirs(x)
+    for layout in torch.contiguous_format, torch.channels_last:
+        assert torch.allclose(mine.to(memory_format=layout)(x), expected, atol=1e-6)

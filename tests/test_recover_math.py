@@ -1,7 +1,8 @@
 """Recover: the closed form is the gradient of the equations as written, and batches that share a pass move as alone."""
 import math
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import cache
 from itertools import product
 from types import SimpleNamespace
@@ -11,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers import assert_near, counted_reductions
+from tests.helpers import assert_near, counted_reductions, saved_bytes
+import recover
 from models import build_model
-from recover import PlainMatching, layer_weights, make_batches, noise, recover_batches
+from recover import (PlainMatching, fitting_groups, layer_weights, make_batches, matching_gradient, noise, recover_batches)
+from utils.augment import draw_view
 from utils.losses import data_densification
-from utils.stats import ClosedFormMatching, conv_stats, layer_inputs, matched_layers
+from utils.run import Graphed, generator
+from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
 
 SMALL = ("resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05")
 FORMS = PlainMatching, ClosedFormMatching
@@ -98,6 +102,24 @@ def test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written(name
         assert (actual[0] > 0, actual[1] > 0) == (len(acting) > len(convs), len(convs) > 0)
 
 
+@pytest.mark.parametrize("name, folded, norms", [
+    ("resnet18", 12, 20), ("convnet_w128", 0, 0), ("mobilenetv2_05", 48, 53), ("wrn16_2", 7, 13),
+    ("shufflenetv2_05", 56, 56)])
+@pytest.mark.parametrize("drop", (0.0, 0.4))
+def test_a_frozen_backbone_gives_the_losses_and_the_gradient_of_the_one_it_was(name, folded, norms, drop):
+    plain = matching_of(PlainMatching, name, 32)
+    model = freeze(deepcopy(plain.model))
+    closed = ClosedFormMatching(model, plain.targets, plain.weights, 0.8, 4)
+    frozen_norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert (sum(norm.folded for norm in frozen_norms), len(frozen_norms)) == (folded, norms)
+    steps = [(randn(4, 3, 32, 32), torch.randint(10, (4,)),
+              [layer for layer in convolutions(model) if torch.rand(()) < drop]) for _ in range(2)]
+    for (images, _, _), expected, actual in zip(steps, iterate(plain, steps, 2), iterate(closed, steps, 2), strict=True):
+        assert_near(model(images), plain.model(images), 1e-9)
+        for a, b in zip(actual, expected, strict=True):
+            assert_near(a, b, 1e-9)
+
+
 @pytest.mark.parametrize("name, shared", [
     ("resnet18", 3), ("convnet_w128", 0), ("mobilenetv2_05", 0), ("wrn16_2", 3), ("shufflenetv2_05", 3)])
 def test_each_tensor_is_reduced_once_though_shortcuts_share_their_inputs(name, shared, monkeypatch):
@@ -107,19 +129,6 @@ def test_each_tensor_is_reduced_once_though_shortcuts_share_their_inputs(name, s
         matching.model(randn(1, 3, 32, 32))
     matching.inject(inputs, matching.start(1))
     assert len(reduced) == len({id(x) for x in reduced}) == len(inputs) - shared
-
-
-def saved_bytes(model, step):
-    """Memory that the graph of step() keeps for its backward pass, beside the weights; each storage counts once."""
-    kept, weights = {}, {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor              # a reference, so that no address is used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -138,6 +147,21 @@ def test_the_closed_form_keeps_no_graph_through_the_statistics(name):
     assert saved_bytes(model, lambda: step(PlainMatching)) > bare
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_an_iteration_asks_the_device_for_no_value(name):
+    """Tensors of the meta device have none: whoever reads one on the host fails."""
+    matching = matching_of(ClosedFormMatching, name, 32)
+    matching.model = freeze(deepcopy(matching.model)).to("meta")
+    for key, value in vars(matching).items():
+        if isinstance(value, torch.Tensor):
+            setattr(matching, key, value.to("meta"))
+    pixels, labels = torch.empty(2, 3, 3, 32, 32, device="meta"), torch.empty(2, 3, dtype=torch.long, device="meta")
+    kept = torch.empty(len(matching.targets), dtype=torch.bool, device="meta")
+    view = {key: value.to("meta") for key, value in draw_view(2, 32, "resized", True, 5, generator("meta")).items()}
+    gradient, losses, state = matching_gradient(matching, labels, 1.0, pixels.double(), view, kept, matching.start(2))
+    assert gradient.shape == pixels.shape and all(tensor.is_meta for tensor in (gradient, *losses, *state))
+
+
 def test_layer_weights_count_the_first_layer_more():
     for name in "wrn10_1", "convnet_w8":
         model = frozen(name, 16)
@@ -152,7 +176,7 @@ def test_layer_weights_count_the_first_layer_more():
 def arguments(**changes):
     return SimpleNamespace(**dict(
         seed=0, iterations=4, lr=0.1, choice="uniform", drop_rate=0.4, crop="resized", flip=True, roll=5, ce_weight=1.0,
-        dd_weight=5.0, tau=4.0, dd_scale="mean", statistics="closed") | changes)
+        dd_weight=5.0, tau=4.0, dd_scale="mean", statistics="closed", cuda_graphs=False) | changes)
 
 
 def recovered(pixels, labels, numbers, matchings, args):
@@ -206,6 +230,85 @@ def test_recovery_is_the_same_with_statistics_closed_and_plain(names, labels, ch
         assert a == pytest.approx(b, rel=1e-9)
     alike = any(len(set(row)) < len(row) for row in labels) and "dd_weight" not in changes
     assert all((losses["dd"] > 0) == alike for losses in reports)
+
+
+class FakeGraph:
+    """A CUDA graph that runs its function again."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        for mine, fresh in zip(self.owner.outputs, self.owner.function(*self.owner.inputs), strict=True):
+            mine.copy_(fresh)
+
+
+def test_recovery_is_the_same_by_graphs_which_drop_layers_by_a_mask(monkeypatch):
+    graphed = []
+
+    def registered(function, pool):
+        graphed.append(Graphed(function, pool))
+        return graphed[-1]
+
+    @contextmanager
+    def capture(graph, pool):
+        assert pool == "pool"
+        graph.owner = next(one for one in graphed if one.graph is graph)
+        yield
+
+    monkeypatch.setattr(recover, "Graphed", registered)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    names, pixels, labels = ("wrn10_1", "convnet_w8", "mobilenetv2_05"), randn(2, 4, 3, 16, 16), [[0, 0, 1, 1], [2, 3, 2, 2]]
+    (images, reports), (expected, alike) = (
+        recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names),
+                  arguments(iterations=12, choice="cycle", cuda_graphs=cuda_graphs)) for cuda_graphs in (True, False))
+    assert_near(images, expected, 1e-6)                                             # rounding grows from step to step
+    for a, b in zip(reports, alike, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+    assert len(graphed) == 3 and sum(one.graph.replays for one in graphed) == 12 - 2 * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cuda_graphs", (False, True))
+def test_a_gpu_recovers_what_the_cpu_does_and_never_waits(cuda_graphs):
+    names, pixels, labels = ("wrn10_1", "convnet_w8", "mobilenetv2_05"), randn(2, 4, 3, 16, 16), [[0, 0, 1, 1], [2, 3, 2, 2]]
+    args = arguments(iterations=12, choice="cycle", dd_weight=0.0)                  # densification: eigh waits by itself
+    expected, _ = recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names), args)
+    args.cuda_graphs = cuda_graphs
+    matchings = []
+    for name in names:
+        model = freeze(deepcopy(frozen(name, 16))).cuda()
+        targets = {layer: [v.cuda() for v in vectors] for layer, vectors in dataset_statistics(name, 4, 16).items()}
+        matchings.append(ClosedFormMatching(model, targets, layer_weights(model, 0.7, 0.5, 10.0), 0.8, 4))
+
+    def strict(t, losses, pixels):
+        torch.cuda.set_sync_debug_mode("error" if t < 11 else "default")
+
+    try:
+        images = recover_batches(pixels.clone().cuda(), torch.tensor(labels).cuda(), [0, 1], matchings, DATA, args, strict)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_near(images.cpu(), expected, 1e-6)
+
+
+def test_auto_is_one_batch_on_a_cpu_and_on_a_gpu_what_fits_and_fills(monkeypatch):
+    matchings = matchings_of(ClosedFormMatching, ("wrn10_1",))
+    assert fitting_groups(matchings, 5, 16, torch.device("cpu")) == 1
+    memory = iter([100, 400, 100, 400, 100, 400])
+    monkeypatch.setattr(recover, "matching_gradient", lambda *_: None)
+    for name, value in dict(reset_peak_memory_stats=None, empty_cache=None, mem_get_info=(6000, 8000)).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(memory))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: next(memory))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, zeros=torch.zeros, **kind: zeros(*size, **kind))
+    monkeypatch.setattr(torch, "ones", lambda *size, device, ones=torch.ones, **kind: ones(*size, **kind))
+    gpu = torch.device("cuda")
+    assert fitting_groups(matchings, 50, 32, gpu) == 16                             # 0.8 * 6000 / 300
+    assert fitting_groups(matchings, 40, 224, gpu) == 2                             # two fill it
+    assert fitting_groups(matchings, 5000, 224, gpu) == 1
 
 
 def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_valid_pixels():

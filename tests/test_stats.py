@@ -8,8 +8,8 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from tests.helpers import assert_near, counted_reductions, gradient
-from utils.stats import (ClosedFormMatching, Inject, affine_terms, bn_stats, channel_stats, conv_stats, layer_inputs,
-                         matched_layers, patch_stats, segment_norms, whole_patches)
+from utils.stats import (ClosedFormMatching, FrozenNorm, Inject, affine_terms, bn_stats, channel_stats, conv_stats, freeze,
+                         layer_inputs, matched_layers, patch_stats, segment_norms, whole_patches)
 
 SHAPES = [  # height, width, patch
     (8, 12, 4), (4, 4, 4), (3, 6, 1),               # whole patches, one patch, single pixels
@@ -250,7 +250,7 @@ def test_inject_is_the_identity_and_reads_its_terms_only_in_the_backward_pass():
     assert torch.equal(y, x) and y.data_ptr() == x.data_ptr()
     assert torch.equal(torch.autograd.grad(y, x, upstream, retain_graph=True)[0], upstream)
     scale, shift = randn(2, 3), randn(2, 3)                                     # two groups of two images
-    terms += [((scale, shift), 4), ((scale, shift), 4)]
+    terms += [(torch.stack([scale, shift]), 4)] * 2
     scale, shift = (vector[:, None, :, None, None] for vector in (scale, shift))
     expected = upstream + 2 * (x.detach().view(2, 2, 3, 8, 8) * scale + shift).flatten(0, 1) / (2 * 8 * 8)
     assert_near(torch.autograd.grad(y, x, upstream)[0], expected, 1e-12)
@@ -341,3 +341,78 @@ def test_a_layer_of_weight_0_is_not_hooked_and_needs_no_target():
         net(randn(2, 3, 8, 8).requires_grad_())
     assert inputs.keys() == {"stem", "bn", "shortcut"}
     assert matching.inject(inputs, matching.start(1))[1] > 0
+
+
+# Freezing
+
+class Chain(nn.Module):
+    """One convolution and BatchNorm, wired in different ways."""
+
+    def __init__(self, wiring, affine=True):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3, affine=affine)
+        self.relu, self.wiring = nn.ReLU(inplace=True), wiring
+        self.bn.running_mean.copy_(torch.randn(3))
+        self.bn.running_var.copy_(torch.rand(3) + 0.5)
+
+    def forward(self, x):
+        return self.wiring(self, x)
+
+
+def added(net, x):
+    y = net.bn(net.conv(x))
+    y += x
+    return y
+
+
+WIRINGS = {  # -> whether the norm may be folded
+    "alone": (lambda net, x: net.relu(net.bn(net.conv(x))), True),
+    "added to another": (lambda net, x: x + net.bn(net.conv(x)), True),
+    "added to in place": (added, False),
+    "of an activation": (lambda net, x: net.bn(net.conv(x).tanh()), False),
+    "of what others read": (lambda net, x: net.bn(y := net.conv(x)) + y, False),
+    "after a convolution of two": (lambda net, x: net.bn(net.conv(net.conv(x).tanh())), False),
+    "called twice": (lambda net, x: net.bn(net.bn(net.conv(x)).tanh()), False),
+    "not to be traced": (lambda net, x: net.bn(net.conv(x)) if x.sum() > -1e9 else x, False)}
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_a_norm_is_folded_only_where_nothing_else_can_tell(wiring):
+    forward, folds = WIRINGS[wiring]
+    net = Chain(forward).double().eval().requires_grad_(False)
+    x = randn(4, 3, 8, 8)
+    expected = net(x)
+    with layer_inputs(net, {"bn"}) as inputs_before:
+        net(x)
+    frozen = freeze(net)
+    assert frozen is net and isinstance(net.bn, FrozenNorm) and net.bn.folded == folds and not net.relu.inplace
+    assert_near(net(x), expected, 1e-12)
+    matching = ClosedFormMatching(net, {}, {"conv": 0.0, "bn": 1.0}, 0.8, 4)
+    leaf = x.clone().requires_grad_()
+    with matching.hooks() as inputs:
+        total = matching.model(leaf).sum()
+    bn, _, _ = matching.inject(inputs, matching.start(1))
+    mean, var = channel_stats(inputs_before["bn"])
+    assert_near(bn, (mean - net.bn.running_mean).norm() + (var - net.bn.running_var).norm(), 1e-9)
+    assert torch.autograd.grad(total, leaf)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("weight, folds", [(1.0, True), (-1.0, True), (1e-3, False), (0.0, False)])
+def test_a_norm_with_a_vanishing_gain_keeps_its_input(weight, folds):
+    net = Chain(WIRINGS["alone"][0]).double().eval().requires_grad_(False)
+    net.bn.weight[1], net.bn.bias[1] = weight, 0.5
+    x = randn(2, 3, 8, 8)
+    expected = net(x)
+    assert freeze(net).bn.folded == folds
+    assert_near(net(x), expected, 1e-12)
+
+
+def test_a_norm_without_weights_and_a_model_without_norms_are_frozen_too():
+    net = Chain(WIRINGS["alone"][0], affine=False).double().eval()
+    x = randn(2, 3, 8, 8)
+    expected = net(x)
+    assert_near(freeze(net)(x), expected, 1e-12)
+    assert not net.bn.folded
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(4, 4), nn.ReLU(True)).double()
+    expected = plain(x)
+    assert torch.equal(freeze(plain)(x), expected) and plain[2].inplace and plain[0].weight.is_contiguous()

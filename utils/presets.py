@@ -155,6 +155,14 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
+def number_or_auto(kind, low):
+    """argparse type: the word auto, or a number from low on."""
+    def parse(text):
+        return text if text == "auto" else number(kind, low)(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def crop_name(text):
     """argparse type: none, resized (RandomResizedCrop), or pad<pixels> (RandomCrop with padding)."""
     if text not in ("none", "resized") and not (text.startswith("pad") and text[3:].isdigit()):

@@ -19,7 +19,7 @@ from torch import nn
 from utils import fail
 
 NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every",
-           "log_every", "groups_per_step"}
+           "log_every", "groups_per_step", "cuda_graphs"}
 # arguments that leave the result as it is, up to rounding
 TEACHER = ("weights", "backbone", "data", "top1", "args")            # what squeeze.py stores
 
@@ -64,6 +64,28 @@ def send(value, device):
     if device.type == "cuda" and not value.is_cuda:
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
+
+
+class Graphed:
+    """function(*tensors) -> tensors as a CUDA graph. The first two calls run as they are, the third is captured, and it and
+    all others are replayed. The function must not ask the device for a value, nor its tensors change their shapes. Graphs
+    with one `pool` (torch.cuda.graph_pool_handle) share their memory."""
+
+    def __init__(self, function, pool):
+        self.function, self.pool, self.graph, self.calls = function, pool, None, 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls < 3:                                           # libraries set themselves up
+            return self.function(*inputs)
+        if self.graph is None:
+            self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=self.pool):
+                self.outputs = self.function(*self.inputs)
+        for mine, tensor in zip(self.inputs, inputs):
+            mine.copy_(tensor)
+        self.graph.replay()
+        return [tensor.clone() for tensor in self.outputs]           # the pool's next graph writes over them
 
 
 def keep_freed_memory():

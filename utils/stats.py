@@ -6,7 +6,6 @@ group has statistics of its own.
 import operator
 from collections import Counter
 from contextlib import contextmanager
-from copy import copy
 
 import torch
 import torch.fx
@@ -46,11 +45,11 @@ def _batch_moments(x, groups):
     order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2         # as they lie in memory
     x = x.permute(order)
     rows, shape = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1), (groups, *x.shape[1:])
-    if x.is_cuda:
+    if x.device.type == "cpu":                              # as many channels: a tenth of the time of var_mean
+        moments = [torch.batch_norm_update_stats(group, None, None, 0.0) for group in rows.chunk(groups)]
+        mean, var = map(torch.stack, zip(*moments)) if groups > 1 else moments[0]
+    else:
         var, mean = torch.var_mean(rows.unflatten(0, (groups, -1)), 1, correction=0)
-    else:                                                   # of as many channels: a tenth of the time of var_mean
-        mean, var = map(torch.stack, zip(*(torch.batch_norm_update_stats(group, None, None, 0.0)
-                                           for group in rows.chunk(groups))))
     return mean.view(shape).permute(back), var.view(shape).permute(back)
 
 
@@ -130,47 +129,49 @@ class Inject(torch.autograd.Function):
                 with torch.enable_grad():
                     leaf = x.detach().requires_grad_()
                     whole = whole_patches(leaf, patch)
-                nothing = [torch.zeros_like(vector) for vector in channels]
-                pulled = _add_affine(torch.zeros_like(whole), whole.detach(), patch, nothing, *patches)
+                pulled = _add_affine(torch.zeros_like(whole), whole.detach(), patch, torch.zeros_like(channels), *patches)
                 grad = _add_affine(grad, x, patch, channels) + torch.autograd.grad(whole, leaf, pulled)[0]
         return grad, None
 
 
 def _add_affine(grad, x, patch, channels, patches=None):
     """grad + (scale * x + shift) / n for the channels, of n = B*H*W values, and the patches, of n = B*C*patch*patch.
-    channels, patches: (scale, shift), each [groups, C] or [groups, number of patches]"""
-    (C, H, W), groups = x.shape[1:], len(channels[0])
-    maps = []
-    for kind, vector in enumerate(channels):                        # an image a group, laid out in memory as x is
-        spread = torch.empty_like(x[:groups], dtype=vector.dtype)
-        if patches is None:
-            spread.copy_(vector[:, :, None, None])
-        else:
-            cells = patches[kind].view(groups, 1, H // patch, 1, W // patch, 1).expand(-1, -1, -1, patch, -1, patch)
-            torch.add(vector[:, :, None, None], cells.reshape(groups, 1, H, W), alpha=H * W / (C * patch ** 2), out=spread)
-        maps.append(spread.mul_(groups * C / x.numel())[:, None])
+    channels, patches: scale and shift, [2, groups, C] and [2, groups, number of patches]"""
+    (C, H, W), groups = x.shape[1:], channels.shape[1]
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    spread = torch.empty(2 * groups, C, H, W, dtype=channels.dtype, device=x.device, memory_format=layout)  # as x lies
+    both = spread.unflatten(0, (2, groups))
+    if patches is None:
+        both.copy_(channels[..., None, None])
+    else:
+        cells = patches.view(2, groups, 1, H // patch, 1, W // patch, 1).expand(-1, -1, -1, -1, patch, -1, patch)
+        torch.add(channels[..., None, None], cells.reshape(2, groups, 1, H, W), alpha=H * W / (C * patch ** 2), out=both)
+    n, (scale, shift) = x.numel() / (groups * C), both.unsqueeze(2)
     grad, x = grad.unflatten(0, (groups, -1)), x.unflatten(0, (groups, -1))
-    return torch.addcmul(grad, x, maps[0]).add_(maps[1]).flatten(0, 1)
+    return torch.addcmul(grad, x, scale, value=1 / n).add_(shift, alpha=1 / n).flatten(0, 1)
 
 
 def affine_terms(mean, mean_slope, var_slope):
-    """App. B, Eq. 15: a loss whose gradients at the mean and variance of n values are mean_slope and var_slope has at a value
-    x, since d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n, the gradient (scale * x + shift) / n.   -> scale, shift"""
+    """App. B, Eq. 15: a loss whose gradients at the mean and variance of n values are mean_slope and var_slope has at a
+    value x, since d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n, the gradient (scale * x + shift) / n.
+    -> scale, shift as one tensor [2, ...]"""
     scale = 2 * var_slope
-    return scale, torch.addcmul(mean_slope, scale, mean, value=-1)
+    return torch.stack([scale, torch.addcmul(mean_slope, scale, mean, value=-1)])
 
 
 class FrozenNorm(nn.BatchNorm2d):
     """A BatchNorm2d in eval mode as the affine map gain * x + offset, gain and offset [C]. `folded`: the convolution
     before it has taken the map into its weights, and x comes mapped already."""
 
-    @classmethod
-    def of(cls, layer):
-        norm = copy(layer)
-        norm.__class__, norm.folded = cls, False
-        norm.gain = layer.weight.detach() * (layer.running_var + layer.eps).rsqrt()
-        norm.offset = layer.bias.detach() - layer.running_mean * norm.gain
-        return norm
+    def __init__(self, layer):
+        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, True, layer.running_var.device,
+                         layer.running_var.dtype)
+        self.load_state_dict(layer.state_dict())
+        self.eval().requires_grad_(False)
+        weight, bias = (self.weight, self.bias) if layer.affine else (1, 0)
+        self.register_buffer("gain", weight * (self.running_var + self.eps).rsqrt(), persistent=False)
+        self.register_buffer("offset", bias - self.running_mean * self.gain, persistent=False)
+        self.folded = False
 
     def fold_into(self, convolution):
         weight, bias = convolution.weight.detach(), 0 if convolution.bias is None else convolution.bias.detach()
@@ -185,27 +186,30 @@ class FrozenNorm(nn.BatchNorm2d):
 def freeze(model):
     """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding. Every BatchNorm2d
     becomes a `FrozenNorm`, and a convolution takes it into its weights where torch.fx can tell that nobody else reads what
-    the convolution gives, and where no gain is so small that the norm's input could not be told from its output."""
+    the convolution gives, and where no gain is so small that the norm's input could not be told from its output. Maps lie
+    in memory with their channels last, except between GroupNorms, whose backward pass is several times slower so."""
     layers = dict(model.named_modules())
     try:
         nodes = torch.fx.Tracer().trace(model).nodes
     except Exception:                                       # its flow depends on values
         nodes = ()
     calls = Counter(node.target for node in nodes)
-    for name, layer in layers.items():
-        if isinstance(layer, nn.BatchNorm2d):
-            layers[name] = FrozenNorm.of(layer)
-            parent, _, child = name.rpartition(".")
-            setattr(layers[parent], child, layers[name])
-        if getattr(layer, "inplace", False):
-            layer.inplace = False                           # a folded norm's input is needed in the backward pass
+    norms = {name: FrozenNorm(layer) for name, layer in layers.items() if isinstance(layer, nn.BatchNorm2d)}
+    for name, norm in norms.items():
+        parent, _, child = name.rpartition(".")
+        setattr(layers[parent], child, norm)
     for node in nodes:
-        if node.op == "call_module" and isinstance(norm := layers[node.target], FrozenNorm):
-            source, convolution = node.args[0], layers.get(node.args[0].target)
+        if node.target in norms:
+            norm, source, convolution = norms[node.target], node.args[0], layers.get(node.args[0].target)
             if (isinstance(convolution, nn.Conv2d) and len(source.users) == calls[source.target] == calls[node.target] == 1
                     and not any(user.target is operator.add and user.args[0] is node for user in node.users)     # perhaps +=
-                    and (norm.weight.abs() > 0.01 * norm.bias.abs()).all()):
+                    and norm.affine and (norm.weight.abs() > 0.01 * norm.bias.abs()).all()):
                 norm.fold_into(convolution)
+    for layer in layers.values():
+        if hasattr(layer, "inplace") and norms:
+            layer.inplace = False                           # a folded norm's input is needed in the backward pass
+    if not any(isinstance(layer, nn.GroupNorm) for layer in layers.values()):
+        model.to(memory_format=torch.channels_last)
     return model
 
 
@@ -288,14 +292,13 @@ class ClosedFormMatching:
         weight = self.weight * kept[self.owner]
         norms, slope = segment_norms((ema - self.target[:, None]).flatten(0, 1), self.segment, len(self.sizes), weight)
         slope = slope.view_as(ema) * self.unit
-        terms = affine_terms(measured[0], slope[0], slope[1])
-        terms = iter(zip(*(vector.split(self.sizes, dim=1) for vector in terms)))
+        terms = iter(affine_terms(measured[0], *slope).split(self.sizes, dim=2))
         for name, target in self.targets.items():
             term = [next(terms) for _ in target[::2]]
             if name in inputs:
                 self.terms[id(inputs[name])].append((*term, self.patch))
         losses = (norms * weight).sum(0)
-        return losses[self.is_bn].sum(), losses[~self.is_bn].sum(), (ema, seen | kept)
+        return (losses * self.is_bn).sum(), (losses * ~self.is_bn).sum(), (ema, seen | kept)
 
 
 def segment_norms(difference, segment, count, weight):

@@ -21,7 +21,7 @@ import train_eval
 from models import build_model
 from tests.helpers import assert_near
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
-from utils.run import generator, load_teachers
+from utils.run import channels_last, generator, load_teachers
 
 PHASES = {module.__name__: module for module in (squeeze, collect_stats, recover, relabel, train_eval)}
 RUN = "gvbsm-ipc2"
@@ -589,7 +589,7 @@ def test_the_stored_statistics_are_of_the_augmented_training_images_in_eval_mode
                             for batch in (torch.cat(images), plain, plain.flip(-1)))
     assert len(seen) == 48 and seen <= once | mirrored and seen & once and seen & mirrored
     stored = checkpoint(project.teachers / "wrn10_1.stats.pt")["statistics"]
-    again = collect_stats.dataset_statistics(teachers(project, "wrn10_1")["wrn10_1"], images, 4)
+    again = collect_stats.dataset_statistics(channels_last(teachers(project, "wrn10_1")["wrn10_1"]), images, 4)
     for layer in again:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(stored[layer], again[layer], strict=True))
 

@@ -16,6 +16,7 @@ python train_eval.py --dataset shapes                                           
 import argparse
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import describe, load_folder, load_split, preset_column
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.presets import Parser, identity_flags, number, parse_args
-from utils.run import (Progress, accuracy, channels_last, check_classes, check_models, finish, finished, fingerprint,
-                       generator, load_json, load_teachers, pick_device, run_paths, send, with_precision)
+from utils.run import (Graphed, Progress, accuracy, channels_last, check_classes, check_models, finish, finished,
+                       fingerprint, generator, load_json, load_teachers, pick_device, run_paths, send, with_precision)
 
 
 class StoredLabels:
@@ -85,6 +86,15 @@ def hard_loss(logits, labels, partner_labels, ratio):
     return (ratio * base + (1 - ratio) * partner).mean()
 
 
+def student_loss(args, logits, y, soft, partner_y, ratio):
+    """The loss of --labels and --loss; soft [B, classes] is not read by hard labels."""
+    if args.labels == "hard":
+        return hard_loss(logits, y, partner_y, ratio)
+    if args.loss == "kl":
+        return kl_loss(logits, soft, args.temperature)
+    return mse_gt_loss(logits, soft, y, args.gamma)
+
+
 def train_student(name, seed, images, classes, labels, test, data, args, device):
     """One student from scratch.   -> top-1 in % by epoch evaluated, {epoch: top1}; the last epoch is always among them"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
@@ -95,7 +105,14 @@ def train_student(name, seed, images, classes, labels, test, data, args, device)
     optimizer = (torch.optim.AdamW(groups, lr=lr, fused=fused) if args.optimizer == "adamw" else
                  torch.optim.SGD(groups, lr=lr, momentum=args.momentum, fused=fused))
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order, units, top1 = generator("order", seed, name), torch.tensor([data["mean"], data["std"]], device=device), {}
+
+    def loss_and_gradients(mixed, *targets):
+        loss = student_loss(args, model(mixed), *targets)
+        return loss.detach(), *torch.autograd.grad(loss, parameters)
+
+    graphed = defaultdict(lambda: Graphed(loss_and_gradients))       # by the size of a batch: the last may be short
     progress = Progress(f"train_eval {name} seed {seed}", args.epochs)
     for epoch in range(args.epochs):
         model.train()
@@ -103,15 +120,11 @@ def train_student(name, seed, images, classes, labels, test, data, args, device)
         for rows in torch.randperm(len(images), generator=order).split(whole_batch(args, len(images))):
             batch = send(rows, device)
             mixed = apply_epoch(images, draw, batch, labels.mix, units)
-            logits, y = model(mixed), classes[batch]
-            if args.labels == "hard":
-                loss = hard_loss(logits, y, classes[draw["partner"][batch]], draw["ratio"][batch])
-            elif args.loss == "kl":
-                loss = kl_loss(logits, labels.soft_logits(epoch, rows, mixed), args.temperature)
-            else:
-                loss = mse_gt_loss(logits, labels.soft_logits(epoch, rows, mixed), y, args.gamma)
-            optimizer.zero_grad()
-            loss.backward()
+            soft = labels.soft_logits(epoch, rows, mixed) if args.labels != "hard" else mixed.new_zeros(0)
+            step = graphed[len(rows)] if args.cuda_graphs else loss_and_gradients
+            loss, *gradients = step(mixed, classes[batch], soft, classes[draw["partner"][batch]], draw["ratio"][batch])
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
             optimizer.step()
         if cosine:
             cosine.step()
@@ -170,6 +183,8 @@ def get_parser():
                               help="of the learning rate, per epoch")
     optimization.add_argument("--evaluations", type=number(int, 1), default=5,
                               help="evenly spaced over the epochs, the last is the result")
+    optimization.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
+                              help="replay a step as one launch; for GPUs that wait for the host")
     optimization.add_argument("--download", action="store_true", help="fetch a named data set when it is missing")
     return parser
 
@@ -178,6 +193,8 @@ def main(argv=None):
     args = parse_args(get_parser(), "train_eval", argv, preset_column)
     device, paths = pick_device(args.device, args.precision), run_paths(args)
     check_models("--students", args.students, build_model)
+    if args.cuda_graphs and device.type != "cuda":
+        fail("--cuda-graphs needs a GPU (--device cuda); leave it out")
     for name in args.students:
         student_value(args.lr, name)
     before, upstream = earlier_result(args, paths)

@@ -1,10 +1,12 @@
 """What several of the tests need."""
 from collections import Counter
+from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils.stats
+from utils.run import Graphed
 
 
 def assert_near(actual, expected, tolerance):
@@ -57,3 +59,35 @@ def counted_operations(function):
     with Counting():
         function()
     return counts[False]
+
+
+class FakeGraph:
+    """A CUDA graph that runs its function again."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        for mine, fresh in zip(self.owner.outputs, self.owner.function(*self.owner.inputs), strict=True):
+            mine.copy_(fresh)
+
+
+def faked_graphs(monkeypatch, script):
+    """A list of the `Graphed` that a script makes from now on, without a GPU."""
+    graphed = []
+
+    def registered(*args):
+        graphed.append(Graphed(*args))
+        return graphed[-1]
+
+    @contextmanager
+    def capture(graph, pool):
+        graph.owner = next(one for one in graphed if one.graph is graph)
+        yield
+
+    monkeypatch.setattr(script, "Graphed", registered)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    return graphed

@@ -98,8 +98,9 @@ def test_a_device_that_is_not_there(phase, bare):
     tells(bare.mistake(phase, "--device cuda"), "--device cuda", "cpu")
 
 
-def test_graphs_need_a_gpu(project):
-    tells(project.mistake("recover", "--cuda-graphs --device cpu"), "--cuda-graphs", "needs a GPU", "leave it out")
+def test_graphs_need_a_gpu(relabelled):
+    for phase in "recover", "train_eval":
+        tells(relabelled.mistake(phase, "--cuda-graphs --device cpu"), "--cuda-graphs", "needs a GPU", "leave it out")
 
 
 def test_a_network_too_deep_for_the_images(bare):

@@ -1,7 +1,7 @@
 """Recover: the closed form is the gradient of the equations as written, and batches that share a pass move as alone."""
 import math
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from itertools import product
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers import assert_near, counted_reductions, saved_bytes
+from tests.helpers import assert_near, counted_reductions, faked_graphs, saved_bytes
 import recover
 from models import build_model
 from recover import (PlainMatching, fitting_groups, layer_weights, make_batches, matching_gradient, noise, recover_batches)
 from utils.augment import draw_view
 from utils.losses import data_densification
-from utils.run import Graphed, generator
+from utils.run import generator
 from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
 
 SMALL = ("resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05")
@@ -232,35 +232,8 @@ def test_recovery_is_the_same_with_statistics_closed_and_plain(names, labels, ch
     assert all((losses["dd"] > 0) == alike for losses in reports)
 
 
-class FakeGraph:
-    """A CUDA graph that runs its function again."""
-
-    def __init__(self):
-        self.replays = 0
-
-    def replay(self):
-        self.replays += 1
-        for mine, fresh in zip(self.owner.outputs, self.owner.function(*self.owner.inputs), strict=True):
-            mine.copy_(fresh)
-
-
 def test_recovery_is_the_same_by_graphs_which_drop_layers_by_a_mask(monkeypatch):
-    graphed = []
-
-    def registered(function, pool):
-        graphed.append(Graphed(function, pool))
-        return graphed[-1]
-
-    @contextmanager
-    def capture(graph, pool):
-        assert pool == "pool"
-        graph.owner = next(one for one in graphed if one.graph is graph)
-        yield
-
-    monkeypatch.setattr(recover, "Graphed", registered)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    graphed = faked_graphs(monkeypatch, recover)
     names, pixels, labels = ("wrn10_1", "convnet_w8", "mobilenetv2_05"), randn(2, 4, 3, 16, 16), [[0, 0, 1, 1], [2, 3, 2, 2]]
     (images, reports), (expected, alike) = (
         recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names),

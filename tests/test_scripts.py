@@ -19,7 +19,7 @@ import relabel
 import squeeze
 import train_eval
 from models import build_model
-from tests.helpers import assert_near
+from tests.helpers import assert_near, faked_graphs
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
 from utils.run import channels_last, generator, load_teachers
 
@@ -695,6 +695,24 @@ def test_labels_and_evaluation_of_images_of_any_origin(relabelled):
 
 
 # train_eval
+
+@pytest.mark.parametrize("flags", ["", "--labels hard", "--loss kl", "--optimizer sgd"])
+def test_a_student_is_the_same_when_its_steps_are_graphs_one_for_each_size_of_batch(flags, relabelled, monkeypatch):
+    flags += " --students convnet_w8 --epochs 3 --evaluations 3 --batch-size 3 --whole-up-to 0 --overwrite"
+    expected = relabelled.call("train_eval", flags)["top1_by_epoch"]
+    graphed = faked_graphs(monkeypatch, train_eval)
+    monkeypatch.setattr(train_eval, "fail", print)                  # here is no GPU
+    assert relabelled.call("train_eval", flags, "--cuda-graphs")["top1_by_epoch"] == expected
+    assert [one.graph.replays for one in graphed] == [4, 1]         # six batches of three, three of two; all but two each
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("student", ["convnet_w8", "wrn10_1"])
+def test_a_student_is_the_same_up_to_rounding_when_a_gpu_replays_its_steps(student, relabelled):
+    flags = f"--students {student} --epochs 3 --batch-size 3 --whole-up-to 0 --overwrite --device cuda --precision fp32"
+    plain, graphed = (relabelled.call("train_eval", flags, graphs)["top1"] for graphs in ("", "--cuda-graphs"))
+    assert abs(plain - graphed) <= 10
+
 
 def test_students_are_judged_by_the_last_epoch_over_seeds(relabelled):
     result = relabelled.call("train_eval", "--student-seeds 0 1 2 --epochs 3 --evaluations 3")

@@ -71,7 +71,7 @@ class Graphed:
     all others are replayed. The function must not ask the device for a value, nor its tensors change their shapes. Graphs
     with one `pool` (torch.cuda.graph_pool_handle) share their memory."""
 
-    def __init__(self, function, pool):
+    def __init__(self, function, pool=None):
         self.function, self.pool, self.graph, self.calls = function, pool, None, 0
 
     def __call__(self, *inputs):

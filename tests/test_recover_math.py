@@ -120,6 +120,19 @@ def test_a_frozen_backbone_gives_the_losses_and_the_gradient_of_the_one_it_was(n
             assert_near(a, b, 1e-9)
 
 
+@pytest.mark.parametrize("name, folded", [
+    ("resnet18", 12), ("mobilenetv2", 47), ("efficientnet_b0", 40), ("shufflenetv2_05", 56), ("resnet50", 37)])
+def test_so_do_those_of_large_images(name, folded):
+    plain = matching_of(PlainMatching, name, 72, patch=16)
+    model = freeze(deepcopy(plain.model))
+    closed = ClosedFormMatching(model, plain.targets, plain.weights, 0.8, 16)
+    steps = [(randn(2, 3, 72, 72), torch.randint(10, (2,)), [])]
+    (expected,), (actual,) = iterate(plain, steps, 1), iterate(closed, steps, 1)
+    for a, b in zip(actual, expected, strict=True):
+        assert_near(a, b, 1e-8)
+    assert sum(getattr(layer, "folded", False) for layer in model.modules()) == folded
+
+
 @pytest.mark.parametrize("name, shared", [
     ("resnet18", 3), ("convnet_w128", 0), ("mobilenetv2_05", 0), ("wrn16_2", 3), ("shufflenetv2_05", 3)])
 def test_each_tensor_is_reduced_once_though_shortcuts_share_their_inputs(name, shared, monkeypatch):

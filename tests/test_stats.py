@@ -351,7 +351,7 @@ class Chain(nn.Module):
     def __init__(self, wiring, affine=True):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3, affine=affine)
-        self.relu, self.wiring = nn.ReLU(inplace=True), wiring
+        self.relu, self.identity, self.wiring = nn.ReLU(inplace=True), nn.Identity(), wiring
         self.bn.running_mean.copy_(torch.randn(3))
         self.bn.running_var.copy_(torch.rand(3) + 0.5)
 
@@ -369,6 +369,8 @@ WIRINGS = {  # -> whether the norm may be folded
     "alone": (lambda net, x: net.relu(net.bn(net.conv(x))), True),
     "added to another": (lambda net, x: x + net.bn(net.conv(x)), True),
     "added to in place": (added, False),
+    "passed on and added to": (lambda net, x: net.relu(net.identity(net.bn(net.conv(x))).add_(x)), False),
+    "overwritten": (lambda net, x: F.relu(net.bn(net.conv(x)), inplace=True), False),
     "of an activation": (lambda net, x: net.bn(net.conv(x).tanh()), False),
     "of what others read": (lambda net, x: net.bn(y := net.conv(x)) + y, False),
     "after a convolution of two": (lambda net, x: net.bn(net.conv(net.conv(x).tanh())), False),

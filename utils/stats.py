@@ -183,11 +183,21 @@ class FrozenNorm(nn.BatchNorm2d):
         return x if self.folded else torch.addcmul(self.offset[:, None, None], x, self.gain[:, None, None])
 
 
+def _leaves_alone(user, node, layers):
+    """Whether a torch.fx node that reads another surely does not overwrite it; += looks like + to torch.fx."""
+    if user.op == "call_module":
+        layer = layers[user.target]
+        return isinstance(layer, nn.Conv2d) or type(layer).__module__ == nn.ReLU.__module__
+    return (user.target in (F.relu, torch.relu, torch.cat) and not user.kwargs.get("inplace")
+            or user.target is operator.add and user.args[0] is not node)
+
+
 def freeze(model):
     """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding. Every BatchNorm2d
     becomes a `FrozenNorm`, and a convolution takes it into its weights where torch.fx can tell that nobody else reads what
-    the convolution gives, and where no gain is so small that the norm's input could not be told from its output. Maps lie
-    in memory with their channels last, except between GroupNorms, whose backward pass is several times slower so."""
+    the convolution gives and nobody overwrites what the norm gives, and where no gain is so small that the norm's input
+    could not be told from its output. Maps lie in memory with their channels last, except between GroupNorms, whose
+    backward pass is several times slower so."""
     layers = dict(model.named_modules())
     try:
         nodes = torch.fx.Tracer().trace(model).nodes
@@ -202,7 +212,7 @@ def freeze(model):
         if node.target in norms:
             norm, source, convolution = norms[node.target], node.args[0], layers.get(node.args[0].target)
             if (isinstance(convolution, nn.Conv2d) and len(source.users) == calls[source.target] == calls[node.target] == 1
-                    and not any(user.target is operator.add and user.args[0] is node for user in node.users)     # perhaps +=
+                    and all(_leaves_alone(user, node, layers) for user in node.users)
                     and norm.affine and (norm.weight.abs() > 0.01 * norm.bias.abs()).all()):
                 norm.fold_into(convolution)
     for layer in layers.values():

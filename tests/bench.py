@@ -165,8 +165,7 @@ def bench_relabel(rounds, quick, device):
 
 
 def bench_train_eval(rounds, quick, device):
-    """train_eval.py: a student's whole training on stored labels, with an evaluation on ten images, against its bare steps.
-    """
+    """train_eval.py: a student trained on stored labels, with an evaluation on ten images, against its bare steps."""
     test = Split(np.zeros((10, 32, 32, 3), np.uint8), range(10), DATA["classes"], 32).to(device)
     for name, count, epochs in [
             ("convnet_w128", 100, 5), ("resnet18", 100, 2), ("convnet_w128", 500, 1), ("resnet18", 500, 1)]:

@@ -401,7 +401,8 @@ def test_a_term_that_is_off_is_exactly_zero_and_the_others_are_not(flags, term, 
 @pytest.mark.parametrize("flags", [
     "--alpha 0", "--drop-rate 0", "--drop-rate 1", "--ce-weight 0", "--bn-weight 0", "--conv-weight 0",
     "--dd-scale mean", "--first-multiplier 1", "--loop original", "--choice cycle", "--backbones wrn10_1",
-    "--crop none", "--crop pad2", "--flip", "--roll 4", "--batch-size 8", "--lr 0.01", "--iterations 5", "--seed 1"])
+    "--crop none", "--crop pad2", "--flip", "--roll 4", "--batch-size 8", "--lr 0.01", "--iterations 5", "--seed 1",
+    "--precision bf16"])
 def test_each_flag_changes_the_images(flags, project):
     project.call("recover")
     project.call("recover", "--tag other", flags)

@@ -662,14 +662,14 @@ def test_the_norms_of_eq_8_are_those_of_a_label_batch_or_of_a_whole_small_set(pr
 def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path):
     images, units, model = torch.zeros(50, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 3), build_model("convnet_w8", 40, 8)
     peaks = []
-    for epochs in 5, 105:
+    for epochs in 25, 225:                                           # the first ones fill caches
         args = relabel.get_parser().parse_args(["--epochs", str(epochs)])
         tracemalloc.start()                                                          # numpy's arrays, not torch's tensors
         relabel.label_epochs(images, units, [model], 50, 40, args, tmp_path / str(epochs))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert np.load(tmp_path / str(epochs) / "logits.npy").shape == (epochs, 50, 40)
-    assert peaks[1] - peaks[0] < 0.2 * 100 * 50 * (8 + 1 + 4 + 8 + 4)                # of what is drawn in 100 epochs
+    assert peaks[1] - peaks[0] < 0.2 * 200 * 50 * (8 + 1 + 4 + 8 + 4)                # of what is drawn in 200 epochs
 
 
 def test_labelling_an_epoch_waits_for_no_value_of_the_device():

@@ -58,8 +58,8 @@ def patch_loop(x, patch):
 
 def terms_of(statistics, slopes, patch):
     """What `Inject` is told of a loss with these slopes at a layer's statistics, (mean, var) of channels[, of patches]."""
-    pairs = zip(statistics[::2], slopes[::2], slopes[1::2])
-    return [(*(affine_terms(*pair) for pair in pairs), patch)]
+    triples = zip(statistics[::2], slopes[::2], slopes[1::2])
+    return {2 * i: affine_terms(*triple) for i, triple in enumerate(triples)}, patch
 
 
 # The statistics
@@ -121,7 +121,7 @@ def test_maps_are_resized_only_where_patches_do_not_fit(monkeypatch):
     monkeypatch.setattr(F, "interpolate", refuse)
     statistics = conv_stats(x, 4)
     patch_stats(x, 4)
-    gradient(lambda x: Inject.apply(x, terms_of(statistics, statistics, 4)).sum(), x)
+    gradient(lambda x: Inject.apply(x, *terms_of(statistics, statistics, 4)).sum(), x)
     for measure in conv_stats, patch_stats:
         with pytest.raises(AssertionError, match="resized"):
             measure(x, 5)
@@ -240,19 +240,19 @@ def test_affine_terms_are_the_gradient_of_the_statistics(height, width, patch, g
         return (upstream * x).sum() + sum((a * b).sum() for a, b in zip(slopes, vectors))
 
     terms = terms_of(statistics, slopes, patch)
-    _, injected = gradient(lambda x: (upstream * Inject.apply(x, terms)).sum(), x)
+    _, injected = gradient(lambda x: (upstream * Inject.apply(x, *terms)).sum(), x)
     assert_near(injected, gradient(matched, x)[1], 1e-12)
 
 
 def test_inject_is_the_identity_and_reads_its_terms_only_in_the_backward_pass():
-    x, upstream, terms = randn(4, 3, 8, 8).requires_grad_(), randn(4, 3, 8, 8), []
-    y = Inject.apply(x, terms)
+    x, upstream, terms = randn(4, 3, 8, 8).requires_grad_(), randn(4, 3, 8, 8), {}
+    y = Inject.apply(x, terms, 4)
     assert torch.equal(y, x) and y.data_ptr() == x.data_ptr()
     assert torch.equal(torch.autograd.grad(y, x, upstream, retain_graph=True)[0], upstream)
     scale, shift = randn(2, 3), randn(2, 3)                                     # two groups of two images
-    terms += [(torch.stack([scale, shift]), 4)] * 2
+    terms[0] = torch.stack([scale, shift])
     scale, shift = (vector[:, None, :, None, None] for vector in (scale, shift))
-    expected = upstream + 2 * (x.detach().view(2, 2, 3, 8, 8) * scale + shift).flatten(0, 1) / (2 * 8 * 8)
+    expected = upstream + (x.detach().view(2, 2, 3, 8, 8) * scale + shift).flatten(0, 1) / (2 * 8 * 8)
     assert_near(torch.autograd.grad(y, x, upstream)[0], expected, 1e-12)
 
 
@@ -265,7 +265,7 @@ def test_the_gradient_reaches_channels_last_and_half_of_the_channels_alike(patch
         def matched(wide):
             x = layout(wide)
             statistics = conv_stats(x, patch, 2)
-            return Inject.apply(x, terms_of(statistics, slopes, patch)).sum()
+            return Inject.apply(x, *terms_of(statistics, slopes, patch)).sum()
 
         slopes = slopes or [randn(*vector.shape) for vector in conv_stats(layout(wide), patch, 2)]
         results.append(gradient(matched, wide)[1])

@@ -110,33 +110,31 @@ def layer_inputs(model, names=None, wrap=None):
 
 
 class Inject(torch.autograd.Function):
-    """Identity on x whose backward pass adds the gradient of the statistics at x, the sum of `terms`, a list filled after
-    the forward pass: each (channels[, patches], patch), the coefficients of `affine_terms` for them."""
+    """Identity on x whose backward pass adds the gradient of the statistics at x. terms, a dict filled after the forward
+    pass: `affine_terms` of the channels under 0, [2, groups, C], of the patches under 2, [2, groups, patches]."""
 
     @staticmethod
-    def forward(ctx, x, terms):
+    def forward(ctx, x, terms, patch):
         ctx.save_for_backward(x)
-        ctx.terms = terms
+        ctx.terms, ctx.patch = terms, patch
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
         x, = ctx.saved_tensors
-        for channels, *patches, patch in ctx.terms:
-            if not patches or x.shape[2] % patch == x.shape[3] % patch == 0:
-                grad = _add_affine(grad, x, patch, channels, *patches)
-            else:                                   # patches are of the resized map: pull their gradient back
-                with torch.enable_grad():
-                    leaf = x.detach().requires_grad_()
-                    whole = whole_patches(leaf, patch)
-                pulled = _add_affine(torch.zeros_like(whole), whole.detach(), patch, torch.zeros_like(channels), *patches)
-                grad = _add_affine(grad, x, patch, channels) + torch.autograd.grad(whole, leaf, pulled)[0]
-        return grad, None
+        channels, patches, patch = ctx.terms.get(0), ctx.terms.get(2), ctx.patch
+        if patches is not None and (x.shape[2] % patch or x.shape[3] % patch):      # of the resized map: pulled back
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                whole = whole_patches(leaf, patch)
+            pulled = _add_affine(torch.zeros_like(whole), whole.detach(), torch.zeros_like(channels), patches, patch)
+            grad, patches = grad + torch.autograd.grad(whole, leaf, pulled)[0], None
+        return grad if channels is None else _add_affine(grad, x, channels, patches, patch), None, None
 
 
-def _add_affine(grad, x, patch, channels, patches=None):
+def _add_affine(grad, x, channels, patches, patch):
     """grad + (scale * x + shift) / n for the channels, of n = B*H*W values, and the patches, of n = B*C*patch*patch.
-    channels, patches: scale and shift, [2, groups, C] and [2, groups, number of patches]"""
+    channels, patches (or None): scale and shift, [2, groups, C] and [2, groups, number of patches]"""
     (C, H, W), groups = x.shape[1:], channels.shape[1]
     layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
     spread = torch.empty(2 * groups, C, H, W, dtype=channels.dtype, device=x.device, memory_format=layout)  # as x lies
@@ -242,24 +240,25 @@ class ClosedFormMatching:
         layers = {name: layer for name, layer in matched_layers(model).items() if weights[name]}
         self.targets = {name: (layer.running_mean, layer.running_var) if isinstance(layer, nn.BatchNorm2d)
                         else targets[name] for name, layer in layers.items()}
-        # All statistics in one row: of each layer the channels, then the patches; a row of means, and one of variances.
-        # A segment is what has one norm.
-        pairs = [(i, pair) for i, target in enumerate(self.targets.values()) for pair in zip(target[::2], target[1::2])]
-        nothing = next(model.parameters()).new_zeros(2, 0)
-        device = nothing.device
-        self.target = torch.cat([nothing, *(torch.stack(pair) for _, pair in pairs)], dim=1)        # [2, statistics]
-        self.sizes = [len(mean) for _, (mean, _) in pairs]
-        self.owner = torch.tensor([i for i, _ in pairs], dtype=torch.long, device=device)           # layer of a segment
-        self.segment = torch.repeat_interleave(torch.arange(len(pairs), device=device),
-                                               torch.tensor(self.sizes, dtype=torch.long, device=device))
-        names = list(self.targets)
-        self.weight = nothing.new_tensor([weights[names[i]] for i, _ in pairs])
-        self.is_bn = torch.tensor([isinstance(layers[names[i]], nn.BatchNorm2d) for i, _ in pairs], device=device)
+        # All statistics stand in a row, segment after segment, a layer's channels (kind 0) or its patches (kind 2); there is
+        # a row of means and one of variances.
+        self.segments = [(name, kind) for name, target in self.targets.items() for kind in range(0, len(target), 2)]
+        self.sizes = [len(self.targets[name][kind]) for name, kind in self.segments]
+        nothing, names = next(model.parameters()).new_zeros(2, 0), list(self.targets)
+        self.target = torch.cat([nothing, *(torch.stack(self.targets[name][kind:kind + 2])
+                                            for name, kind in self.segments)], dim=1)
+        self.weight = nothing.new_tensor([weights[name] for name, _ in self.segments])
+        device, segments = nothing.device, torch.arange(len(self.segments))
+        self.segment = torch.repeat_interleave(segments, torch.tensor(self.sizes, dtype=torch.long)).to(device)
+        self.owner = torch.tensor([names.index(name) for name, _ in self.segments], dtype=torch.long, device=device)
+        self.is_bn = torch.tensor([len(self.targets[name]) == 2 for name, _ in self.segments], device=device)
         # a folded norm's input comes mapped: (input - offset) * unit is what it was
-        maps = [(layer.offset, 1 / layer.gain) if getattr(layer := layers[names[i]], "folded", False) else
-                (torch.zeros_like(mean), torch.ones_like(mean)) for i, (mean, _) in pairs]
-        self.offset, unit = (torch.cat([nothing[0], *vectors]) for vectors in (zip(*maps) if maps else ((), ())))
-        self.offset, self.unit = torch.stack([self.offset, 0 * unit])[:, None], torch.stack([unit, unit ** 2])[:, None]
+        self.offset, self.unit = torch.zeros_like(self.target)[:, None], torch.ones_like(self.target)[:, None]
+        for i, (name, _) in enumerate(self.segments):
+            if getattr(layers[name], "folded", False):
+                here = slice(sum(self.sizes[:i]), sum(self.sizes[:i + 1]))
+                self.offset[0, :, here] = layers[name].offset
+                self.unit[0, :, here], self.unit[1, :, here] = 1 / layers[name].gain, 1 / layers[name].gain ** 2
 
     def start(self, groups):
         """Before the first batch: moving averages [2, groups, statistics], layers that have one [layers]."""
@@ -271,8 +270,8 @@ class ClosedFormMatching:
         self.terms = {}
 
         def wrap(x):
-            self.terms[id(x)] = []
-            return Inject.apply(x, self.terms[id(x)])
+            self.terms[id(x)] = {}
+            return Inject.apply(x, self.terms[id(x)], self.patch)
 
         with layer_inputs(self.model, self.targets.keys() - set(dropped), wrap) as inputs:
             yield inputs
@@ -286,27 +285,24 @@ class ClosedFormMatching:
             return self.target.new_zeros(()), self.target.new_zeros(()), state
         if kept is None:
             kept = torch.tensor([name in inputs for name in self.targets], device=seen.device)
-        measured, current, past = {}, [], iter(ema.split(self.sizes, dim=2))
-        patched = {id(x) for name, x in inputs.items() if len(self.targets[name]) == 4}
-        for name, target in self.targets.items():
-            x, pairs = inputs.get(name), [next(past) for _ in target[::2]]                  # dropped: as it was
-            if x is not None:
-                if id(x) not in measured:                   # a tensor that several layers share is reduced once
-                    groups = ema.shape[1]
-                    measured[id(x)] = conv_stats(x, self.patch, groups) if id(x) in patched else bn_stats(x, groups)
-                pairs = zip(measured[id(x)][::2], measured[id(x)][1::2])
-            current += [pair for pair, _ in zip(pairs, target[::2])]
-        measured = torch.stack([torch.cat(row, dim=1) for row in zip(*current)])
+        statistics, patched = {}, {id(x) for name, x in inputs.items() if len(self.targets[name]) == 4}
+        for x in inputs.values():                           # a tensor that several layers share is reduced once
+            if id(x) not in statistics:
+                groups = ema.shape[1]
+                statistics[id(x)] = conv_stats(x, self.patch, groups) if id(x) in patched else bn_stats(x, groups)
+        pairs = [statistics[id(inputs[name])][kind:kind + 2] if name in inputs else past                # dropped: as it was
+                 for (name, kind), past in zip(self.segments, ema.split(self.sizes, dim=2))]
+        measured = torch.stack([torch.cat(row, dim=1) for row in zip(*pairs)])
         momentum = torch.where(kept, self.alpha * seen.to(ema), 1)[self.owner][self.segment]
         ema = torch.lerp((measured - self.offset) * self.unit, ema, momentum)
         weight = self.weight * kept[self.owner]
         norms, slope = segment_norms((ema - self.target[:, None]).flatten(0, 1), self.segment, len(self.sizes), weight)
         slope = slope.view_as(ema) * self.unit
-        terms = iter(affine_terms(measured[0], *slope).split(self.sizes, dim=2))
-        for name, target in self.targets.items():
-            term = [next(terms) for _ in target[::2]]
+        terms = affine_terms(measured[0], *slope).split(self.sizes, dim=2)
+        for (name, kind), term in zip(self.segments, terms):
             if name in inputs:
-                self.terms[id(inputs[name])].append((*term, self.patch))
+                shared = self.terms[id(inputs[name])]
+                shared[kind] = shared[kind] + term if kind in shared else term
         losses = (norms * weight).sum(0)
         return (losses * self.is_bn).sum(), (losses * ~self.is_bn).sum(), (ema, seen | kept)
 

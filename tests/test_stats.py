@@ -365,29 +365,30 @@ def added(net, x):
     return y
 
 
-WIRINGS = {  # -> whether the norm may be folded
-    "alone": (lambda net, x: net.relu(net.bn(net.conv(x))), True),
-    "added to another": (lambda net, x: x + net.bn(net.conv(x)), True),
-    "added to in place": (added, False),
-    "passed on and added to": (lambda net, x: net.relu(net.identity(net.bn(net.conv(x))).add_(x)), False),
-    "overwritten": (lambda net, x: F.relu(net.bn(net.conv(x)), inplace=True), False),
-    "of an activation": (lambda net, x: net.bn(net.conv(x).tanh()), False),
-    "of what others read": (lambda net, x: net.bn(y := net.conv(x)) + y, False),
-    "after a convolution of two": (lambda net, x: net.bn(net.conv(net.conv(x).tanh())), False),
-    "called twice": (lambda net, x: net.bn(net.bn(net.conv(x)).tanh()), False),
-    "not to be traced": (lambda net, x: net.bn(net.conv(x)) if x.sum() > -1e9 else x, False)}
+WIRINGS = {  # -> whether the norm may be folded, and what it gives must be a copy then
+    "alone": (lambda net, x: net.relu(net.bn(net.conv(x))), True, False),
+    "added to another": (lambda net, x: x + net.bn(net.conv(x)), True, False),
+    "added to in place": (added, True, True),
+    "passed on and added to": (lambda net, x: net.relu(net.identity(net.bn(net.conv(x))).add_(x)), True, True),
+    "overwritten": (lambda net, x: F.relu(net.bn(net.conv(x)), inplace=True), True, True),
+    "of an activation": (lambda net, x: net.bn(net.conv(x).tanh()), False, False),
+    "of what others read": (lambda net, x: net.bn(y := net.conv(x)) + y, False, False),
+    "after a convolution of two": (lambda net, x: net.bn(net.conv(net.conv(x).tanh())), False, False),
+    "called twice": (lambda net, x: net.bn(net.bn(net.conv(x)).tanh()), False, False),
+    "not to be traced": (lambda net, x: net.bn(net.conv(x)) if x.sum() > -1e9 else x, False, False)}
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_a_norm_is_folded_only_where_nothing_else_can_tell(wiring):
-    forward, folds = WIRINGS[wiring]
+    forward, folds, copies = WIRINGS[wiring]
     net = Chain(forward).double().eval().requires_grad_(False)
     x = randn(4, 3, 8, 8)
     expected = net(x)
     with layer_inputs(net, {"bn"}) as inputs_before:
         net(x)
     frozen = freeze(net)
-    assert frozen is net and isinstance(net.bn, FrozenNorm) and net.bn.folded == folds and not net.relu.inplace
+    assert frozen is net and isinstance(net.bn, FrozenNorm) and not net.relu.inplace
+    assert (net.bn.folded, net.bn.overwritten) == (folds, copies)
     assert_near(net(x), expected, 1e-12)
     matching = ClosedFormMatching(net, {}, {"conv": 0.0, "bn": 1.0}, 0.8, 4)
     leaf = x.clone().requires_grad_()

@@ -159,7 +159,7 @@ def affine_terms(mean, mean_slope, var_slope):
 
 class FrozenNorm(nn.BatchNorm2d):
     """A BatchNorm2d in eval mode as the affine map gain * x + offset, gain and offset [C]. `folded`: the convolution
-    before it has taken the map into its weights, and x comes mapped already."""
+    before it has taken the map into its weights, and x comes mapped already; `overwritten`: so may be what it returns."""
 
     def __init__(self, layer):
         super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, True, layer.running_var.device,
@@ -169,16 +169,18 @@ class FrozenNorm(nn.BatchNorm2d):
         weight, bias = (self.weight, self.bias) if layer.affine else (1, 0)
         self.register_buffer("gain", weight * (self.running_var + self.eps).rsqrt(), persistent=False)
         self.register_buffer("offset", bias - self.running_mean * self.gain, persistent=False)
-        self.folded = False
+        self.folded = self.overwritten = False
 
-    def fold_into(self, convolution):
+    def fold_into(self, convolution, overwritten):
         weight, bias = convolution.weight.detach(), 0 if convolution.bias is None else convolution.bias.detach()
         convolution.weight = nn.Parameter(weight * self.gain[:, None, None, None], requires_grad=False)
         convolution.bias = nn.Parameter(bias * self.gain + self.offset, requires_grad=False)
-        self.folded = True
+        self.folded, self.overwritten = True, overwritten
 
     def forward(self, x):
-        return x if self.folded else torch.addcmul(self.offset[:, None, None], x, self.gain[:, None, None])
+        if not self.folded:
+            return torch.addcmul(self.offset[:, None, None], x, self.gain[:, None, None])
+        return x.clone() if self.overwritten else x                  # x is needed in the backward pass
 
 
 def _leaves_alone(user, node, layers):
@@ -193,9 +195,8 @@ def _leaves_alone(user, node, layers):
 def freeze(model):
     """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding. Every BatchNorm2d
     becomes a `FrozenNorm`, and a convolution takes it into its weights where torch.fx can tell that nobody else reads what
-    the convolution gives and nobody overwrites what the norm gives, and where no gain is so small that the norm's input
-    could not be told from its output. Maps lie in memory with their channels last, except between GroupNorms, whose
-    backward pass is several times slower so."""
+    the convolution gives, and where no gain is so small that the norm's input could not be told from its output. Maps lie
+    in memory with their channels last, except between GroupNorms, whose backward pass is several times slower so."""
     layers = dict(model.named_modules())
     try:
         nodes = torch.fx.Tracer().trace(model).nodes
@@ -210,12 +211,11 @@ def freeze(model):
         if node.target in norms:
             norm, source, convolution = norms[node.target], node.args[0], layers.get(node.args[0].target)
             if (isinstance(convolution, nn.Conv2d) and len(source.users) == calls[source.target] == calls[node.target] == 1
-                    and all(_leaves_alone(user, node, layers) for user in node.users)
                     and norm.affine and (norm.weight.abs() > 0.01 * norm.bias.abs()).all()):
-                norm.fold_into(convolution)
+                norm.fold_into(convolution, not all(_leaves_alone(user, node, layers) for user in node.users))
     for layer in layers.values():
         if hasattr(layer, "inplace") and norms:
-            layer.inplace = False                           # a folded norm's input is needed in the backward pass
+            layer.inplace = False                           # it would overwrite what a folded norm still needs
     if not any(isinstance(layer, nn.GroupNorm) for layer in layers.values()):
         model.to(memory_format=torch.channels_last)
     return model

@@ -101,6 +101,21 @@ def test_variances_survive_a_large_mean_in_float32():
 
 
 @pytest.mark.parametrize("size", (8, 7))
+def test_statistics_of_bfloat16_are_those_of_float32_and_so_is_their_gradient(size):
+    x = torch.randn(4, 3, size, size).bfloat16()
+    exact = *channel_stats(x.float(), 2), *patch_stats(x.float(), 4, 2)
+    for measured in (*channel_stats(x, 2), *patch_stats(x, 4, 2)), conv_stats(x, 4, 2), (*bn_stats(x, 2), *exact[2:]):
+        for vector, expected in zip(measured, exact, strict=True):
+            assert vector.dtype == torch.float32
+            assert_near(vector, expected, 1e-5)
+    slopes = [torch.randn_like(vector) for vector in exact]
+    narrow, wide = (gradient(lambda x: Inject.apply(x, *terms_of(exact, slopes, 4)).float().sum(), x)[1]
+                    for x in (x, x.float()))
+    assert narrow.dtype == torch.bfloat16
+    assert_near(narrow.float(), wide, 0.01)
+
+
+@pytest.mark.parametrize("size", (8, 7))
 def test_half_of_the_channels_and_channels_last_are_measured_alike(size):
     wide = randn(4, 6, size, size)
     x = wide[:, 3:]                                                                 # ShuffleNet's halves

@@ -14,15 +14,15 @@ from torch import nn
 
 
 def channel_stats(x, groups=1):
-    """x [groups*B, C, H, W] -> mean, biased variance over (B, H, W), each [groups, C]."""
-    var, mean = torch.var_mean(x.unflatten(0, (groups, -1)), dim=(1, 3, 4), correction=0)
+    """x [groups*B, C, H, W] -> mean, biased variance over (B, H, W), each [groups, C], in float32 at least."""
+    var, mean = torch.var_mean(_float32(x).unflatten(0, (groups, -1)), dim=(1, 3, 4), correction=0)
     return mean, var
 
 
 def patch_stats(x, patch, groups=1):
     """x [groups*B, C, H, W] -> mean, biased variance over (B, C, h, w) of each cell of a grid of patch*patch pixels,
-    each [groups, ceil(H/patch)*ceil(W/patch)], row-major."""
-    var, mean = torch.var_mean(_cells(whole_patches(x, patch), patch, groups), dim=(1, 2, 4, 6), correction=0)
+    each [groups, ceil(H/patch)*ceil(W/patch)], row-major, in float32 at least."""
+    var, mean = torch.var_mean(_float32(_cells(whole_patches(x, patch), patch, groups)), dim=(1, 2, 4, 6), correction=0)
     return mean.flatten(1), var.flatten(1)
 
 
@@ -32,7 +32,11 @@ def whole_patches(x, patch):
     size = [-(-side // patch) * patch for side in x.shape[-2:]]
     if size == list(x.shape[-2:]):
         return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(_float32(x), size=size, mode="bilinear", align_corners=False)
+
+
+def _float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))        # what autocast narrowed; float64 stays
 
 
 def _cells(x, patch, groups):
@@ -44,7 +48,7 @@ def _batch_moments(x, groups):
     """x [groups*B, C, H, W] -> mean, biased variance over B of every pixel of every channel, each [groups, C, H, W]."""
     order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2         # as they lie in memory
     x = x.permute(order)
-    rows, shape = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1), (groups, *x.shape[1:])
+    rows, shape = _float32(x).flatten(1), (groups, *x.shape[1:])
     if x.device.type == "cpu":                              # as many channels: a tenth of the time of var_mean
         moments = [torch.batch_norm_update_stats(group, None, None, 0.0) for group in rows.chunk(groups)]
         mean, var = map(torch.stack, zip(*moments)) if groups > 1 else moments[0]

@@ -127,17 +127,15 @@ def matching_gradient(matching, labels, ce_weight, pixels, view, kept, state, dr
     return gradient, (ce.detach(), bn.detach(), conv.detach()), state
 
 
-def graphed_gradient(matching, labels, ce_weight, pool):
-    """`matching_gradient` from its third argument on, replayed as a CUDA graph; layers are dropped by `kept` alone."""
-    keys = []
-
+def graphed_gradient(matching, labels, ce_weight, keys, pool):
+    """`matching_gradient` from its fourth argument on, replayed as a CUDA graph; layers are dropped by `kept` alone.
+    keys: those of its view."""
     def flat(pixels, kept, ema, seen, *view):
         view = dict(zip(keys, view))
         gradient, losses, state = matching_gradient(matching, labels, ce_weight, pixels, view, kept, (ema, seen))
         return gradient, *losses, *state
 
     def gradient(pixels, view, kept, state, dropped):
-        keys[:] = view
         gradient, ce, bn, conv, *state = graph(pixels.detach(), kept, *state, *view.values())
         return gradient, (ce, bn, conv), state
 
@@ -180,7 +178,7 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
     gradients = [partial(matching_gradient, matching, labels, args.ce_weight) for matching in matchings]
     if args.cuda_graphs:
         pool = torch.cuda.graph_pool_handle()
-        gradients = [graphed_gradient(matching, labels, args.ce_weight, pool) for matching in matchings]
+        gradients = [graphed_gradient(matching, labels, args.ce_weight, views, pool) for matching in matchings]
     for t, k in enumerate(backbones):
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * t / args.iterations)) / 2
         view = {key: rows[t] for key, rows in views.items()}
@@ -243,10 +241,10 @@ def synthesise(args, paths, device):
     for name, model in models.items():
         targets = {layer: tuple(vector.to(device) for vector in vectors)
                    for layer, vectors in statistics[name]["statistics"].items()}
-        weights = layer_weights(model, args.bn_weight, args.conv_weight, args.first_multiplier)
-        build = PlainMatching if args.statistics == "plain" else ClosedFormMatching
-        model = model if args.statistics == "plain" else freeze(model)
-        matchings.append(build(model, targets, weights, args.alpha, statistics[name]["patch"]))
+        settings = (targets, layer_weights(model, args.bn_weight, args.conv_weight, args.first_multiplier), args.alpha,
+                    statistics[name]["patch"])
+        matchings.append(PlainMatching(model, *settings) if args.statistics == "plain" else
+                         ClosedFormMatching(freeze(model), *settings))
     start_log(args, paths)
     grid, todo = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"]), []
     for order, batch in enumerate(make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)):

@@ -123,7 +123,8 @@ def main(argv=None):
         else:
             train(model, splits["train"], data, args, device,
                   Progress(f"squeeze {name}", args.epochs * len(splits["train"])))
-        accuracies[name] = accuracy(model, ((normalize(send(x, device), data["mean"], data["std"]), y)
+        units = torch.tensor([data["mean"], data["std"]], device=device)
+        accuracies[name] = accuracy(model, ((normalize(send(x, device), *units), y)
                                             for x, y in splits["test"].batches(500)))
         print(f"{name}: {accuracies[name]:.2f} % of the test images", flush=True)
         save_torch(paths.teachers / f"{name}.pt",

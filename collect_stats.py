@@ -14,7 +14,9 @@ python collect_stats.py --dataset cifar100                             # paper s
 python collect_stats.py --dataset cifar100 --teachers e20              # of other weights
 python collect_stats.py --dataset shapes                               # smoke run: seconds, no download
 """
+import math
 import time
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,37 +26,54 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.data import load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (Progress, channels_last, check_classes, check_same, finish, generator, load_json, load_teachers,
-                       load_torch, pick_device, relevant, repeat, run_paths, save_torch, send)
+from utils.run import (AGAIN, Progress, Work, begin, channels_last, check_classes, check_same, dealt, finish, generator,
+                       is_there, load_json, load_teachers, load_torch, rank, relevant, repeat, save_torch, send,
+                       wait_for_all, weights, world)
 from utils.stats import conv_stats, layer_inputs, matched_layers
 
 
 @torch.inference_mode()
-def dataset_statistics(model, batches, patch):
-    """Eq. 9.   batches: an iterable of images [B, C, H, W].
-    -> {convolution: [channel_mean, channel_var, patch_mean, patch_var]}, float32"""
+def sum_statistics(model, batches, patch, start=None, keep=lambda state: None):
+    """The sums of Eq. 9 over batches of images [B, C, H, W], an iterable.   keep: takes, after every batch, a function that
+    gives the state; start: a state to go on from.
+    -> state {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]}, float64, "seen": images, "batches"}"""
     convolutions = [name for name, layer in matched_layers(model).items() if isinstance(layer, nn.Conv2d)]
-    sums, seen = {}, 0
+    state = start or {"sums": {}, "seen": 0, "batches": 0}
     for images in batches:
         with layer_inputs(model, convolutions) as inputs:
             model(images)
         shared = {id(x): conv_stats(x.float(), patch) for x in {id(x): x for x in inputs.values()}.values()}
-        for name, x in inputs.items():
-            batch = [vector[0].double() * len(images) for vector in shared[id(x)]]
-            sums[name] = [total + part for total, part in zip(sums[name], batch)] if name in sums else batch
-        seen += len(images)
-    return {name: [(total / seen).float().cpu() for total in vectors] for name, vectors in sums.items()}
+        sums = {name: [vector[0].double() * len(images) for vector in shared[id(x)]] for name, x in inputs.items()}
+        state = {"sums": add(state["sums"], sums), "seen": state["seen"] + len(images), "batches": state["batches"] + 1}
+        keep(lambda: state)
+    return state
 
 
-def training_views(split, data, args, device, progress):
-    """The training images once, augmented and normalised, in batches."""
+def add(*sums):
+    """Of sums by convolution; those over no batches are empty."""
+    first, *others = [part for part in sums if part] or [{}]
+    return {name: [sum(vectors) for vectors in zip(first[name], *(part[name] for part in others))] for name in first}
+
+
+def dataset_statistics(states):
+    """Eq. 9, of states of `sum_statistics`, each over a part of the data set.
+    -> {convolution: [channel_mean, channel_var, patch_mean, patch_var]}, float32"""
+    seen = sum(state["seen"] for state in states)
+    return {name: [(total / seen).float().cpu() for total in vectors]
+            for name, vectors in add(*(state["sums"] for state in states)).items()}
+
+
+def training_views(split, data, args, device, progress, done):
+    """The training images once, augmented and normalised, in batches: this process's, but for those that are `done`."""
     draw, units = generator("collect_stats", args.seed), torch.tensor([data["mean"], data["std"]], device=device)
     order = torch.randperm(len(split), generator=draw)       # batches of mixed classes: their variances are averaged
-    for images, _ in split.batches(args.batch_size, order, crop_seed=args.seed):
+    batches = order.split(args.batch_size)
+    views = [draw_view(len(batch), data["image_size"], args.crop, True, 0, draw) for batch in batches if not split.streamed]
+    todo = dealt(range(len(batches)))[done:]
+    for i, (images, _) in zip(todo, split.batches([batches[i] for i in todo], crop_seed=args.seed)):
         images = send(images, device)
         if not split.streamed:
-            view = draw_view(len(images), data["image_size"], args.crop, True, 0, draw)
-            images = apply_view(images.float(), send(view, device))
+            images = apply_view(images.float(), send(views[i], device))
         yield normalize(images, *units)
         progress.step(count=len(images))
 
@@ -72,32 +91,51 @@ def get_parser():
 
 def main(argv=None):
     args, started = parse_args(get_parser(), "collect_stats", argv, preset_column), time.time()
-    device, paths = pick_device(args.device, args.precision), run_paths(args)
+    device, paths = begin(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     args.patch = args.patch or data["patch"]
-    result, split, remedy = paths.teachers / "collect_stats.json", None, "start again with --overwrite"
-    for name, model in models.items():
+    settings = {key: relevant(args)[key] for key in ("patch", "crop", "batch_size", "seed")}
+    result, todo, piece = paths.teachers / "collect_stats.json", [], f"{rank()} of {world()}"
+    for name in models:
         path = paths.teachers / f"{name}.stats.pt"
-        if path.exists() and not args.overwrite:
-            stored = load_torch(path, remedy, ("checkpoint", "args"))
+        if is_there(path, args):
+            stored = load_torch(path, AGAIN, ("checkpoint", "args"))
             if stored["checkpoint"] != records[name]["fingerprint"]:
                 fail(f"{path} belongs to other weights than {name}.pt; collect again with --overwrite")
-            check_same({key: stored["args"][key] for key in ("patch", "crop", "batch_size", "seed")}, args, path)
-            continue
-        if split is None:
-            split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers).to(device)
-            check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
-            if split.streamed and args.crop != "resized":
-                fail(f"--crop {args.crop} is for images of at most 64 pixels; use --crop resized")
-        views = training_views(split, data, args, device, Progress(f"collect_stats {name}", len(split)))
-        save_torch(path, {"statistics": dataset_statistics(channels_last(model), views, args.patch), "patch": args.patch,
-                          "checkpoint": records[name]["fingerprint"], "classes": data["classes"], "args": relevant(args)})
-    if split is None and result.exists() and load_json(result, remedy)["args"]["backbones"] == args.backbones:
+            check_same(stored["args"], settings, path)
+        else:
+            todo.append(name)
+    if not todo and result.exists() and load_json(result, AGAIN)["args"]["backbones"] == args.backbones:
         return repeat(result)
+    if todo:
+        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers).to(device)
+        check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
+        if split.streamed and args.crop != "resized":
+            fail(f"--crop {args.crop} is for images of at most 64 pixels; use --crop resized")
+    for name in todo:
+        path = paths.teachers / f"{name}.stats.pt"
+        with Work(path, args, weights({name: records[name]}), settings) as work:
+            state, progress = send(work.load(piece), device), Progress(f"collect_stats {name}", math.ceil(len(split) / world()))
+            progress.skip(state["seen"] if state else 0)
+            views = training_views(split, data, args, device, progress, state["batches"] if state else 0)
+            state = sum_statistics(channels_last(models[name]), views, args.patch, state, partial(work.keep, piece=piece))
+            work.save(state, piece)
+            wait_for_all()
+            if rank() == 0:
+                statistics = dataset_statistics([work.load(f"{other} of {world()}") for other in range(world())])
+                check_finite(statistics, path)
+                save_torch(path, {"statistics": statistics, "patch": args.patch, "checkpoint": records[name]["fingerprint"],
+                                  "classes": data["classes"], "args": relevant(args)})
     upstream = {"squeeze": {name: record["args"] for name, record in records.items()}}
     return finish(result, "collect_stats", args,
                   {"convolutions": {name: len([m for m in model.modules() if isinstance(m, nn.Conv2d)])
-                                    for name, model in models.items()}}, started, upstream)
+                                    for name, model in models.items()}}, started, upstream, weights(records))
+
+
+def check_finite(statistics, path):
+    for layer, vectors in statistics.items():
+        if not all(vector.isfinite().all() for vector in vectors):
+            fail(f"{path} would hold statistics of {layer} that are not finite; train the backbone again")
 
 
 if __name__ == "__main__":

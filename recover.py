@@ -16,7 +16,9 @@ python recover.py --dataset shapes                                         # smo
 import argparse
 import json
 import math
+import sys
 import time
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 
@@ -29,11 +31,12 @@ from torchvision.utils import save_image
 from models import build_model
 from utils import fail
 from utils.augment import apply_view, draw_view, to_uint8
-from utils.data import describe, load_split, preset_column
+from utils.data import describe, folder_name, list_folder, load_split, preset_column
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import Parser, crop_name, identity_flags, number, number_or_auto, parse_args
-from utils.run import (Graphed, Progress, check_same, finish, finished, generator, load_teachers, load_torch, need_files,
-                       pick_device, relevant, run_paths, send, whole_file)
+from utils.run import (Finite, Graphed, Progress, Work, begin, dealt, fingerprint, finish, finished, generator, image_set,
+                       load_teachers, load_torch, need_files, rank, relevant, send, wait_for_all, weights, whole_file, world,
+                       writable)
 from utils.stats import ClosedFormMatching, channel_stats, freeze, layer_inputs, matched_layers, patch_stats
 
 
@@ -159,11 +162,13 @@ def fitting_groups(matchings, batch_size, image_size, device):
     return max(1, min(int(0.8 * torch.cuda.mem_get_info(device)[0] / needed), FILLING // pixels[0, :, 0].numel()))
 
 
-def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambda *_: None):
+def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambda *_: None, start=None,
+                    keep=lambda state: None):
     """Optimise the images of G batches at once; they move as if each batch were alone, up to rounding.
 
     pixels [G, B, 3, S, S] in normalised units, changed in place; labels [G, B]; numbers: the batches' numbers, on which
     their augmentation depends; matchings: one for each backbone, with its model. report(iteration, losses, pixels).
+    keep: takes, after every iteration, a function that gives the state; start: a state to go on from.
     """
     G, device = len(labels), pixels.device
     low, high = ((torch.tensor([bound - m for m in data["mean"]]) / torch.tensor(data["std"])).to(pixels)[:, None, None]
@@ -175,11 +180,16 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
     kept, views = [send(rows, device) for rows in kept], send(views, device)         # nothing more is sent on the way
     optimizer = torch.optim.Adam([pixels.requires_grad_()], lr=args.lr, betas=(0.5, 0.9), fused=pixels.is_cuda)
     states = [matching.start(G) for matching in matchings]           # the averages start anew with every image batch
+    if start:
+        pixels.data.copy_(start["pixels"])
+        optimizer.load_state_dict(start["adam"])
+        states = send(start["averages"], device)
     gradients = [partial(matching_gradient, matching, labels, args.ce_weight) for matching in matchings]
     if args.cuda_graphs:
         pool = torch.cuda.graph_pool_handle()
         gradients = [graphed_gradient(matching, labels, args.ce_weight, views, pool) for matching in matchings]
-    for t, k in enumerate(backbones):
+    for t in range(start["iterations"] if start else 0, args.iterations):
+        k = backbones[t]
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * t / args.iterations)) / 2
         view = {key: rows[t] for key, rows in views.items()}
         pixels.grad, (ce, bn, conv), states[k] = gradients[k](pixels, view, kept[k][t], states[k], dropped[k][t])
@@ -194,6 +204,7 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
         with torch.no_grad():
             pixels.clamp_(low, high)
         report(t, {"backbone": k, "ce": ce, "bn": bn, "conv": conv, "dd": dd}, pixels)
+        keep(lambda: {"iterations": t + 1, "pixels": pixels.detach(), "adam": optimizer.state_dict(), "averages": states})
     return pixels.detach()
 
 
@@ -203,7 +214,7 @@ def noise(label, index, size, seed):
 
 
 def image_path(folder, data, label, index):
-    return folder / data["classes"][label] / f"{index:05d}.png"
+    return folder / folder_name(data["classes"][label]) / f"{index:05d}.png"
 
 
 def save_png(path, image):
@@ -226,17 +237,42 @@ class Grid:
             if label in self.rows and index < self.columns:
                 self.images[self.rows.index(label), index] = image.cpu().float() / 255
 
+    def read(self, batch, files):
+        """The same, from files."""
+        for one, file in zip(batch, files):
+            if one[0] in self.rows and one[1] < self.columns:
+                self.add([one], [read_png(file)])
+
     def save(self):
+        if rank() == 0:
+            with whole_file(self.path) as temporary:
+                save_image(self.images.flatten(0, 1), temporary, nrow=self.columns, format="png")
+
+
+class Log:
+    """log.jsonl, its first line the arguments; the other processes of torchrun write log-1.jsonl and so on. What an earlier
+    process wrote is not written again."""
+
+    def __init__(self, run, args):
+        self.path, self.written = run / ("log.jsonl" if rank() == 0 else f"log-{rank()}.jsonl"), set()
+        entries = [json.dumps({"args": relevant(args)})] if rank() == 0 else []
+        for path in run.glob("log*.jsonl"):
+            for line in path.read_text().splitlines():
+                with suppress(ValueError, KeyError):                 # of a write that was cut short
+                    entry = json.loads(line)
+                    self.written.add((entry["batches"][0], entry["iteration"]))
+                    entries += [line] * (path == self.path)
         with whole_file(self.path) as temporary:
-            save_image(self.images.flatten(0, 1), temporary, nrow=self.columns, format="png")
+            temporary.write_text("".join(f"{line}\n" for line in entries))
+
+    def write(self, entry):
+        if (entry["batches"][0], entry["iteration"]) not in self.written:
+            with writable(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
 
-def synthesise(args, paths, device):
-    """--method gvbsm: write all images.   -> data dict, arguments of the earlier phases"""
-    models, records, data = load_teachers(args, paths.teachers, build_model, device)
-    statistics = load_statistics(args, paths, models, records)
-    upstream = {"squeeze": {name: record["args"] for name, record in records.items()},
-                "collect_stats": {name: stored["args"] for name, stored in statistics.items()}}
+def synthesise(args, paths, device, models, statistics, data, work):
+    """--method gvbsm: write all images; the processes of torchrun deal the batches among them."""
     matchings = []
     for name, model in models.items():
         targets = {layer: tuple(vector.to(device) for vector in vectors)
@@ -245,57 +281,81 @@ def synthesise(args, paths, device):
                     statistics[name]["patch"])
         matchings.append(PlainMatching(model, *settings) if args.statistics == "plain" else
                          ClosedFormMatching(freeze(model), *settings))
-    start_log(args, paths)
-    grid, todo = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"]), []
-    for order, batch in enumerate(make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)):
+    log, grid = Log(paths.run, args), Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
+    groups, todo = [], []
+    for _, alike in groupby(enumerate(make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)),
+                            key=lambda entry: len(entry[1])):                          # of one size: they share a pass
+        alike, together = list(alike), args.groups_per_step
+        if together == "auto":
+            together = min(fitting_groups(matchings, len(alike[0][1]), data["image_size"], device),
+                           math.ceil(len(alike) / world()))
+        groups += [alike[first:first + together] for first in range(0, len(alike), together)]
+    for group in groups:
+        batch = [one for _, batch in group for one in batch]
         files = [image_path(paths.images, data, *one) for one in batch]
-        if all(file.exists() for file in files):                     # of an earlier run that did not end
-            grid.add(batch, [read_png(file) for file in files])
+        if all(file.exists() for file in files):                     # of an earlier process
+            grid.read(batch, files)
         else:
-            todo.append((order, batch))
-    progress = Progress("recover", args.iterations * sum(len(batch) for _, batch in todo))
-    with open(paths.run / "log.jsonl", "a") as log:
-        for _, alike in groupby(todo, key=lambda entry: len(entry[1])):                # of one size: they share a pass
-            alike, together = list(alike), args.groups_per_step
-            if together == "auto":
-                together = fitting_groups(matchings, len(alike[0][1]), data["image_size"], device)
-            for first in range(0, len(alike), together):
-                recover_group(alike[first:first + together], matchings, list(models), data, args, paths, device,
-                              grid, log, progress)
-    return data, upstream
+            todo.append(group)
+    wait_for_all()                                                   # until all have seen the same
+    todo = dealt(todo)
+    progress = Progress("recover", args.iterations * sum(len(batch) for group in todo for _, batch in group))
+    for group in todo:
+        recover_group(group, matchings, list(models), data, args, paths, device, grid, log, progress, work)
 
 
-def recover_group(group, matchings, names, data, args, paths, device, grid, log, progress):
-    """Synthesise some batches, [(number, [(class, index)])], together; log, draw and save them."""
+def recover_group(group, matchings, names, data, args, paths, device, grid, log, progress, work):
+    """Synthesise some batches, [(number, [(class, index)])], together; log, draw, keep and save them."""
     numbers, flat = [number for number, _ in group], [one for _, batch in group for one in batch]
-    shape = (len(group), -1, 3, data["image_size"], data["image_size"])
+    shape, piece = (len(group), -1, 3, data["image_size"], data["image_size"]), f"batch{numbers[0]}"
     pixels = torch.stack([noise(*one, data["image_size"], args.seed) for one in flat]).view(shape).to(device)
     labels = torch.tensor([label for label, _ in flat], device=device).view(len(group), -1)
+    finite, start = Finite(["ce", "bn", "conv", "dd", "pixel"], device), work.load(piece)
+    if start and start["numbers"] != numbers:                        # another --groups-per-step
+        start = None
+    progress.skip(len(flat) * start["iterations"] if start else 0)
+
+    def check():
+        if found := finite.first():
+            t, term = found
+            fail(f"{term} is not finite in iteration {t}, backbone {drawn[t]}, batches {numbers}; use a smaller --lr")
 
     def report(t, losses, pixels):
+        drawn[t] = names[losses.pop("backbone")]
+        finite.see(t, *losses.values(), pixels.detach().sum())
         last = t + 1 == args.iterations
         if t % args.log_every == 0 or last:
-            entry = {"iteration": t, "batches": numbers, "backbone": names[losses.pop("backbone")],
-                     **{term: value.item() / len(group) for term, value in losses.items()}}
-            if not all(math.isfinite(entry[term]) for term in losses):
-                raise FloatingPointError(f"a loss is not finite: {entry}")
-            print(json.dumps(entry), file=log, flush=True)
-        if args.grid_every and t % args.grid_every == 0 or last:
+            check()
+            log.write({"iteration": t, "batches": numbers, "backbone": drawn[t],
+                       **{term: value.item() / len(group) for term, value in losses.items()}})
+        if args.grid_every and t % args.grid_every == 0:
             grid.add(flat, to_uint8(pixels.flatten(0, 1), data["mean"], data["std"]))
             grid.save()
         progress.step(lambda: f"batches {numbers[0]}-{numbers[-1]}  ce {losses['ce'].item():.3f}", len(flat))
 
-    images = recover_batches(pixels, labels, numbers, matchings, data, args, report).flatten(0, 1)
-    for one, image in zip(flat, to_uint8(images, data["mean"], data["std"])):
+    def keep(state):
+        def checked():
+            check()
+            return state() | {"numbers": numbers}
+        work.keep(checked, piece)
+
+    drawn = {}
+    images = recover_batches(pixels, labels, numbers, matchings, data, args, report, start, keep).flatten(0, 1)
+    images = to_uint8(images, data["mean"], data["std"])
+    for one, image in zip(flat, images):
         save_png(image_path(paths.images, data, *one), image)
+    work.drop(piece)
+    grid.add(flat, images)
+    grid.save()
 
 
 def load_statistics(args, paths, models, records):
-    """The files of Eq. 9, each checked to belong to its backbone's weights.   -> {backbone: file's dict}"""
+    """The files of Eq. 9, each checked to belong to its backbone's weights.   -> {backbone: file's dict, "fingerprint"}"""
     stored, command = {}, need_files(args, paths.teachers, ".stats.pt", "collect_stats.py")
     for name, model in models.items():
         path, again = paths.teachers / f"{name}.stats.pt", f"{command} --backbones {name} --overwrite"
         stored[name] = load_torch(path, again, ("statistics", "patch", "checkpoint", "args"))
+        stored[name]["fingerprint"] = fingerprint(path)
         convolutions = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)}
         if stored[name]["checkpoint"] != records[name]["fingerprint"]:
             fail(f"{path} belongs to other weights than {name}.pt; {again}")
@@ -306,27 +366,39 @@ def load_statistics(args, paths, models, records):
     return stored
 
 
-def select_random(args, paths):
-    """--method random: --ipc random training images of each class.   -> data dict, arguments of the earlier phases"""
+def warn_of_chance(records, num_classes):
+    """Say which backbones know nothing: within two standard errors of a guess."""
+    for name, record in records.items():
+        chance = 100 / num_classes
+        if record["top1"] <= chance + 2 * math.sqrt(chance * (100 - chance) / record["tested"]) and rank() == 0:
+            print(f"warning: {name} is right on {record['top1']:.1f} % of the test images, no better than chance "
+                  f"({chance:.1f} %); train it longer with squeeze.py", file=sys.stderr)
+
+
+def load_random(args):
+    """--method random: the training images, and which of each class are taken, --ipc of them.
+    -> data dict, split, [LongTensor [ipc]]"""
     data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
     split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers)
-    counts = split.labels.bincount(minlength=len(data["classes"])).tolist()
-    if min(counts) < args.ipc:
-        fail(f"--ipc {args.ipc} is more than the {min(counts)} training images of class "
-             f"{data['classes'][counts.index(min(counts))]}; use at most that many")
-    start_log(args, paths)
+    chosen = []
+    for label, name in enumerate(data["classes"]):
+        members = (split.labels == label).nonzero().flatten()
+        if len(members) < args.ipc:
+            fail(f"--ipc {args.ipc} is more than the {len(members)} training images of class {name}; use at most that many")
+        chosen.append(members[torch.randperm(len(members), generator=generator("random", args.seed, label))[:args.ipc]])
+    return data, split, chosen
+
+
+def write_random(args, paths, data, split, chosen):
     grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
     progress = Progress("recover", len(data["classes"]))
     for label, name in enumerate(data["classes"]):
-        members = (split.labels == label).nonzero().flatten()
-        chosen = members[torch.randperm(len(members), generator=generator("random", args.seed, label))[:args.ipc]]
-        images = split.read(chosen)
+        images = split.read(chosen[label])
         for index, image in enumerate(images):
             save_png(image_path(paths.images, data, label, index), image)
         grid.add([(label, index) for index in range(args.ipc)], images)
         progress.step(name)
     grid.save()
-    return data, {}
 
 
 def read_png(path):
@@ -383,31 +455,35 @@ def get_parser():
 
 def main(argv=None):
     args, started = parse_args(get_parser(), "recover", argv, preset_column), time.time()
-    device, paths = pick_device(args.device, args.precision), run_paths(args)
+    device, paths = begin(args)
     if args.cuda_graphs and (device.type != "cuda" or args.statistics == "plain"):
         fail("--cuda-graphs needs a GPU (--device cuda) and --statistics closed; leave it out")
-    if finished(paths.run / "result.json", args):
-        return
-    data, upstream = select_random(args, paths) if args.method == "random" else synthesise(args, paths, device)
-    return finish(paths.run / "result.json", "recover", args,
-                  {"images": len(data["classes"]) * args.ipc, "classes": data["classes"]}, started, upstream)
-
-
-def start_log(args, paths):
-    """A new log.jsonl begins with the arguments; an unfinished run must go on with the same."""
-    log = paths.run / "log.jsonl"
-    if args.overwrite:
-        for old in [paths.run / "result.json", log, *paths.images.glob("*/*.png")]:
-            old.unlink(missing_ok=True)
-    if log.exists():
-        try:
-            stored = json.loads(log.read_text().partition("\n")[0])["args"]
-        except (OSError, ValueError, KeyError, TypeError):
-            fail(f"{log} does not begin with the arguments of the unfinished run; start again with --overwrite")
-        check_same(stored, args, paths.run)
+    result, upstream, made_from = paths.run / "result.json", {}, {}
+    if args.method != "random":
+        models, records, data = load_teachers(args, paths.teachers, build_model, device)
+        statistics = load_statistics(args, paths, models, records)
+        upstream = {"squeeze": {name: record["args"] for name, record in records.items()},
+                    "collect_stats": {name: stored["args"] for name, stored in statistics.items()}}
+        made_from = weights(records) | {"statistics": {name: stored["fingerprint"] for name, stored in statistics.items()}}
+    if finished(result, args, made_from):
+        return None
+    if args.method == "random":
+        data, split, chosen = load_random(args)
     else:
-        with whole_file(log) as temporary:
-            temporary.write_text(json.dumps({"args": relevant(args)}) + "\n")
+        warn_of_chance(records, len(data["classes"]))
+    old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
+    with Work(result, args, made_from, outputs=old) as work:
+        if args.method != "random":
+            synthesise(args, paths, device, models, statistics, data, work)
+        elif rank() == 0:
+            write_random(args, paths, data, split, chosen)
+        wait_for_all()
+        if rank() == 0:
+            metrics = {"images": len(data["classes"]) * args.ipc, "classes": data["classes"],
+                       "image_set": image_set(paths.images, list_folder(paths.images)[2])}
+            if args.method != "random":
+                metrics["teacher_top1"] = {name: record["top1"] for name, record in records.items()}
+            return finish(result, "recover", args, metrics, started, upstream, made_from)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --image
 python relabel.py --dataset shapes                                                           # smoke run: seconds
 """
 import argparse
+import os
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -26,11 +27,11 @@ import torch
 from models import build_model
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch
-from utils.data import load_folder, preset_column
+from utils.data import folder_name, list_folder, load_folder, preset_column
 from utils.losses import ensemble_logits
 from utils.presets import Parser, identity_flags, number, parse_args
-from utils.run import (Progress, array_file, channels_last, check_classes, finish, finished, fingerprint, generator,
-                       load_json, load_teachers, pick_device, run_paths, send)
+from utils.run import (Progress, RowFile, Work, begin, channels_last, check_classes, check_origin, dealt, finish, finished,
+                       generator, image_set, load_json, load_teachers, rank, send, wait_for_all, weights, writable)
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
          "ratio": (np.float32, ())}                                   # what a mixed sample is made with
@@ -49,20 +50,53 @@ def label_epoch(images, units, draw, batch_size, models, mix, logit_norm):
     return logits
 
 
-def label_epochs(images, units, models, batch_size, classes, args, folder):
-    """Labels and draws of all epochs, into the files of a folder; none is kept in memory."""
-    shape, progress = (args.epochs, len(images)), Progress("relabel", args.epochs)
+def label_epochs(images, units, models, batch_size, classes, args, folder, work):
+    """Labels and draws of all epochs, into the files of a folder; none is kept in memory. The processes of torchrun deal
+    the epochs among them."""
+    shape, piece = (args.epochs, len(images)), f"epochs-{rank()}"
+    files = {key: RowFile(work.folder / f"{key}.npy", (*shape, *extra), kind)
+             for key, (kind, extra) in {"logits": (np.float16, (classes,)), **DRAWN}.items()}
+    done = {epoch for state in work.states() for epoch in state["done"]}
+    if rank() == 0 and not done:
+        for file in files.values():
+            file.create()
+    wait_for_all()                                                   # until all know what is done
+
+    def state():
+        for file in files.values():
+            file.sync()
+        return {"done": sorted(done)}
+
+    todo = dealt([epoch for epoch in range(args.epochs) if epoch not in done])
+    progress = Progress("relabel", len(todo))
     with ExitStack() as stack:
-        files = {key: stack.enter_context(array_file(folder / f"{key}.npy", (*shape, *extra), kind))
-                 for key, (kind, extra) in {"logits": (np.float16, (classes,)), **DRAWN}.items()}
-        for epoch in range(args.epochs):
+        for file in files.values() if todo else ():
+            stack.enter_context(file.opened())
+        for epoch in todo:
             draw = draw_epoch(len(images), images.shape[-1], batch_size, args.mix, generator("relabel", args.seed, epoch))
             logits = label_epoch(images, units, draw, batch_size, models, args.mix, args.logit_norm).half().cpu()
             if not logits.isfinite().all():
-                raise FloatingPointError(f"the ensemble's logits are not finite in float16 in epoch {epoch}")
-            for key, append in files.items():
-                append(draw.get(key, logits).numpy())
+                blame(images, units, draw, batch_size, models, args, epoch)
+            for key, file in files.items():
+                file.write(epoch, draw.get(key, logits).numpy())
+            done.add(epoch)
+            work.keep(state, piece)
             progress.step()
+        if todo:
+            work.save(state(), piece)
+    wait_for_all()
+    if rank() == 0:
+        for file in files.values():                                  # some may have been moved before a kill
+            with writable(folder), suppress(FileNotFoundError):
+                os.replace(file.path, folder / file.path.name)
+
+
+def blame(images, units, draw, batch_size, models, args, epoch):
+    """Say whose logits are not finite in float16."""
+    guilty = [name for name, model in zip(args.backbones, models) if not label_epoch(
+        images, units, draw, batch_size, [model], args.mix, False).half().isfinite().all()]
+    fail(f"--backbones: the logits of {' '.join(guilty) or 'the ensemble'} are not finite in float16 in epoch {epoch}; "
+         "train again with squeeze.py, or name others")
 
 
 def get_parser():
@@ -83,30 +117,35 @@ def get_parser():
 
 def main(argv=None):
     args, started = parse_args(get_parser(), "relabel", argv, preset_column), time.time()
-    device, paths = pick_device(args.device, args.precision), run_paths(args)
+    device, paths = begin(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     upstream, folder = {"squeeze": {name: record["args"] for name, record in records.items()}}, args.images or paths.images
-    if not args.images:
-        recovered = load_json(paths.run / "result.json", f"run: python recover.py --dataset {args.dataset} "
-                              f"--ipc {args.ipc} --method {args.method}", ("args", "upstream", "images"))
-        upstream = recovered["upstream"] | {"recover": recovered["args"]}
-    if finished(paths.labels / "result.json", args, upstream, "images"):
-        return
-    raw, _, classes, ids = load_folder(folder, data["image_size"], args.workers)
-    check_classes(classes, data["classes"], folder, f"the teachers in {paths.teachers}")
-    if not args.images and len(raw) != recovered["images"]:
-        fail(f"{folder} holds {len(raw)} images of the {recovered['images']} there were; run recover.py --overwrite")
+    if args.images:
+        images = image_set(folder, list_folder(folder)[2])
+    else:
+        path = paths.run / "result.json"
+        recovered = load_json(path, f"run: python recover.py --dataset {args.dataset} --ipc {args.ipc} --method {args.method}",
+                              ("args", "upstream", "made_from", "image_set"))
+        upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
+        if "weights" in recovered["made_from"]:
+            check_origin(recovered["made_from"], weights(records), path, "name the same --backbones, run recover.py "
+                         f"--overwrite, or label with --images {paths.images} under another --tag")
+    made_from, result = weights(records) | {"images": images}, paths.labels / "result.json"
+    if finished(result, args, made_from):
+        return None
+    raw, _, classes, files = load_folder(folder, data["image_size"], args.workers)
+    check_classes(classes, sorted(map(folder_name, data["classes"])), folder, f"the teachers in {paths.teachers}")
+    if image_set(folder, files) != images:
+        fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
     batch_size = len(raw) if len(raw) <= args.whole_up_to else args.batch_size
-    with suppress(NotADirectoryError):                               # array_file will tell
-        (paths.labels / "result.json").unlink(missing_ok=True)       # labels half made anew are not finished
     units = torch.tensor([data["mean"], data["std"]], device=device)
-    label_epochs(raw.to(device), units, [channels_last(model) for model in models.values()], batch_size, len(classes),
-                 args, paths.labels)
-    return finish(paths.labels / "result.json", "relabel", args,
-                  {"images": len(raw), "classes": classes, "data": data, "image_set": fingerprint(*ids, raw.numpy()),
-                   "teachers": {name: record["fingerprint"] for name, record in records.items()},
-                   "teacher_top1": {name: record["top1"] for name, record in records.items()}, "label_batch": batch_size},
-                  started, upstream)
+    with Work(result, args, made_from) as work:
+        label_epochs(raw.to(device), units, [channels_last(model) for model in models.values()], batch_size, len(classes),
+                     args, paths.labels, work)
+        return finish(result, "relabel", args,
+                      {"images": len(raw), "classes": data["classes"], "data": data,
+                       "teacher_top1": {name: record["top1"] for name, record in records.items()}, "label_batch": batch_size},
+                      started, upstream, made_from)
 
 
 if __name__ == "__main__":

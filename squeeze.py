@@ -23,35 +23,73 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.data import describe, load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (TEACHER, Progress, accuracy, channels_last, check_classes, check_models, check_same, finish,
-                       generator, load_json, load_torch, pick_device, reason, relevant, repeat, run_paths, save_torch,
-                       send, with_precision)
+from utils.run import (AGAIN, TEACHER, Finite, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
+                       check_same, dealt, finish, generator, in_parallel, is_there, load_json, load_torch, one_first, rank,
+                       reason, relevant, repeat, save_torch, say, send, with_precision, world)
 
 
-def train(model, split, data, args, device, progress):
-    """Train the model in place for --epochs epochs of cross-entropy."""
+def train(model, split, data, args, device, progress, start=None, keep=lambda state: None):
+    """Train the model in place for --epochs epochs of cross-entropy.   keep: takes, after every step, a function that gives
+    the state; start: a state to go on from."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
     units = torch.tensor([data["mean"], data["std"]], device=device)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else None
-    for epoch in range(args.epochs):
+    finite, epoch, done = Finite(["loss"], device), 0, 0
+    if start:
+        epoch, done = start["epoch"], start["done"]
+        model.load_state_dict(start["model"])
+        optimizer.load_state_dict(start["optimizer"])
+        if cosine:
+            cosine.load_state_dict(start["cosine"])
+        progress.skip(epoch * len(split) + min(done * args.batch_size, len(split)))
+    network = in_parallel(model, device)
+
+    def state():
+        check_loss(finite, progress.what)
+        return {"epoch": epoch, "done": done, "draw": draw.get_state(), "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "cosine": cosine.state_dict() if cosine else None}
+
+    for epoch in range(epoch, args.epochs):
         draw = generator("squeeze", args.seed, epoch)
-        order = torch.randperm(len(split), generator=draw)
+        batches = torch.randperm(len(split), generator=draw).split(args.batch_size)
+        if done:
+            draw.set_state(start["draw"])
         model.train()
-        for images, labels in split.batches(args.batch_size, order, crop_seed=epoch):
+        todo = batches[done:]
+        for batch, (images, labels) in zip(todo, split.batches([share(batch) for batch in todo], crop_seed=epoch)):
             images, labels = send(images, device), send(labels, device)
             if not split.streamed:
-                view = draw_view(len(images), data["image_size"], args.crop, True, 0, draw)
+                view = draw_view(len(batch), data["image_size"], args.crop, True, 0, draw)
+                view = {key: share(rows) for key, rows in view.items()}
                 images = apply_view(images.float(), send(view, device))
-            loss = F.cross_entropy(model(normalize(images, *units)), labels)
+            loss = F.cross_entropy(network(normalize(images, *units)), labels) * weight(len(images), len(batch))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", len(images))
+            done += 1
+            finite.see(epoch * len(batches) + done, loss.detach())
+            keep(state)
+            progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", len(batch))
         if cosine:
             cosine.step()
-    if not loss.isfinite():
-        raise FloatingPointError(f"the training loss became {loss.item()} in epoch {epoch + 1}")
+        done = 0
+        check_loss(finite, progress.what)
+
+
+def share(rows):
+    """This process's part of a batch; of a batch too small for all, the whole of it."""
+    return dealt(rows) if len(rows) >= world() else rows
+
+
+def weight(mine, whole):
+    """By which the mean loss of this process counts, so that the mean over processes is that of the batch."""
+    return mine * world() / whole if whole >= world() else 1.0
+
+
+def check_loss(finite, what):
+    if found := finite.first():
+        fail(f"{what}: the loss is not finite in step {found[0]}; use a smaller --lr")
 
 
 def load_pretrained(name, model, download):
@@ -92,23 +130,24 @@ def get_parser():
 
 def main(argv=None):
     args, started = parse_args(get_parser(), "squeeze", argv, preset_column), time.time()
-    device, paths = pick_device(args.device, args.precision), run_paths(args)
+    device, paths = begin(args)
     check_models("--backbones", args.backbones, build_model)
-    accuracies, todo, remedy = {}, [], "start again with --overwrite"
+    accuracies, todo = {}, []
     for name in args.backbones:
         path = paths.teachers / f"{name}.pt"
-        if path.exists() and not args.overwrite:
-            record = load_torch(path, remedy, TEACHER)
-            check_same({key: value for key, value in record["args"].items() if key in settings(args)}, args, path)
+        if is_there(path, args):
+            record = load_torch(path, AGAIN, TEACHER)
+            check_same(record["args"], settings(args), path)
             accuracies[name] = record["top1"]
         else:
             todo.append(name)
     result = paths.teachers / "squeeze.json"
-    if not todo and result.exists() and load_json(result, remedy)["args"]["backbones"] == args.backbones:
+    if not todo and result.exists() and load_json(result, AGAIN)["args"]["backbones"] == args.backbones:
         return repeat(result)
     if todo:
-        splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
-                                    args.download).to(device) for split in ("train", "test")}
+        with one_first():
+            splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
+                                        args.download).to(device) for split in ("train", "test")}
         data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
         check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
         if splits["train"].streamed and args.crop != "resized":
@@ -119,25 +158,30 @@ def main(argv=None):
         model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
         model = with_precision(channels_last(model), device, args.precision)
         if args.pretrained:
-            load_pretrained(name, model, args.download)
-        else:
-            train(model, splits["train"], data, args, device,
-                  Progress(f"squeeze {name}", args.epochs * len(splits["train"])))
-        units = torch.tensor([data["mean"], data["std"]], device=device)
-        accuracies[name] = accuracy(model, ((normalize(send(x, device), *units), y)
-                                            for x, y in splits["test"].batches(500)))
-        print(f"{name}: {accuracies[name]:.2f} % of the test images", flush=True)
-        save_torch(paths.teachers / f"{name}.pt",
-                   {"backbone": name, "weights": {key: value.cpu() for key, value in model.state_dict().items()},
-                    "data": data, "top1": accuracies[name], "args": relevant(args)})
+            with one_first():
+                load_pretrained(name, model, args.download)
+        with Work(paths.teachers / f"{name}.pt", args, settings=settings(args) | {"backbone": name}) as work:
+            if not args.pretrained:
+                train(model, splits["train"], data, args, device,
+                      Progress(f"squeeze {name}", args.epochs * len(splits["train"])), work.load(),
+                      work.keep if rank() == 0 else lambda state: None)                  # the state is everybody's
+            units, test = torch.tensor([data["mean"], data["std"]], device=device), splits["test"]
+            accuracies[name] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(
+                dealt(torch.arange(len(test)).split(500)))), jointly=True)
+            say(f"{name}: {accuracies[name]:.2f} % of the test images")
+            if rank() == 0:
+                save_torch(paths.teachers / f"{name}.pt",
+                           {"backbone": name, "weights": {key: value.cpu() for key, value in model.state_dict().items()},
+                            "data": data, "top1": accuracies[name], "tested": len(test), "args": relevant(args)})
     return finish(result, "squeeze", args, {"top1": accuracies}, started)
 
 
 def settings(args):
     """The arguments that decide a backbone's weights."""
-    return {"dataset", "image_size", "seed"} | (
-        {"pretrained"} if args.pretrained else
-        {"pretrained", "crop", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule"})
+    names = ["dataset", "image_size", "seed", "pretrained"]
+    if not args.pretrained:
+        names += ["crop", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule"]
+    return {name: relevant(args)[name] for name in names}
 
 
 if __name__ == "__main__":

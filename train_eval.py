@@ -14,9 +14,12 @@ python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20     
 python train_eval.py --dataset shapes                                              # smoke run: a minute
 """
 import argparse
+import json
 import statistics
 import time
 from collections import defaultdict
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +29,12 @@ import torch.nn.functional as F
 from models import build_model, is_model_name
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch, normalize
-from utils.data import describe, load_folder, load_split, preset_column
+from utils.data import describe, folder_name, list_folder, load_folder, load_split, preset_column
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.presets import Parser, identity_flags, number, parse_args
-from utils.run import (Graphed, Progress, accuracy, channels_last, check_classes, check_models, finish, finished,
-                       fingerprint, generator, load_json, load_teachers, pick_device, run_paths, send, with_precision)
+from utils.run import (Finite, Graphed, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
+                       check_origin, dealt, finish, finished, fingerprint, generator, image_set, load_json,
+                       load_teachers, one_first, rank, send, wait_for_all, weights, with_precision, world)
 
 
 class StoredLabels:
@@ -95,8 +99,9 @@ def student_loss(args, logits, y, soft, partner_y, ratio):
     return mse_gt_loss(logits, soft, y, args.gamma)
 
 
-def train_student(name, seed, images, classes, labels, test, data, args, device):
-    """One student from scratch.   -> top-1 in % by epoch evaluated, {epoch: top1}; the last epoch is always among them"""
+def train_student(name, seed, images, classes, labels, test, data, args, device, start=None, keep=lambda state: None):
+    """One student from scratch.   keep: takes, after every step, a function that gives the state; start: a state to go on
+    from.   -> state, in it {epoch: top-1 in %} of the epochs evaluated; the last epoch is always among them"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
     model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
     model = with_precision(channels_last(model), device, args.precision)
@@ -107,17 +112,33 @@ def train_student(name, seed, images, classes, labels, test, data, args, device)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else None
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order, units, top1 = generator("order", seed, name), torch.tensor([data["mean"], data["std"]], device=device), {}
+    finite, epoch, done, before = Finite(["loss"], device), 0, 0, order.get_state()
+    progress = Progress(f"train_eval {name} seed {seed}", args.epochs)
+    if start:
+        epoch, done, before, top1 = (start[key] for key in ("epoch", "done", "order", "top1"))
+        model.load_state_dict(start["model"])
+        optimizer.load_state_dict(start["optimizer"])
+        if cosine:
+            cosine.load_state_dict(start["cosine"])
+        order.set_state(before)
+        progress.skip(epoch)
+
+    def state():
+        if found := finite.first():
+            fail(f"{name}, seed {seed}: the loss is not finite in step {found[0]}; use a smaller --lr")
+        return {"epoch": epoch, "done": done, "order": before, "top1": top1, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "cosine": cosine.state_dict() if cosine else None}
 
     def loss_and_gradients(mixed, *targets):
         loss = student_loss(args, model(mixed), *targets)
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
     graphed = defaultdict(lambda: Graphed(loss_and_gradients))       # by the size of a batch: the last may be short
-    progress = Progress(f"train_eval {name} seed {seed}", args.epochs)
-    for epoch in range(args.epochs):
+    while epoch < args.epochs:
         model.train()
         draw = send(labels.epoch(epoch), device)
-        for rows in torch.randperm(len(images), generator=order).split(whole_batch(args, len(images))):
+        batches = torch.randperm(len(images), generator=order).split(whole_batch(args, len(images)))
+        for rows in batches[done:]:
             batch = send(rows, device)
             mixed = apply_epoch(images, draw, batch, labels.mix, units)
             soft = labels.soft_logits(epoch, rows, mixed) if args.labels != "hard" else mixed.new_zeros(0)
@@ -126,15 +147,18 @@ def train_student(name, seed, images, classes, labels, test, data, args, device)
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             optimizer.step()
+            done += 1
+            finite.see(epoch * len(batches) + done, loss)
+            keep(state)
         if cosine:
             cosine.step()
+        epoch, done, before = epoch + 1, 0, order.get_state()
         # `evaluations` evenly spaced epochs, the last of them the last epoch
-        if (epoch + 1) * args.evaluations // args.epochs > epoch * args.evaluations // args.epochs:
-            if not loss.isfinite():
-                raise FloatingPointError(f"{name}: the training loss is {loss.item()} in epoch {epoch + 1}")
-            top1[epoch + 1] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(500)))
+        if epoch * args.evaluations // args.epochs > (epoch - 1) * args.evaluations // args.epochs:
+            state()                                                  # of a finite loss
+            top1[epoch] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(500)))
         progress.step(lambda: f"loss {loss.item():.4f}  top1 {list(top1.values())[-1:]}")
-    return top1
+    return state()
 
 
 def student_value(texts, name):
@@ -190,34 +214,54 @@ def get_parser():
 
 
 def main(argv=None):
-    args = parse_args(get_parser(), "train_eval", argv, preset_column)
-    device, paths = pick_device(args.device, args.precision), run_paths(args)
+    args, started = parse_args(get_parser(), "train_eval", argv, preset_column), time.time()
+    device, paths = begin(args)
     check_models("--students", args.students, build_model)
     if args.cuda_graphs and device.type != "cuda":
         fail("--cuda-graphs needs a GPU (--device cuda); leave it out")
     for name in args.students:
         student_value(args.lr, name)
     before, upstream = earlier_result(args, paths)
-    suffix, todo = "" if args.labels == "stored" else f"-{args.labels}", {}
-    for name in args.students:
-        mine = argparse.Namespace(**{**vars(args), "students": [name]})        # each student has a result of its own
-        if not finished(paths.eval / f"{name}{suffix}.json", mine, upstream, "labels" if args.labels == "stored" else "images"):
-            todo[name] = mine
+    teachers, records, data = {}, {}, before.get("data")
+    if args.labels == "online":
+        teachers, records, data = load_teachers(args, paths.teachers, build_model, device)
+    made_from = origin(args, paths, before, records)
+    results = {name: paths.eval / f"{name}{'' if args.labels == 'stored' else f'-{args.labels}'}.json" for name in args.students}
+    alone = {name: argparse.Namespace(**{**vars(args), "students": [name]}) for name in args.students}
+    todo = [name for name in results if not finished(results[name], alone[name], made_from)]      # a result for each student
     if not todo:
         return
-    images, classes, data, labels = load_distilled(args, paths, before, device)
+    if args.labels == "hard":
+        data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
+    images, classes, labels = load_distilled(args, paths, before, data, made_from, list(teachers.values()), device)
     check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
-    test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download).to(device)
+    with one_first():
+        test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
-    for name, mine in todo.items():
-        started = time.time()
-        runs = [train_student(name, seed, images, classes, labels, test, data, args, device) for seed in args.student_seeds]
-        last = [list(top1.values())[-1] for top1 in runs]
-        finish(paths.eval / f"{name}{suffix}.json", "train_eval", mine, {
-            "student": name, "labels": args.labels, "top1": statistics.fmean(last),
-            "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
-            "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
-            "top1_per_seed": last, "top1_by_epoch": runs, "images": len(images)}, started, upstream)
+    with ExitStack() as stack:
+        works = {name: stack.enter_context(Work(results[name], alone[name], made_from)) for name in todo}
+
+        def conclude(name):
+            runs = [works[name].load(f"seed{seed}")["top1"] for seed in args.student_seeds]
+            last = [list(top1.values())[-1] for top1 in runs]
+            finish(results[name], "train_eval", alone[name], {
+                "student": name, "labels": args.labels, "top1": statistics.fmean(last),
+                "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
+                "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
+                "top1_per_seed": last, "top1_by_epoch": runs, "images": len(images), "classes": data["classes"]},
+                started, upstream, made_from)
+
+        for name, seed in dealt([(name, seed) for name in todo for seed in args.student_seeds]):
+            work, piece = works[name], f"seed{seed}"
+            state = train_student(name, seed, images, classes, labels, test, data, args, device,
+                                  work.load(piece), partial(work.keep, piece=piece))
+            work.save(state, piece)
+            if world() == 1 and seed == args.student_seeds[-1]:
+                conclude(name)
+        wait_for_all()
+        if world() > 1 and rank() == 0:
+            for name in todo:
+                conclude(name)
 
 
 def earlier_result(args, paths):
@@ -227,33 +271,44 @@ def earlier_result(args, paths):
         return {}, {}
     phase, path = ("relabel", paths.labels) if args.labels == "stored" else ("recover", paths.run)
     result = load_json(path / "result.json", f"run: python {phase}.py --dataset {args.dataset} --ipc {args.ipc} "
-                       f"--method {args.method}", ("args", "upstream"))
+                       f"--method {args.method}", ("args", "upstream", "made_from"))
     return result, result["upstream"] | {phase: result["args"]}
 
 
-def load_distilled(args, paths, before, device):
-    """The images and their classes on the device, and where soft labels come from; all checked against each other.
-    before: as of `earlier_result`.   -> images uint8 [N, 3, S, S], classes [N], data dict, labels object"""
-    folder, teachers = args.images or paths.images, {}
+def origin(args, paths, before, records):
+    """What the students are made from, checked against the teachers; before: as of `earlier_result`."""
     if args.labels == "stored":
-        data = before["data"]
-    elif args.labels == "online":
-        teachers, _, data = load_teachers(args, paths.teachers, build_model, device)
-        teachers = {name: channels_last(teacher) for name, teacher in teachers.items()}
-    else:
-        data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
-    raw, classes, names, ids = load_folder(folder, data["image_size"], args.workers)
-    check_classes(names, data["classes"], folder, paths.labels if args.labels == "stored" else "the data set")
+        if set(args.backbones) != set(before["made_from"]["weights"]):
+            fail(f"--backbones {' '.join(args.backbones)}: {paths.labels} was made with {' '.join(before['made_from']['weights'])}; "
+                 "name the same")
+        return before["made_from"] | {"labels": fingerprint(json.dumps([before["args"], before["made_from"]]))}
+    folder = args.images or paths.images
+    images = {"images": before["image_set"] if before else image_set(folder, list_folder(folder)[2])}
+    if args.labels == "online" and "weights" in before.get("made_from", {}):
+        check_origin(before["made_from"], weights(records), paths.run / "result.json", "name the same --backbones, run "
+                     f"recover.py --overwrite, or name --images {paths.images} under another --tag")
+    return images | weights(records) if args.labels == "online" else images
+
+
+def load_distilled(args, paths, before, data, made_from, teachers, device):
+    """The images and their classes on the device, and where soft labels come from.
+    -> images uint8 [N, 3, S, S], classes [N], labels object"""
+    folder = args.images or paths.images
+    raw, classes, names, files = load_folder(folder, data["image_size"], args.workers)
+    expected = [folder_name(name) for name in data["classes"]]
+    check_classes(names, sorted(expected), folder, paths.labels if args.labels == "stored" else "the data set")
+    if image_set(folder, files) != made_from["images"]:
+        fail(f"{paths.labels} was made for other images than {folder}; run relabel.py --overwrite" if args.labels == "stored" else
+             f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
     if args.labels == "stored":
-        if fingerprint(*ids, raw.numpy()) != before["image_set"]:
-            fail(f"{paths.labels} was made for other images than {folder}; run relabel.py --overwrite")
         labels = StoredLabels(paths.labels, before["args"]["mix"])
         if args.epochs > len(labels.logits):
             fail(f"--epochs {args.epochs} is more than the {len(labels.logits)} in {paths.labels}; "
                  f"run relabel.py --epochs {args.epochs} --overwrite")
     else:
-        labels = FreshLabels(args, len(raw), data["image_size"], list(teachers.values()))
-    return raw.to(device), classes.to(device), data, labels
+        labels = FreshLabels(args, len(raw), data["image_size"], [channels_last(teacher) for teacher in teachers])
+    number = torch.tensor([expected.index(name) for name in names])
+    return raw.to(device), number[classes].to(device), labels
 
 
 if __name__ == "__main__":

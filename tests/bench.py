@@ -33,7 +33,7 @@ from tests.helpers import counted_operations, saved_bytes
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import Split
 from utils.losses import mse_gt_loss
-from utils.run import Progress, array_file, channels_last, generator, pick_device
+from utils.run import Progress, RowFile, Work, channels_last, generator, pick_device
 from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
@@ -159,8 +159,7 @@ def bench_relabel(rounds, quick, device):
                         model(batch)
 
         with TemporaryDirectory() as folder:
-            times = interleaved([
-                lambda: relabel.label_epochs(images, units, models, size, 10, args, Path(folder)), bare], rounds)
+            times = interleaved([lambda: label(images, units, models, size, 10, args, Path(folder)), bare], rounds)
         yield what, ratio(times)
 
 
@@ -234,9 +233,11 @@ def bench_labels(rounds, quick, device):
         stored = train_eval.StoredLabels(ours, "cutmix")
 
         def write():
-            with array_file(ours / "written.npy", (epochs, count, classes), np.float16) as append:
-                for _ in range(epochs):
-                    append(logits.numpy())
+            file = RowFile(ours / "written.npy", (epochs, count, classes), np.float16)
+            file.create()
+            with file.opened():
+                for epoch in range(epochs):
+                    file.write(epoch, logits.numpy())
 
         def write_files():
             for epoch in range(epochs):
@@ -266,7 +267,13 @@ def store_labels(folder, epochs, count, classes):
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, classes, bias=False))
     model[2].weight.data = weights.T
     with redirect_stdout(io.StringIO()):
-        relabel.label_epochs(pixels(count), torch.tensor(UNITS), [model], count, classes, args, folder)
+        label(pixels(count), torch.tensor(UNITS), [model], count, classes, args, folder)
+
+
+def label(images, units, models, size, classes, args, folder):
+    """relabel.py without its main."""
+    with Work(folder / "result.json", args) as work:
+        relabel.label_epochs(images, units, models, size, classes, args, folder, work)
 
 
 BENCHES = {"recover": bench_recover, "relabel": bench_relabel, "train_eval": bench_train_eval, "squeeze": bench_squeeze,

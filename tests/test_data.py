@@ -113,7 +113,7 @@ def test_a_folder_is_read_in_sorted_order_and_other_files_are_ignored(tmp_path, 
 def test_batches_in_memory_follow_the_order_and_the_last_one_is_short(tmp_path):
     split = load_split(str(make_folder(tmp_path, count=3)), "nowhere", "train")
     order = torch.tensor([5, 0, 3, 3, 1])
-    batches = list(split.batches(2, order, crop_seed=1))
+    batches = list(split.batches(order.split(2), crop_seed=1))
     assert [len(labels) for _, labels in batches] == [2, 2, 1]
     assert torch.equal(torch.cat([images for images, _ in batches]), split.images[order])
     assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels[order])
@@ -126,7 +126,7 @@ def test_a_split_moves_to_a_device_unless_it_is_streamed(tmp_path):
     order = torch.tensor([5, 0, 3])
     for size, device in (8, "meta"), (80, "cpu"):
         split = load_split(str(tmp_path), "x", "train", size).to(torch.device("meta"))
-        batches = list(split.batches(2, order, crop_seed=0))
+        batches = list(split.batches(order.split(2), crop_seed=0))
         assert [(images.shape, images.device.type, labels.device.type) for images, labels in batches] == [
             ((count, 3, size, size), device, device) for count in (2, 1)]
 
@@ -211,16 +211,16 @@ def imagenet(tmp_path_factory):
     return root
 
 
-def gather(split, batch_size=3, **options):
-    return torch.cat([images for images, _ in split.batches(batch_size, **options)])
+def gather(split, index=3, **options):
+    return torch.cat([images for images, _ in split.batches(index, **options)])
 
 
 def test_large_images_are_streamed_with_the_same_bytes_whatever_the_workers(imagenet):
     alone, helped = (load_split("imagenet", imagenet, "train", workers=workers) for workers in (0, 2))
     assert alone.streamed and alone.images is None and len(alone) == 8 and alone.image_size == 224
     assert [len(labels) for _, labels in alone.batches(3)] == [3, 3, 2]
-    for options in ({}, {"crop_seed": 5}, {"crop_seed": 0, "order": torch.tensor([6, 1, 4, 0])}):
-        first, second = list(alone.batches(3, **options)), list(helped.batches(3, **options))
+    for index, crop_seed in (3, None), (3, 5), (torch.tensor([6, 1, 4, 0]).split(3), 0):
+        first, second = (list(split.batches(index, crop_seed)) for split in (alone, helped))
         assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(first, second, strict=True))
         assert first[0][0].shape == (3, 3, 224, 224) and first[0][0].dtype == torch.uint8
 
@@ -230,7 +230,7 @@ def test_a_crop_depends_on_seed_and_image_alone(imagenet):
     every, order = gather(split, crop_seed=3), torch.tensor([7, 2, 2, 5])
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    assert torch.equal(gather(split, batch_size=1, order=order, crop_seed=3), every[order])
+    assert torch.equal(gather(split, order.split(1), crop_seed=3), every[order])
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(gather(split, crop_seed=4), every) and not torch.equal(gather(split), every)
 

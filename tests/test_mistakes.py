@@ -139,7 +139,6 @@ def test_more_random_images_than_a_class_has(overwrite, bare):
     ("collect_stats", "--patch 8", ["--patch 4 (now 8)"]),
     ("recover", "--alpha 0.5 --no-flip --roll 3", ["--alpha 0.8 (now 0.5)", "--roll 0 (now 3)"]),
     ("recover", "--backbones wrn10_1", ["--backbones"]),
-    ("recover", "--teachers other", ["--teachers supervised (now other)"]),
     ("relabel", "--mix none", ["--mix cutmix (now none)"]),
     ("relabel", "--no-logit-norm", ["--logit-norm True (now False)"]),
     ("train_eval", "--gamma 0.5", ["--gamma 0.15 (now 0.5)"]),
@@ -147,12 +146,6 @@ def test_more_random_images_than_a_class_has(overwrite, bare):
 def test_other_arguments_than_those_of_the_files_there(phase, flags, words, relabelled):
     relabelled.call("train_eval")
     tells(relabelled.mistake(phase, flags), *words, "--overwrite", "--tag" if phase in PHASES[2:] else "--teachers")
-
-
-def test_an_unfinished_recovery_goes_on_with_the_same_arguments_alone(project):
-    project.call("recover")
-    (project.run() / "result.json").unlink()
-    tells(project.mistake("recover", "--alpha 0.5"), "--alpha 0.8 (now 0.5)", "--overwrite")
 
 
 # Files that are damaged, or are not what they should be
@@ -284,13 +277,6 @@ def test_a_damaged_result(damage, phase, file, remedy, relabelled):
     relabelled.call("train_eval", "--labels hard")
     JSON_DAMAGE[damage](relabelled.run() / file)
     tells(relabelled.mistake(phase, "--labels hard" if "hard" in file else ""), file, remedy)
-
-
-def test_an_unfinished_recovery_without_a_readable_log(project):
-    project.call("recover")
-    (project.run() / "result.json").unlink()
-    (project.run() / "log.jsonl").write_text("")
-    tells(project.mistake("recover"), "log.jsonl", "--overwrite")
 
 
 # Data

@@ -94,7 +94,7 @@ def parsed(phase, monkeypatch, *argv):
         seen.append(args)
         raise InterruptedError
 
-    monkeypatch.setattr(module, "run_paths", stop)
+    monkeypatch.setattr(module, "begin", stop)
     with pytest.raises(InterruptedError):
         module.main(["--device", "cpu", *argv])
     return seen[0]

@@ -21,7 +21,7 @@ import train_eval
 from models import build_model
 from tests.helpers import assert_near, faked_graphs
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
-from utils.run import channels_last, generator, load_teachers
+from utils.run import Work, channels_last, generator, load_teachers
 
 PHASES = {module.__name__: module for module in (squeeze, collect_stats, recover, relabel, train_eval)}
 RUN = "gvbsm-ipc2"
@@ -258,7 +258,8 @@ def test_an_interrupted_phase_goes_on_as_if_nothing_had_happened(phase, name, ca
         interrupt(PHASES[phase], name, call)
         bare.call(phase, flags)
     monkeypatch.undo()
-    halfway = {file: content for file, content in bare.files().items() if content and file not in before}
+    halfway = {file: content for file, content in bare.files().items()
+               if content and file not in before and ".unfinished/" not in file}
     assert [file.rpartition("/")[2] for file in halfway] == [kept] * bool(kept)
     bare.call(phase, flags)
     assert halfway.items() <= bare.files().items()
@@ -563,7 +564,8 @@ def test_dataset_statistics_are_the_average_of_batches_by_their_size(name, sizes
     model = teachers(project, name)[name]
     batches = [torch.randn(size, 3, 16, 16) * (i + 1) for i, size in enumerate(sizes)]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found, total = collect_stats.dataset_statistics(model, iter(batches), patch=4), sum(sizes)
+    parts = [collect_stats.sum_statistics(model, iter(part), patch=4) for part in (batches[::2], [], batches[1::2])]
+    found, total = collect_stats.dataset_statistics(parts), sum(sizes)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     inputs = [inputs_and_logits(model, batch)[0] for batch in batches]
     convolutions = [layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)]
@@ -590,7 +592,8 @@ def test_the_stored_statistics_are_of_the_augmented_training_images_in_eval_mode
                             for batch in (torch.cat(images), plain, plain.flip(-1)))
     assert len(seen) == 48 and seen <= once | mirrored and seen & once and seen & mirrored
     stored = checkpoint(project.teachers / "wrn10_1.stats.pt")["statistics"]
-    again = collect_stats.dataset_statistics(channels_last(teachers(project, "wrn10_1")["wrn10_1"]), images, 4)
+    model = channels_last(teachers(project, "wrn10_1")["wrn10_1"])
+    again = collect_stats.dataset_statistics([collect_stats.sum_statistics(model, images, 4)])
     for layer in again:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(stored[layer], again[layer], strict=True))
 
@@ -636,7 +639,8 @@ def test_the_ensembles_labels_are_eq_8_of_the_single_backbones_labels(norm, proj
     project.call("recover")
     single = []
     for backbones in "convnet_w8 wrn10_1", "convnet_w8", "wrn10_1":
-        project.call("relabel", f"--overwrite --backbones {backbones}", "--logit-norm" if norm else "--no-logit-norm")
+        project.call("relabel", f"--overwrite --backbones {backbones}", "--logit-norm" if norm else "--no-logit-norm",
+                     "--images", project.run() / "images")
         single.append(labels(project)["logits"].astype(np.float64))
     ensemble, *single = single
     for epoch in range(3):                                                               # the whole set is one batch
@@ -665,7 +669,8 @@ def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path)
     for epochs in 25, 225:                                           # the first ones fill caches
         args = relabel.get_parser().parse_args(["--epochs", str(epochs)])
         tracemalloc.start()                                                          # numpy's arrays, not torch's tensors
-        relabel.label_epochs(images, units, [model], 50, 40, args, tmp_path / str(epochs))
+        with Work(tmp_path / str(epochs) / "result.json", args) as work:
+            relabel.label_epochs(images, units, [model], 50, 40, args, tmp_path / str(epochs), work)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert np.load(tmp_path / str(epochs) / "logits.npy").shape == (epochs, 50, 40)

@@ -173,17 +173,19 @@ class Split:
             return self.images[index]
         return read_images([self.sources[i] for i in index.tolist()], self.shorter, self.image_size, self.workers)
 
-    def batches(self, batch_size, order=None, crop_seed=None):
-        """Yields images uint8 [B, 3, S, S], labels [B] in this order (LongTensor of indices; default: all, 0 .. N-1).
+    def batches(self, index, crop_seed=None):
+        """Yields images uint8 [B, 3, S, S], labels [B].   index: a LongTensor [B] for each batch, or one number, the size
+        of batches of all images in their order.
 
         crop_seed (0, 1, ...): streamed images go through RandomResizedCrop and a flip drawn from (crop_seed, index)
         alone, whatever the workers; torch's generators stay as they were. Images in memory come as they are.
         """
-        order = torch.arange(len(self)) if order is None else order.to(self.labels.device)
+        index = torch.arange(len(self)).split(index) if isinstance(index, int) else index
         if not self.streamed:
-            yield from ((self.images[index], self.labels[index]) for index in order.split(batch_size))
+            yield from ((self.images[batch], self.labels[batch]) for batch in (
+                batch.to(self.labels.device) for batch in index))
             return
-        loader = DataLoader(order.tolist(), batch_size, num_workers=self.workers, generator=torch.Generator(),
+        loader = DataLoader(index, batch_size=None, num_workers=self.workers, generator=torch.Generator(),
                             collate_fn=partial(self._load, crop_seed))      # generator: not torch's global one
         for images, labels in loader:
             if labels is None:
@@ -195,7 +197,7 @@ class Split:
 
     def _load(self, crop_seed, index):
         try:
-            return torch.stack([self._image(i, crop_seed) for i in index]), self.labels[index]
+            return torch.stack([self._image(i, crop_seed) for i in index.tolist()]), self.labels[index]
         except UnreadableImage as error:
             return error, None
 
@@ -342,9 +344,20 @@ def pixel_moments(split, batch_size=256):
     return mean.tolist(), variance.clamp_min(1 / 255 ** 2).sqrt().tolist()      # a channel may be flat
 
 
-def load_folder(folder, image_size, workers=0):
-    """Distilled images <folder>/<class>/<id>.png: uint8 [N, 3, S, S], labels [N], class names, relative paths [N]."""
+def folder_name(name):
+    """A class's name as that of a folder: what could lead elsewhere, or nowhere, is written %XX."""
+    return re.sub(r'^\.|[%/\\:*?"<>|\x00-\x1f\x7f]', lambda found: f"%{ord(found[0]):02X}", name) or "%"
+
+
+def list_folder(folder):
+    """Labels [N], names of the class folders and relative paths [N] of the images <folder>/<class>/<id>.png."""
     folder = Path(folder).expanduser()      # as ImageFolder does
     files, labels, classes = image_folder(folder)
-    images = read_images(files, image_size, image_size, workers)
-    return images, torch.tensor(labels), classes, [Path(file).relative_to(folder).as_posix() for file in files]
+    return torch.tensor(labels), classes, [Path(file).relative_to(folder).as_posix() for file in files]
+
+
+def load_folder(folder, image_size, workers=0):
+    """Distilled images: uint8 [N, 3, S, S], and the three of `list_folder`."""
+    labels, classes, files = list_folder(folder)
+    paths = [Path(folder).expanduser() / file for file in files]
+    return read_images(paths, image_size, image_size, workers), labels, classes, files

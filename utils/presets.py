@@ -5,6 +5,8 @@ Precedence: parser default < preset of the data set < exception at its IPC < --m
 import argparse
 import sys
 
+from utils import fail
+
 SMALL = ["resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05"]
 LARGE = ["resnet18", "mobilenetv2", "efficientnet_b0", "shufflenetv2_05"]
 RESNETS = ["resnet18", "resnet50", "resnet101"]
@@ -93,7 +95,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=Formatter)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+        fail(f"{self.prog}: {message} (--help lists the flags)")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -121,7 +123,10 @@ def identity_flags(parser):
     run.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="tf32",
                      help="of the networks' matrix work: tf32 is fp32 except on a GPU, bf16 is autocast")
     run.add_argument("--workers", type=number(int, 0), default=2, help="processes or threads that read images")
-    run.add_argument("--overwrite", action="store_true", help="start again where results exist")
+    run.add_argument("--overwrite", action="store_true",
+                     help="start again where there are results or unfinished work; without it, unfinished work goes on")
+    run.add_argument("--checkpoint-minutes", type=number(float, 0), default=5.0,
+                     help="between the states kept of unfinished work, 0 = after every step")
     return parser
 
 

@@ -1,27 +1,135 @@
-"""Bookkeeping of a phase: device, seeds, folders, whole files, checkpoints, progress, and the RESULT line."""
+"""Bookkeeping of a phase: device, processes, seeds, folders, whole files, unfinished work, progress, the RESULT line."""
+import atexit
 import ctypes
+import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import resource
+import shutil
+import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
 from utils import fail
 
 NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every",
-           "log_every", "groups_per_step", "cuda_graphs"}
+           "log_every", "groups_per_step", "cuda_graphs", "checkpoint_minutes"}
 # arguments that leave the result as it is, up to rounding
-TEACHER = ("weights", "backbone", "data", "top1", "args")            # what squeeze.py stores
+TEACHER = ("weights", "backbone", "data", "top1", "tested", "args")            # what squeeze.py stores
+
+
+AGAIN = "start again with --overwrite"
+
+
+def begin(args):
+    """The first act of a phase: SIGINT and SIGTERM end it in order (`Work`), torchrun's processes find each other.
+    -> device, folders (`run_paths`)"""
+    Work.signal = None
+    if threading.current_thread() is threading.main_thread():
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, stop)
+    device = args.device
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"              # --nproc-per-node may be too many: pick_device tells
+        if not dist.is_initialized():                                # a month: one may wait for the others' work
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(30))
+            atexit.register(dist.destroy_process_group)
+    device = pick_device(device, args.precision)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device, run_paths(args)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """Number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def dealt(work):
+    """This process's share of a list or tensor: every `world`-th."""
+    return work[rank()::world()]
+
+
+def wait_for_all():
+    """Returns when every process of torchrun has come here."""
+    if world() > 1:
+        arrived = dist.all_reduce(torch.zeros(1), async_op=True)
+        while not arrived.is_completed():                            # not in `wait`, where no signal would be heard
+            if Work.signal:
+                raise SystemExit(128 + Work.signal)
+            time.sleep(0.02)
+        try:
+            arrived.wait()
+        except RuntimeError:
+            raise SystemExit("another process has ended before its work was done") from None
+
+
+@contextmanager
+def one_first():
+    """One process runs the block, and may leave files there, before the others do."""
+    if rank():
+        wait_for_all()
+    yield
+    if rank() == 0:
+        wait_for_all()
+
+
+class JointBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d over the batches of all processes together; what nn.SyncBatchNorm is on GPUs, on CPUs too."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        count = all_reduce(x.new_tensor(x.numel() // x.shape[1]))
+        share = x.numel() // x.shape[1] / count
+        mean = all_reduce(x.mean((0, 2, 3)) * share)
+        centred = x - mean[:, None, None]
+        var = all_reduce(centred.square().mean((0, 2, 3)) * share)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        return centred * (torch.rsqrt(var + self.eps) * self.weight)[:, None, None] + self.bias[:, None, None]
+
+
+def in_parallel(model, device):
+    """The model to be trained by all processes of torchrun together as one process would, each on its share of a batch
+    (`dealt`), with a loss that is its sum over the share, divided by the mean share of a process."""
+    if world() == 1:
+        return model
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.__class__ = JointBatchNorm2d
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def say(*words):
+    """Print, once for all processes."""
+    if rank() == 0:
+        print(*words, flush=True)
 
 
 def pick_device(name, precision="tf32"):
@@ -58,9 +166,13 @@ def channels_last(model):
 
 
 def send(value, device):
-    """A tensor, or a dict of tensors, on the device; a GPU fetches it while the host goes on."""
+    """A tensor, or dicts, lists and tuples of tensors and numbers, on the device; a GPU fetches it while the host goes on."""
     if isinstance(value, dict):
         return {key: send(part, device) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(send(part, device) for part in value)
+    if not torch.is_tensor(value):
+        return value
     if device.type == "cuda" and not value.is_cuda:
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
@@ -112,31 +224,65 @@ def run_paths(args):
 
 
 @contextmanager
+def writable(path):
+    """What cannot be written ends the phase."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{path} cannot be written ({error.strerror or error}); make room there or name another --run-dir")
+
+
+@contextmanager
 def whole_file(path):
     """Yields a path beside `path` to write to, and renames it when all is written: the file is whole or absent."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        fail(f"{path} cannot be written ({error.strerror or error}); make room there or name another --run-dir")
+        with writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())                              # whole after a power cut too
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):                                      # nothing is left to remove when all went well
             temporary.unlink()
 
 
-@contextmanager
-def array_file(path, shape, dtype):
-    """Yields a function that appends rows to an .npy file of this shape, whole or absent as by `whole_file`.
+class RowFile:
+    """An .npy file of this shape whose rows are written in any order, by any process.
 
     Not through a memory map, whose pages count as the process's own and whose errors, such as a full disk, kill it.
     """
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": tuple(shape)})
-        yield lambda rows: file.write(np.ascontiguousarray(rows, dtype))
+
+    def __init__(self, path, shape, dtype):
+        self.path, self.shape, self.dtype = path, tuple(shape), np.dtype(dtype)
+
+    def create(self):
+        """All zeros, which take no room on the disk."""
+        with whole_file(self.path) as temporary, open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape})
+            file.truncate(file.tell() + self.dtype.itemsize * math.prod(self.shape))
+
+    @contextmanager
+    def opened(self):
+        with writable(self.path):
+            self.file = open(self.path, "r+b", buffering=0)
+        with self.file:
+            yield
+
+    def write(self, index, row):
+        size, rest = self.dtype.itemsize * math.prod(self.shape[1:]), memoryview(np.ascontiguousarray(row, self.dtype)).cast("B")
+        with writable(self.path):
+            self.file.seek(index * size - self.shape[0] * size, os.SEEK_END)
+            while rest:                                              # a disk may have room for a part alone
+                rest = rest[self.file.write(rest):]
+
+    def sync(self):
+        """What is written stays after a power cut."""
+        with writable(self.path):
+            os.fsync(self.file.fileno())
 
 
 def save_json(path, value):
@@ -195,6 +341,12 @@ def fingerprint(*parts):
     return digest.hexdigest()
 
 
+def image_set(folder, files):
+    """Fingerprint of the images of a folder, by their names in it."""
+    folder = Path(folder).expanduser()
+    return fingerprint(*(part for name in files for part in (name, folder / name)))
+
+
 def need_files(args, folder, suffix, script):
     """A file for each backbone, or the command that makes those which are missing.   -> the command for others"""
     command = f"run: python {script} --dataset {args.dataset} --teachers {args.teachers}"
@@ -226,12 +378,22 @@ def load_teachers(args, folder, build_model, device):
     return models, records, first
 
 
+def weights(records):
+    """Of records of `load_teachers`, what `check_origin` compares."""
+    return {"weights": {name: record["fingerprint"] for name, record in records.items()}}
+
+
 @torch.inference_mode()
-def accuracy(model, batches):
-    """Top-1 in % over batches of (network input, labels)."""
+def accuracy(model, batches, jointly=False):
+    """Top-1 in % over batches of (network input, labels); jointly: over those of all processes."""
     model.eval()
-    right = torch.cat([model(images).argmax(1) == labels.to(images.device) for images, labels in batches])
-    return 100 * right.sum().item() / len(right)
+    right = seen = 0
+    for images, labels in batches:
+        right, seen = right + (model(images).argmax(1) == labels.to(images.device)).sum(), seen + len(labels)
+    counts = torch.tensor([int(right), seen])
+    if jointly and world() > 1:
+        dist.all_reduce(counts)
+    return 100 * counts[0].item() / counts[1].item()
 
 
 def check_models(flag, names, build_model, num_classes=10, image_size=224):
@@ -258,64 +420,206 @@ def relevant(args):
 
 
 def check_same(stored, args, path):
-    """Stop when what lies at `path` was made with other arguments."""
-    now = relevant(args)
+    """Stop when what lies at `path` was made with other arguments.   args: of the phase, or those that matter as a dict"""
+    now = args if isinstance(args, dict) else relevant(args)
     changed = [key for key in now if key in stored and stored[key] != now[key]]
     if changed:
         told = ", ".join(f"--{key.replace('_', '-')} {stored[key]} (now {now[key]})" for key in changed)
-        fail(f"{path} was made with {told}; choose another --tag or --teachers, or start again with --overwrite")
+        fail(f"{path} was made with {told}; choose another --tag or --teachers, or {AGAIN}")
 
 
-def finished(path, args, upstream=None, made_from=""):
-    """Whether the phase has its result already; says so and repeats the RESULT line. With upstream, the arguments of the
-    earlier phases as they are now, a result that was `made_from` other ones is refused."""
-    if args.overwrite or not path.exists():
+def check_origin(stored, now, path, remedy=AGAIN):
+    """Stop when what lies at `path` was made from other files.   stored, now: {what: hash, or {backbone: hash}}"""
+    for what in now:
+        mine, theirs = (made[what] if isinstance(made.get(what), dict) else {"": made.get(what)} for made in (stored, now))
+        differing = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+        if differing:
+            named = f" ({' '.join(sorted(differing))})" if all(differing) else ""
+            fail(f"{path} was made from other {what}{named} than there are now; {remedy}")
+
+
+def is_there(path, args):
+    """Whether a result need not be made."""
+    if path.exists() and not args.overwrite:
+        shutil.rmtree(unfinished(path), ignore_errors=True)          # a kill may have come before it was removed
+        return True
+    return False
+
+
+def unfinished(result):
+    return result.with_name(f".{result.name}.unfinished")
+
+
+def finished(path, args, made_from):
+    """Whether the phase has its result already; says so and repeats the RESULT line."""
+    if not is_there(path, args):
         return False
-    result = load_json(path, "start again with --overwrite", ("args", "upstream"))
+    result = load_json(path, AGAIN, ("args", "made_from"))
     check_same(result["args"], args, path)
-    if upstream is not None and result["upstream"] != upstream:
-        fail(f"{path} was made from other {made_from} than there are now; start again with --overwrite")
+    check_origin(result["made_from"], made_from, path)
     repeat(path)
     return True
 
 
 def repeat(path):
     """Say that a result exists, and print its line again."""
-    print(f"already done: {path} (--overwrite starts again)")
-    print("RESULT", json.dumps(load_json(path, "start again with --overwrite")), flush=True)
+    say(f"already done: {path} (--overwrite starts again)")
+    say("RESULT", json.dumps(load_json(path, AGAIN)))
 
 
-def finish(path, phase, args, metrics, started, upstream=None):
-    """Write the result file and print the same object on one line."""
+def finish(path, phase, args, metrics, started, upstream=None, made_from=None):
+    """Write the result file and print the same object on one line; once for all processes."""
+    if rank():
+        return None
     memory = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1 << 20)}
     if torch.cuda.is_available():
         memory["cuda_mib"] = torch.cuda.max_memory_allocated() >> 20
     result = {"phase": phase, "dataset": Path(args.dataset).name, "ipc": args.ipc, "method": args.method, "tag": args.tag,
-              **metrics, "seconds": round(time.time() - started, 1), "peak_memory": memory,
+              **metrics, "seconds": round(time.time() - started, 1), "processes": world(), "peak_memory": memory,
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
-              "args": relevant(args), "upstream": upstream or {}}
+              "args": relevant(args), "upstream": upstream or {}, "made_from": made_from or {}}
     save_json(path, result)
-    print("RESULT", json.dumps(result), flush=True)
+    say("RESULT", json.dumps(result))
     return result
+
+
+def stop(number, frame):
+    """On a signal: end, once the work's state is kept; at once where there is none, and the second time."""
+    signal.signal(number, signal.SIG_DFL)
+    if not Work.going_on:
+        raise SystemExit(128 + number)
+    Work.signal = number
+
+
+class Work:
+    """Unfinished work on a result: a hidden folder beside it holds who works, on what, and how far it is, and goes when the
+    result is there. Stops where the work is another process's, or was begun with other arguments or files.
+
+    with Work(result, args, made_from) as work:
+        state = work.load()                         # as last kept, or None
+        for ...:
+            work.keep(lambda: state)                # every --checkpoint-minutes; at SIGINT or SIGTERM, and ends
+        # write the result
+
+    One work may have several pieces, each with a state of its own. torch's generators are kept beside a state.
+    outputs: other files that the work writes; they go when it starts again.
+    """
+    going_on, signal = 0, None
+
+    def __init__(self, result, args, made_from=None, settings=None, outputs=()):
+        self.result, self.outputs, self.overwrite = Path(result), [Path(result), *outputs], args.overwrite
+        self.folder = unfinished(self.result)
+        self.begun, self.period = self.folder / "begun.json", 60 * args.checkpoint_minutes
+        self.identity = {"args": settings or relevant(args), "made_from": made_from or {}}
+
+    def __enter__(self):
+        if rank() == 0:
+            self._begin()
+        self.kept = time.monotonic()
+        Work.going_on += 1
+        wait_for_all()
+        return self
+
+    def _begin(self):
+        new = self.overwrite or not self.begun.exists()
+        if not new:
+            stored = load_json(self.begun, AGAIN, self.identity)
+            check_same(stored["args"], self.identity["args"], self.result)
+            check_origin(stored["made_from"], self.identity["made_from"], self.result)
+        elif not self.overwrite and (old := next((path for path in self.outputs if path.exists()), None)):
+            fail(f"{old} is there, but no word of what it was made with; move it away, or {AGAIN}, which removes it")
+        with writable(self.result):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "a+")
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                    # not inherited, as flock is
+            except (BlockingIOError, PermissionError):
+                self.lock.seek(0)
+                fail(f"{self.result} is being made by process {self.lock.read()}; wait for it, or stop it")
+            self.lock.truncate(0)
+            print(os.getpid(), "on", platform.node(), end="", file=self.lock, flush=True)
+            if new:
+                for old in [self.begun, *self.folder.glob("*.pt"), *self.outputs]:
+                    old.unlink(missing_ok=True)
+                save_json(self.begun, self.identity)
+
+    def load(self, piece="state"):
+        """The state of a piece as it was last kept, or None."""
+        path = self.folder / f"{piece}.pt"
+        if not path.exists():
+            return None
+        kept = load_torch(path, AGAIN, ("state", "generators"))
+        torch.set_rng_state(kept["generators"][0])
+        if torch.cuda.is_available() and kept["generators"][1:]:
+            torch.cuda.set_rng_state(kept["generators"][1])
+        return kept["state"]
+
+    def states(self):
+        """Those of all pieces."""
+        return [self.load(path.stem) for path in sorted(self.folder.glob("*.pt"))]
+
+    def keep(self, state, piece="state"):
+        """Save what state() gives if it is time to, or end at once after a signal."""
+        if Work.signal or time.monotonic() - self.kept >= self.period:
+            self.save(state(), piece)
+            if Work.signal:
+                print(f"{self.result}: kept how far it is; the same command goes on", file=sys.stderr, flush=True)
+                raise SystemExit(128 + Work.signal)
+
+    def save(self, state, piece="state"):
+        generators = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+        save_torch(self.folder / f"{piece}.pt", {"state": state, "generators": generators})
+        self.kept = time.monotonic()
+
+    def drop(self, piece="state"):
+        (self.folder / f"{piece}.pt").unlink(missing_ok=True)
+
+    def __exit__(self, kind, error, trace):
+        Work.going_on -= 1
+        if rank() == 0:
+            self.lock.close()
+            if kind is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+        if Work.signal and (kind is None or issubclass(kind, RuntimeError)):         # a collective's other end has stopped
+            raise SystemExit(128 + Work.signal) from None
+
+
+class Finite:
+    """When values first were not finite; a GPU is asked in `first` alone."""
+
+    def __init__(self, names, device):
+        self.names, self.steps = list(names), torch.full((len(names),), sys.maxsize, device=device)
+
+    def see(self, step, *values):
+        self.steps = torch.where(torch.stack(values).isfinite(), self.steps, self.steps.clamp(max=step))
+
+    def first(self):
+        """-> (step, name), or None"""
+        step, which = self.steps.min(0)
+        return None if step == sys.maxsize else (step.item(), self.names[which])
 
 
 class Progress:
     """A line with the time left: redrawn on a terminal, a new one every half minute elsewhere."""
 
     def __init__(self, what, total, every=30):
-        self.what, self.total, self.done = what, total, 0
+        self.what, self.total, self.done, self.before = what, total, 0, 0
         self.terminal = sys.stdout.isatty()
-        self.every = 0.2 if self.terminal else every
+        self.every = math.inf if rank() else 0.2 if self.terminal else every
         self.started = self.shown = time.time()
+
+    def skip(self, count):
+        """What an earlier process has done."""
+        self.done, self.before = self.done + count, self.before + count
 
     def step(self, text="", count=1):
         self.done += count
         now = time.time()
-        if now - self.shown < self.every and self.done < self.total:
+        if now - self.shown < self.every and (self.done < self.total or rank()):
             return
         self.shown = now
         spent = now - self.started
-        left = spent / self.done * (self.total - self.done)
+        left = spent / (self.done - self.before) * (self.total - self.done)
         line = f"{self.what}  {self.done}/{self.total}  {clock(spent)}, {clock(left)} left  {text() if callable(text) else text}"
         last = "\n" if self.done >= self.total or not self.terminal else ""
         print(f"\r{line[:150]:<100}" if self.terminal else line, end=last or "", flush=True)

@@ -18,7 +18,6 @@ import json
 import math
 import sys
 import time
-from contextlib import suppress
 from functools import partial
 from itertools import groupby
 
@@ -34,9 +33,8 @@ from utils.augment import apply_view, draw_view, to_uint8
 from utils.data import describe, folder_name, list_folder, load_split, preset_column
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import Parser, crop_name, identity_flags, number, number_or_auto, parse_args
-from utils.run import (Finite, Graphed, Progress, Work, begin, dealt, fingerprint, finish, finished, generator, image_set,
-                       load_teachers, load_torch, need_files, rank, relevant, send, wait_for_all, weights, whole_file, world,
-                       writable)
+from utils.run import (Finite, Graphed, Log, Progress, Work, begin, dealt, fingerprint, finish, finished, generator, image_set,
+                       load_teachers, load_torch, need_files, rank, relevant, send, wait_for_all, weights, whole_file, world)
 from utils.stats import ClosedFormMatching, channel_stats, freeze, layer_inputs, matched_layers, patch_stats
 
 
@@ -237,38 +235,16 @@ class Grid:
             if label in self.rows and index < self.columns:
                 self.images[self.rows.index(label), index] = image.cpu().float() / 255
 
-    def read(self, batch, files):
-        """The same, from files."""
-        for one, file in zip(batch, files):
-            if one[0] in self.rows and one[1] < self.columns:
-                self.add([one], [read_png(file)])
+    def read(self, files):
+        """The same, of {(class, index): file}."""
+        for (label, index), file in files.items():
+            if label in self.rows and index < self.columns:
+                self.add([(label, index)], [read_png(file)])
 
     def save(self):
         if rank() == 0:
             with whole_file(self.path) as temporary:
                 save_image(self.images.flatten(0, 1), temporary, nrow=self.columns, format="png")
-
-
-class Log:
-    """log.jsonl, its first line the arguments; the other processes of torchrun write log-1.jsonl and so on. What an earlier
-    process wrote is not written again."""
-
-    def __init__(self, run, args):
-        self.path, self.written = run / ("log.jsonl" if rank() == 0 else f"log-{rank()}.jsonl"), set()
-        entries = [json.dumps({"args": relevant(args)})] if rank() == 0 else []
-        for path in run.glob("log*.jsonl"):
-            for line in path.read_text().splitlines():
-                with suppress(ValueError, KeyError):                 # of a write that was cut short
-                    entry = json.loads(line)
-                    self.written.add((entry["batches"][0], entry["iteration"]))
-                    entries += [line] * (path == self.path)
-        with whole_file(self.path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in entries))
-
-    def write(self, entry):
-        if (entry["batches"][0], entry["iteration"]) not in self.written:
-            with writable(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
 
 
 def synthesise(args, paths, device, models, statistics, data, work):
@@ -281,8 +257,8 @@ def synthesise(args, paths, device, models, statistics, data, work):
                     statistics[name]["patch"])
         matchings.append(PlainMatching(model, *settings) if args.statistics == "plain" else
                          ClosedFormMatching(freeze(model), *settings))
-    log, grid = Log(paths.run, args), Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
-    groups, todo = [], []
+    log, grid = Log(paths.run, {"args": relevant(args)}), Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
+    groups = []
     for _, alike in groupby(enumerate(make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)),
                             key=lambda entry: len(entry[1])):                          # of one size: they share a pass
         alike, together = list(alike), args.groups_per_step
@@ -290,18 +266,21 @@ def synthesise(args, paths, device, models, statistics, data, work):
             together = min(fitting_groups(matchings, len(alike[0][1]), data["image_size"], device),
                            math.ceil(len(alike) / world()))
         groups += [alike[first:first + together] for first in range(0, len(alike), together)]
-    for group in groups:
-        batch = [one for _, batch in group for one in batch]
-        files = [image_path(paths.images, data, *one) for one in batch]
-        if all(file.exists() for file in files):                     # of an earlier process
-            grid.read(batch, files)
-        else:
-            todo.append(group)
+    files = [{one: image_path(paths.images, data, *one) for _, batch in group for one in batch} for group in groups]
+    todo = [group for group, mine in zip(groups, files) if not all(file.exists() for file in mine.values())]
+    for mine in files:
+        grid.read({one: file for one, file in mine.items() if file.exists()})          # of an earlier process
     wait_for_all()                                                   # until all have seen the same
     todo = dealt(todo)
     progress = Progress("recover", args.iterations * sum(len(batch) for group in todo for _, batch in group))
     for group in todo:
         recover_group(group, matchings, list(models), data, args, paths, device, grid, log, progress, work)
+    wait_for_all()
+    if rank() == 0:
+        log.merge()
+        for mine in files if world() > 1 else ():                    # of the other processes
+            grid.read(mine)
+        grid.save()
 
 
 def recover_group(group, matchings, names, data, args, paths, device, grid, log, progress, work):
@@ -477,7 +456,6 @@ def main(argv=None):
             synthesise(args, paths, device, models, statistics, data, work)
         elif rank() == 0:
             write_random(args, paths, data, split, chosen)
-        wait_for_all()
         if rank() == 0:
             metrics = {"images": len(data["classes"]) * args.ipc, "classes": data["classes"],
                        "image_set": image_set(paths.images, list_folder(paths.images)[2])}

@@ -2,6 +2,7 @@
 import io
 import json
 import shutil
+import signal
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -93,6 +94,15 @@ def write_images(folder, count, size=16, classes=CLASSES):
             colour = 40 * np.array([label, 5 - label, (2 * label) % 5])
             pixels = (colour + rng.normal(20, 30, (size, size, 3))).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Ctrl-C stops pytest, though the phases take it over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 from utils import fail
 
@@ -94,17 +93,31 @@ def one_first():
         wait_for_all()
 
 
+class JointSum(torch.autograd.Function):
+    """Of a tensor over all processes; its gradient comes from all of them too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return JointSum.apply(gradient.contiguous())
+
+
 class JointBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d over the batches of all processes together; what nn.SyncBatchNorm is on GPUs, on CPUs too."""
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        count = all_reduce(x.new_tensor(x.numel() // x.shape[1]))
-        share = x.numel() // x.shape[1] / count
-        mean = all_reduce(x.mean((0, 2, 3)) * share)
+        mine = x.new_tensor(x.numel() // x.shape[1])
+        count = JointSum.apply(mine)
+        mean = JointSum.apply(x.mean((0, 2, 3)) * mine / count)
         centred = x - mean[:, None, None]
-        var = all_reduce(centred.square().mean((0, 2, 3)) * share)
+        var = JointSum.apply(centred.square().mean((0, 2, 3)) * mine / count)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -123,7 +136,7 @@ def in_parallel(model, device):
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.__class__ = JointBatchNorm2d
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model)
 
 
 def say(*words):
@@ -582,6 +595,40 @@ class Work:
                 shutil.rmtree(self.folder, ignore_errors=True)
         if Work.signal and (kind is None or issubclass(kind, RuntimeError)):         # a collective's other end has stopped
             raise SystemExit(128 + Work.signal) from None
+
+
+class Log:
+    """log.jsonl in the folder of a run: `first`, and a line for each entry, which has "batches" and "iteration"; none twice,
+    whatever an earlier process wrote. Each process writes into a file of its own until they are merged."""
+
+    def __init__(self, run, first):
+        self.run, self.first, self.path = run, first, run / f"log{f'-{rank()}' if rank() else ''}.jsonl"
+        self.written = self._entries("log*.jsonl")
+        self._write_whole(self._entries(self.path.name))
+
+    def write(self, entry):
+        if (entry["batches"][0], entry["iteration"]) not in self.written:
+            with writable(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def merge(self):
+        self._write_whole(self._entries("log*.jsonl"))
+        for path in self.run.glob("log-*.jsonl"):
+            path.unlink()
+
+    def _entries(self, files):
+        found = {}
+        for path in self.run.glob(files):
+            for line in path.read_text().splitlines():
+                with suppress(ValueError, KeyError):                 # `first`, or a write that was cut short
+                    entry = json.loads(line)
+                    found[entry["batches"][0], entry["iteration"]] = line
+        return found
+
+    def _write_whole(self, entries):
+        with whole_file(self.path) as temporary:
+            lines = [json.dumps(self.first), *(entries[key] for key in sorted(entries))]
+            temporary.write_text("".join(f"{line}\n" for line in lines))
 
 
 class Finite:

@@ -1,0 +1,212 @@
+"""Unfinished work: killed at any moment, stopped by a signal, or interrupted after a step, a phase goes on with the same
+command to the bytes of a run that nobody disturbed. Processes are forked from one that has imported the scripts."""
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import squeeze
+from utils import run
+
+PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
+LONG = {  # flags with which a phase takes a second or so
+    "squeeze": "--epochs 20 --batch-size 4", "collect_stats": "--batch-size 2",
+    "recover": "--iterations 60 --batch-size 4 --log-every 10", "relabel": "--epochs 120",
+    "train_eval": "--epochs 40 --batch-size 2 --whole-up-to 0 --student-seeds 0 1 --students convnet_w8 wrn10_1 --labels hard"}
+STEPS = {  # what a phase calls once in each of its steps, and how often
+    "squeeze": ("apply_view", 2 * 20 * 12), "collect_stats": ("normalize", 2 * 24), "recover": ("matching_gradient", 2 * 60),
+    "relabel": ("label_epoch", 120), "train_eval": ("student_loss", 2 * 2 * 40 * 4)}
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload([*PHASES])
+
+
+def work(phase, arguments, busy=None):
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    if busy:                                                         # for long, in its first step
+        setattr(import_module(phase), STEPS[phase][0], lambda *_, **__: (busy.set(), time.sleep(600)))
+    import_module(phase).main(arguments)
+
+
+def start(project, phase, *flags, busy=None):
+    process = forkserver.Process(target=work, args=(phase, project.arguments(phase, *flags), busy))
+    process.start()
+    return process
+
+
+def outputs(project):
+    """{file: bytes} of all results, of JSON what does not depend on time and memory; nothing unfinished is left."""
+    found = {}
+    for path in sorted(project.root.rglob("*")):
+        if path.is_file() and project.dataset not in path.parents:
+            assert ".unfinished" not in str(path) and not path.name.endswith(".tmp")
+            found[path.relative_to(project.root).as_posix()] = path.read_bytes() if path.suffix != ".json" else {
+                key: value for key, value in json.loads(path.read_text()).items() if key not in ("seconds", "peak_memory")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(beasts, new_project):
+    """A project after all phases, what was there before each, and how long each took."""
+    project, before, seconds = new_project(beasts), {}, {}
+    for phase in PHASES:
+        before[phase], started = project.files(), time.monotonic()
+        process = start(project, phase, LONG[phase])
+        process.join()
+        assert process.exitcode == 0
+        seconds[phase] = time.monotonic() - started
+    return SimpleNamespace(project=project, before=before, seconds=seconds, outputs=outputs(project))
+
+
+@pytest.fixture
+def halfway(undisturbed, new_project):
+    """halfway(phase): a project where the phases before this one have run."""
+    def until(phase):
+        project = new_project(undisturbed.project.dataset)
+        for name, entry in undisturbed.before[phase].items():
+            if entry:
+                (project.root / name).parent.mkdir(parents=True, exist_ok=True)
+                (project.root / name).write_bytes(entry[0])
+        return project
+    return until
+
+
+def check(project, phase, undisturbed):
+    expected = {name: content for name, content in undisturbed.outputs.items() if name in outputs(project)}
+    assert outputs(project) == expected and len(expected) > len([e for e in undisturbed.before[phase].values() if e])
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_killed_at_random_moments_goes_on_to_the_same_bytes(phase, undisturbed, halfway):
+    project, kills = halfway(phase), 0
+    while kills < 3:
+        process = start(project, phase, LONG[phase], "--checkpoint-minutes 0.0005")
+        process.join(random.uniform(0.05, 0.3) * undisturbed.seconds[phase])
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:                                    # the moment was too late
+            project, kills = halfway(phase), 0
+    process = start(project, phase, LONG[phase])
+    process.join()
+    assert process.exitcode == 0
+    check(project, phase, undisturbed)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """steps(phase, at, action): from now on counts its steps in the list it returns; action() in step `at`."""
+    def count(phase, at, action):
+        module, calls = import_module(phase), []
+        function = getattr(module, STEPS[phase][0])
+
+        def counting(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == at:
+                action()
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, STEPS[phase][0], counting)
+        return calls
+    return count
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_ends_the_phase_behind_the_step_at_work_and_nothing_is_done_twice(
+        phase, number, code, undisturbed, halfway, steps, one_thread, capsys):
+    project, at = halfway(phase), STEPS[phase][1] * 2 // 3
+    done = steps(phase, at, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as end:
+        import_module(phase).main(project.arguments(phase, LONG[phase]))
+    assert end.value.code == code and len(done) == at
+    assert "the same command goes on" in capsys.readouterr().err
+    left = steps(phase, 0, None)
+    project.call(phase, LONG[phase])
+    assert at + len(left) == STEPS[phase][1]
+    check(project, phase, undisturbed)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_more_is_lost_than_since_the_last_checkpoint(phase, undisturbed, halfway, steps, one_thread):
+    class Crash(Exception):
+        pass
+
+    def crash():
+        raise Crash
+
+    project, at = halfway(phase), STEPS[phase][1] // 2
+    steps(phase, at, crash)
+    with pytest.raises(Crash):
+        project.call(phase, LONG[phase], "--checkpoint-minutes 0")
+    left = steps(phase, 0, None)
+    project.call(phase, LONG[phase])
+    assert at - 1 + len(left) == STEPS[phase][1]                     # the step of the crash alone is done again
+    check(project, phase, undisturbed)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_there_is_anything_to_keep_ends_at_once(number, code, bare, monkeypatch):
+    monkeypatch.setattr(squeeze, "load_split", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as end:
+        squeeze.main(bare.arguments("squeeze"))
+    assert end.value.code == code and not (bare.root / "runs").exists()
+
+
+@pytest.mark.parametrize("phase, flags, told", [
+    ("squeeze", "--lr 0.5", "--lr 0.05 (now 0.5)"), ("collect_stats", "--patch 8", "--patch 4 (now 8)"),
+    ("recover", "--alpha 0.5", "--alpha 0.8 (now 0.5)"), ("relabel", "--mix none", "--mix cutmix (now none)"),
+    ("train_eval", "--gamma 0.5", "--gamma 0.15 (now 0.5)")])
+def test_unfinished_work_goes_on_with_the_same_arguments_and_in_one_process_alone(
+        phase, flags, told, undisturbed, halfway, one_thread):
+    project, busy = halfway(phase), forkserver.Event()
+    process = start(project, phase, LONG[phase], busy=busy)
+    assert busy.wait(60)
+    line = project.mistake(phase, LONG[phase])
+    assert f"is being made by process {process.pid} " in line and "wait for it" in line
+    process.kill()
+    process.join()
+    line = project.mistake(phase, LONG[phase], flags)
+    assert told in line and "--overwrite" in line
+    project.call(phase, LONG[phase])
+    check(project, phase, undisturbed)
+    project.call(phase, LONG[phase], flags, "--overwrite")
+    assert outputs(project).keys() <= undisturbed.outputs.keys()
+
+
+@pytest.mark.parametrize("phase", ["collect_stats", "recover", "relabel"])
+def test_unfinished_work_goes_on_with_the_same_files_alone(phase, halfway, steps, one_thread):
+    project = halfway(phase)
+    steps(phase, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        import_module(phase).main(project.arguments(phase, LONG[phase]))
+    path = project.teachers / "convnet_w8.pt"
+    record = torch.load(path, weights_only=True)
+    torch.save(record | {"top1": 99.0}, path)
+    if phase == "recover":                                           # else the statistics are said to be of other weights
+        path = project.teachers / "convnet_w8.stats.pt"
+        stored = torch.load(path, weights_only=True)
+        torch.save(stored | {"checkpoint": run.fingerprint(project.teachers / "convnet_w8.pt")}, path)
+    if phase == "relabel":
+        recovered = project.run() / "result.json"
+        result = json.loads(recovered.read_text())
+        result["made_from"]["weights"]["convnet_w8"] = run.fingerprint(path)
+        recovered.write_text(json.dumps(result))
+    line = project.mistake(phase, LONG[phase])
+    assert "was made from other weights (convnet_w8) than there are now" in line and "--overwrite" in line

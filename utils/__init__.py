@@ -6,5 +6,5 @@ import sys
 def fail(message):
     """End on a user's mistake: one line on stderr, exit code 2."""
     rank = os.environ.get("RANK", "0")                               # of torchrun
-    print(*[f"[rank {rank}]"] * (rank != "0"), *str(message).split(), file=sys.stderr, flush=True)
+    sys.stderr.write(" ".join([f"[rank {rank}]"] * (rank != "0") + str(message).split()) + "\n")
     raise SystemExit(2)

@@ -497,11 +497,13 @@ def finish(path, phase, args, metrics, started, upstream=None, made_from=None):
 
 
 def stop(number, frame):
-    """On a signal: end, once the work's state is kept; at once where there is none, and the second time."""
-    signal.signal(number, signal.SIG_DFL)
-    if not Work.going_on:
+    """On a signal: end, once the work's state is kept; at once where there is none, or at a second one. Launchers and
+    terminals together may send the first one twice."""
+    if not Work.going_on or (Work.signal and world() == 1 and time.monotonic() > Work.signalled + 1):
+        signal.signal(number, signal.SIG_IGN)
         raise SystemExit(128 + number)
-    Work.signal = number
+    if not Work.signal:
+        Work.signal, Work.signalled = number, time.monotonic()
 
 
 class Work:

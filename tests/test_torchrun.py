@@ -1,0 +1,201 @@
+"""Two processes of torchrun, with gloo on CPUs, make what one makes."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+import squeeze
+from models import build_model
+from tests.helpers import assert_near
+from utils import run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def torchrun(project, phase, *flags, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               ROOT / f"{phase}.py", *project.arguments(phase, *flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def ended(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    results = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
+    assert results and all(result["processes"] == 2 for result in results)
+    return results
+
+
+def made(project, *kinds):
+    return {path.relative_to(project.root).as_posix(): path.read_bytes()
+            for kind in kinds for path in project.results.rglob(kind)}
+
+
+@pytest.fixture
+def alone(project):
+    """A project whose phases run in one process with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield project
+    torch.set_num_threads(threads)
+
+
+def copy(project, new_project):
+    other = new_project(project.dataset)
+    shutil.copytree(project.root / "runs", other.root / "runs")
+    return other
+
+
+def test_squeeze_trains_as_one_process_up_to_rounding(alone, new_project):
+    """At a small learning rate, at which rounding does not grow; batches of 5, 5, 5 and 1 images."""
+    flags = "--epochs 2 --batch-size 5 --lr 0.001 --overwrite"
+    alone.call("squeeze", flags)
+    both = new_project(alone.dataset)
+    result, = ended(torchrun(both, "squeeze", flags))
+    for name in "convnet_w8", "wrn10_1":
+        one, two = (torch.load(project.teachers / f"{name}.pt", weights_only=True) for project in (alone, both))
+        assert two["top1"] == result["top1"][name] == pytest.approx(one["top1"], abs=100 / 24 + 1e-6)
+        for key, value in one["weights"].items():
+            torch.testing.assert_close(two["weights"][key], value, rtol=2e-3, atol=2e-4)
+
+
+def test_statistics_are_those_of_one_process(alone, new_project):
+    both = copy(alone, new_project)
+    alone.call("collect_stats", "--overwrite --batch-size 7")
+    ended(torchrun(both, "collect_stats", "--overwrite --batch-size 7"))
+    for name in "convnet_w8", "wrn10_1":
+        one, two = (torch.load(project.teachers / f"{name}.stats.pt", weights_only=True)["statistics"]
+                    for project in (alone, both))
+        for layer in one:
+            for mine, theirs in zip(one[layer], two[layer], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_images_labels_and_accuracies_have_the_bytes_of_one_process(alone, new_project):
+    both = copy(alone, new_project)
+    for phase, flags in [("recover", "--ipc 3"), ("relabel", "--ipc 3"),
+                         ("train_eval", "--ipc 3 --students convnet_w8 wrn10_1 --student-seeds 0 1 2")]:
+        alone.call(phase, flags)
+        results = ended(torchrun(both, phase, flags))
+        assert len(results) == (2 if phase == "train_eval" else 1)
+    kinds = "*.png", "*.npy", "log*.jsonl"
+    assert made(both, *kinds) == made(alone, *kinds) and len(made(both, *kinds)) == 3 * 4 + 1 + 6 + 1
+    for name in "convnet_w8", "wrn10_1":
+        one, two = (json.loads((project.run("gvbsm-ipc3") / f"eval/{name}.json").read_text()) for project in (alone, both))
+        assert one["top1_by_epoch"] == two["top1_by_epoch"] and one["made_from"] == two["made_from"]
+    assert not list(both.root.rglob("*.unfinished"))
+
+
+def wait_for(pattern, folder, process):
+    while not (found := list(folder.rglob(pattern))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return found[0]
+
+
+def test_a_process_that_dies_ends_all_and_a_restart_with_any_number_goes_on(alone, new_project):
+    both, flags = copy(alone, new_project), "--iterations 200 --checkpoint-minutes 0.001 --batch-size 2"
+    process = torchrun(both, "recover", flags)
+    lock = wait_for("lock", both.root, process)
+    wait_for("batch*.pt", both.root, process)
+    os.kill(int(lock.read_text().split()[0]), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Signal 9 (SIGKILL)" in err and "RESULT" not in out
+    assert list(both.root.rglob("batch*.pt"))
+    both.call("recover", flags)
+    alone.call("recover", flags)
+    assert made(both, "*.png", "log*.jsonl") == made(alone, "*.png", "log*.jsonl")
+
+
+def test_a_signal_to_torchrun_keeps_the_work_of_every_process(alone, new_project):
+    both, flags = copy(alone, new_project), "--iterations 4000 --batch-size 4"
+    process = torchrun(both, "recover", flags)
+    wait_for("log-1.jsonl", both.root, process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode and err.count("the same command goes on") == 2
+    assert len(list(both.root.rglob("batch*.pt"))) == 2
+
+
+def test_a_mistake_is_told_and_ends_all(alone):
+    process = torchrun(alone, "recover", "--alpha 2")
+    out, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if "--alpha" in line]
+    assert process.returncode == 1 and 1 <= len(lines) <= 2 and "2 is not in 0 .. 1" in lines[0]
+    assert "Traceback" not in err.partition("ChildFailedError")[0].partition("Traceback (most recent call last)")[0]
+
+
+# DistributedDataParallel and the norms over all processes, in float64
+
+CASES = ("wrn10_1", 8), ("wrn10_1", 7), ("resnet18", 6), ("convnet_w8", 5)
+
+
+def joint_steps(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    for name, count in CASES:
+        model, images, labels = example(name, count)
+        network = run.in_parallel(model, torch.device("cpu"))
+        for _ in range(2):
+            loss = F.cross_entropy(network(squeeze.share(images)), squeeze.share(labels))
+            (loss * squeeze.weight(len(squeeze.share(images)), count)).backward()
+            step(model)
+        if rank == 0:
+            torch.save(model.state_dict(), folder / f"{name}-{count}.pt")
+    dist.destroy_process_group()
+
+
+def example(name, count):
+    torch.manual_seed(0)
+    return build_model(name, 4, 16).double(), torch.randn(count, 3, 16, 16).double(), torch.arange(count) % 4
+
+
+@torch.no_grad()
+def step(model):
+    for parameter in model.parameters():
+        parameter -= 0.05 * parameter.grad
+        parameter.grad = None
+
+
+def test_two_steps_in_parallel_are_those_of_one_process(tmp_path):
+    mp.spawn(joint_steps, (tmp_path,), nprocs=2)
+    for name, count in CASES:
+        model, images, labels = example(name, count)
+        for _ in range(2):
+            F.cross_entropy(model(images), labels).backward()
+            step(model)
+        joint = torch.load(tmp_path / f"{name}-{count}.pt", weights_only=True)
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(joint[key], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows, world", [(8, 2), (7, 3), (2, 2)])
+def test_shares_make_up_a_batch_and_their_weights_the_mean(rows, world, monkeypatch):
+    batch, losses = torch.arange(rows), torch.rand(rows, dtype=torch.float64)
+    monkeypatch.setattr(run, "world", lambda: world)
+    monkeypatch.setattr(squeeze, "world", lambda: world)
+    parts = []
+    for number in range(world):
+        monkeypatch.setattr(run, "rank", lambda: number)
+        parts.append(squeeze.share(batch))
+    assert sorted(torch.cat(parts).tolist()) == batch.tolist()
+    mean = sum(losses[part].mean() * squeeze.weight(len(part), rows) for part in parts) / world
+    assert_near(mean, losses.mean(), 1e-12)
+
+
+def test_a_batch_too_small_for_all_is_everybodys(monkeypatch):
+    monkeypatch.setattr(run, "world", lambda: 4)
+    monkeypatch.setattr(squeeze, "world", lambda: 4)
+    assert squeeze.share(torch.arange(3)).tolist() == [0, 1, 2] and squeeze.weight(3, 3) == 1

@@ -94,6 +94,8 @@ def main(argv=None):
     device, paths = begin(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     args.patch = args.patch or data["patch"]
+    if args.patch > data["image_size"]:
+        fail(f"--patch {args.patch} is larger than the images, {data['image_size']} pixels a side; use at most that")
     settings = {key: relevant(args)[key] for key in ("patch", "crop", "batch_size", "seed")}
     result, todo, piece = paths.teachers / "collect_stats.json", [], f"{rank()} of {world()}"
     for name in models:

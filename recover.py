@@ -30,7 +30,7 @@ from torchvision.utils import save_image
 from models import build_model
 from utils import fail
 from utils.augment import apply_view, draw_view, to_uint8
-from utils.data import describe, folder_name, list_folder, load_split, preset_column
+from utils.data import describe, folder_name, list_folder, load_split, preset_column, read_images
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import Parser, crop_name, identity_flags, number, number_or_auto, parse_args
 from utils.run import (Finite, Graphed, Log, Progress, Work, begin, dealt, fingerprint, finish, finished, generator, image_set,
@@ -239,7 +239,7 @@ class Grid:
         """The same, of {(class, index): file}."""
         for (label, index), file in files.items():
             if label in self.rows and index < self.columns:
-                self.add([(label, index)], [read_png(file)])
+                self.add([(label, index)], read_images([file], *2 * self.images.shape[-1:], workers=0))
 
     def save(self):
         if rank() == 0:
@@ -378,12 +378,6 @@ def write_random(args, paths, data, split, chosen):
         grid.add([(label, index) for index in range(args.ipc)], images)
         progress.step(name)
     grid.save()
-
-
-def read_png(path):
-    with Image.open(path) as image:
-        return torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(
-            image.height, image.width, 3).permute(2, 0, 1)
 
 
 def get_parser():

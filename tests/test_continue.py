@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -28,18 +30,43 @@ forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload([*PHASES])
 
 
-def work(phase, arguments, busy=None):
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+def work(phase, arguments, at=0, action=None, errors=os.devnull):
+    """A phase; action() comes in step `at`."""
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w")
     torch.set_num_threads(1)
-    if busy:                                                         # for long, in its first step
-        setattr(import_module(phase), STEPS[phase][0], lambda *_, **__: (busy.set(), time.sleep(600)))
+    steps(phase, at, action)
     import_module(phase).main(arguments)
 
 
-def start(project, phase, *flags, busy=None):
-    process = forkserver.Process(target=work, args=(phase, project.arguments(phase, *flags), busy))
+def steps(phase, at, action, put=setattr):
+    """From now on the steps of a phase are counted in the list that is returned."""
+    module, calls = import_module(phase), []
+    function = getattr(module, STEPS[phase][0])
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            action()
+        return function(*args, **kwargs)
+
+    put(module, STEPS[phase][0], counting)
+    return calls
+
+
+def start(project, phase, *flags, **how):
+    process = forkserver.Process(target=work, args=(phase, project.arguments(phase, *flags)), kwargs=how)
     process.start()
     return process
+
+
+def be_busy(event):
+    event.set()
+    time.sleep(600)
+
+
+def fill_the_disk():
+    """As far as this process can tell: no file may grow beyond a kilobyte."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
 
 def outputs(project):
@@ -102,21 +129,9 @@ def test_a_phase_killed_at_random_moments_goes_on_to_the_same_bytes(phase, undis
 
 
 @pytest.fixture
-def steps(monkeypatch):
-    """steps(phase, at, action): from now on counts its steps in the list it returns; action() in step `at`."""
-    def count(phase, at, action):
-        module, calls = import_module(phase), []
-        function = getattr(module, STEPS[phase][0])
-
-        def counting(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == at:
-                action()
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(module, STEPS[phase][0], counting)
-        return calls
-    return count
+def counted(monkeypatch):
+    """`steps` until the test ends."""
+    return partial(steps, put=monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -130,21 +145,21 @@ def one_thread():
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_ends_the_phase_behind_the_step_at_work_and_nothing_is_done_twice(
-        phase, number, code, undisturbed, halfway, steps, one_thread, capsys):
+        phase, number, code, undisturbed, halfway, counted, one_thread, capsys):
     project, at = halfway(phase), STEPS[phase][1] * 2 // 3
-    done = steps(phase, at, lambda: os.kill(os.getpid(), number))
+    done = counted(phase, at, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as end:
         import_module(phase).main(project.arguments(phase, LONG[phase]))
     assert end.value.code == code and len(done) == at
     assert "the same command goes on" in capsys.readouterr().err
-    left = steps(phase, 0, None)
+    left = counted(phase, 0, None)
     project.call(phase, LONG[phase])
     assert at + len(left) == STEPS[phase][1]
     check(project, phase, undisturbed)
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_no_more_is_lost_than_since_the_last_checkpoint(phase, undisturbed, halfway, steps, one_thread):
+def test_no_more_is_lost_than_since_the_last_checkpoint(phase, undisturbed, halfway, counted, one_thread):
     class Crash(Exception):
         pass
 
@@ -152,12 +167,28 @@ def test_no_more_is_lost_than_since_the_last_checkpoint(phase, undisturbed, half
         raise Crash
 
     project, at = halfway(phase), STEPS[phase][1] // 2
-    steps(phase, at, crash)
+    counted(phase, at, crash)
     with pytest.raises(Crash):
         project.call(phase, LONG[phase], "--checkpoint-minutes 0")
-    left = steps(phase, 0, None)
+    left = counted(phase, 0, None)
     project.call(phase, LONG[phase])
     assert at - 1 + len(left) == STEPS[phase][1]                     # the step of the crash alone is done again
+    check(project, phase, undisturbed)
+
+
+@pytest.mark.parametrize("at", [1, 40])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_full_disk_ends_the_phase_in_one_line_and_what_was_kept_stays(phase, at, undisturbed, halfway, tmp_path):
+    project = halfway(phase)
+    process = start(project, phase, LONG[phase], "--checkpoint-minutes 0", at=at, action=fill_the_disk,
+                    errors=tmp_path / "errors")
+    process.join()
+    told = (tmp_path / "errors").read_text()
+    assert process.exitcode == 2 and told.count("\n") == 1
+    assert "cannot be written (File too large)" in told and str(project.root) in told and "--run-dir" in told
+    process = start(project, phase, LONG[phase])
+    process.join()
+    assert process.exitcode == 0
     check(project, phase, undisturbed)
 
 
@@ -176,7 +207,7 @@ def test_a_signal_before_there_is_anything_to_keep_ends_at_once(number, code, ba
 def test_unfinished_work_goes_on_with_the_same_arguments_and_in_one_process_alone(
         phase, flags, told, undisturbed, halfway, one_thread):
     project, busy = halfway(phase), forkserver.Event()
-    process = start(project, phase, LONG[phase], busy=busy)
+    process = start(project, phase, LONG[phase], at=1, action=partial(be_busy, busy))
     assert busy.wait(60)
     line = project.mistake(phase, LONG[phase])
     assert f"is being made by process {process.pid} " in line and "wait for it" in line
@@ -191,9 +222,9 @@ def test_unfinished_work_goes_on_with_the_same_arguments_and_in_one_process_alon
 
 
 @pytest.mark.parametrize("phase", ["collect_stats", "recover", "relabel"])
-def test_unfinished_work_goes_on_with_the_same_files_alone(phase, halfway, steps, one_thread):
+def test_unfinished_work_goes_on_with_the_same_files_alone(phase, halfway, counted, one_thread):
     project = halfway(phase)
-    steps(phase, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    counted(phase, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         import_module(phase).main(project.arguments(phase, LONG[phase]))
     path = project.teachers / "convnet_w8.pt"

@@ -313,7 +313,8 @@ def test_a_folder_is_described_by_its_own_training_pixels(tmp_path, shape, asked
 
 def test_a_channel_without_contrast_has_a_std_to_divide_by(tmp_path):
     for split in ("train", "val"):
-        save(tmp_path / split / "red/0.png", np.full((8, 8, 3), RED, np.uint8))
+        for name in "red", "too":
+            save(tmp_path / split / f"{name}/0.png", np.full((8, 8, 3), RED, np.uint8))
     found = describe(str(tmp_path), "nowhere")
     assert found["mean"] == [1, 0, 0] and np.allclose(found["std"], 1 / 255)
 

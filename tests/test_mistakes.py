@@ -1,17 +1,28 @@
 """A mistake of the user's ends in one line that names the flag or file, the value and the remedy, with exit code 2;
 nothing is written or destroyed by it (`Project.mistake` sees to all of this but the words)."""
+import json
 import os
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+import collect_stats
+import recover
+import relabel
 import squeeze
+import train_eval
 from models import build_model
+from utils import run
+from utils.data import folder_name
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 RUN = "gvbsm-ipc2"
@@ -68,8 +79,8 @@ def test_images_of_an_unfinished_run_are_not_labelled(project):
 IMPOSSIBLE = {
     PHASES: ["--ipc 0", "--ipc -1", "--ipc 1.5", "--ipc ten", "--tag ../x", "--tag a/b", "--tag ..", "--teachers a/b",
              "--method sre3l", "--preset good", "--seed -1", "--workers -1", "--image-size 4", "--device nonsense",
-             "--dataset nonsense", "--precision fp8", "--nonsense 1"],
-    ("squeeze",): ["--backbones resnet81", "--epochs 0", "--epochs 1.5", "--batch-size 0", "--lr -1", "--lr nan",
+             "--dataset nonsense", "--precision fp8", "--checkpoint-minutes -1", "--checkpoint-minutes soon", "--nonsense 1"],
+    ("squeeze",): ["--backbones resnet81", "--backbones convnet_w8 wrn10_1 convnet_w8", "--epochs 0", "--epochs 1.5", "--batch-size 0", "--lr -1", "--lr nan",
                    "--lr inf", "--lr fast", "--momentum 1.5", "--weight-decay -1", "--schedule linear", "--crop pad",
                    "--crop padx", "--crop random"],
     ("collect_stats",): ["--batch-size 1", "--patch 0", "--patch 2.5", "--crop pad-4"],
@@ -78,7 +89,7 @@ IMPOSSIBLE = {
                    "--loop fast", "--choice last", "--roll -1", "--roll 1.5", "--iterations 0", "--batch-size 0",
                    "--lr inf", "--groups-per-step 0", "--groups-per-step all", "--statistics fast", "--log-every 0"],
     ("relabel",): ["--epochs 0", "--batch-size 0", "--whole-up-to -1", "--mix cutup"],
-    ("train_eval",): ["--students resnet81", "--student-seeds -1", "--student-seeds one", "--labels soft",
+    ("train_eval",): ["--students resnet81", "--students convnet_w8 convnet_w8", "--student-seeds 1 0 1", "--student-seeds -1", "--student-seeds one", "--labels soft",
                       "--loss mse", "--gamma -1", "--temperature 0", "--epochs 0", "--evaluations 0", "--lr -1",
                       "--lr nan", "--lr inf", "--lr fast", "--lr resnet18=0.1", "--lr 0.1 resnet18=fast",
                       "--lr 0.1 resnet18=-1", "--lr 0.1 resnet81=0.1", "--optimizer adam"],
@@ -96,6 +107,15 @@ def test_a_value_that_cannot_be(phase, flags, relabelled):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(phase, bare):
     tells(bare.mistake(phase, "--device cuda"), "--device cuda", "cpu")
+
+
+def test_a_name_too_long_for_a_folder(bare):
+    tells(bare.mistake("recover", f"--tag {300 * 'x'}"), "--tag", "up to 100 letters")
+
+
+def test_patches_larger_than_the_images(bare):
+    bare.call("squeeze")
+    tells(bare.mistake("collect_stats", "--patch 17"), "--patch 17", "16 pixels")
 
 
 def test_graphs_need_a_gpu(relabelled):
@@ -146,6 +166,155 @@ def test_more_random_images_than_a_class_has(overwrite, bare):
 def test_other_arguments_than_those_of_the_files_there(phase, flags, words, relabelled):
     relabelled.call("train_eval")
     tells(relabelled.mistake(phase, flags), *words, "--overwrite", "--tag" if phase in PHASES[2:] else "--teachers")
+
+
+# Images, labels and backbones that do not belong together
+
+@pytest.mark.parametrize("phase, flags, made", [
+    ("relabel", "--backbones wrn10_1 --overwrite", "gvbsm-ipc2/result.json"),
+    ("train_eval", "--backbones wrn10_1", "labels"), ("train_eval", "--backbones wrn10_1 convnet_w8 other", "labels"),
+    ("train_eval", "--labels online --backbones wrn10_1", "gvbsm-ipc2/result.json")])
+def test_another_list_of_backbones(phase, flags, made, relabelled):
+    tells(relabelled.mistake(phase, flags), made, "name the same", "convnet_w8")
+
+
+@pytest.mark.parametrize("phase, flags", [("relabel", "--overwrite"), ("relabel", ""), ("train_eval", "--labels online")])
+def test_teachers_trained_anew_since_the_images_were_made(phase, flags, relabelled):
+    relabelled.call("squeeze", "--seed 1 --overwrite --backbones wrn10_1")
+    tells(relabelled.mistake(phase, flags), "gvbsm-ipc2/result.json was made from other weights (wrn10_1)", "--overwrite")
+
+
+def test_a_recovery_from_teachers_or_statistics_made_anew_is_not_repeated(relabelled):
+    relabelled.call("collect_stats", "--seed 1 --overwrite")
+    tells(relabelled.mistake("recover"), "result.json was made from other statistics (convnet_w8 wrn10_1)", "--overwrite")
+
+
+@pytest.mark.parametrize("phase, flags", [
+    ("relabel", "--overwrite"), ("train_eval", "--labels hard"), ("train_eval", "--labels online")])
+def test_other_images_than_were_recovered(phase, flags, relabelled):
+    CHANGES["pixels"](relabelled.run() / "images")
+    tells(relabelled.mistake(phase, flags), "images holds other images than recover.py wrote", "recover.py --overwrite")
+
+
+def test_distilled_images_of_unknown_origin(relabelled):
+    (relabelled.run() / "result.json").unlink()
+    tells(relabelled.mistake("recover"), ".png is there, but no word of what it was made with", "--overwrite")
+    relabelled.call("recover", "--overwrite")
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "text"])
+def test_damaged_unfinished_work(damage, project, monkeypatch):
+    gradient = recover.matching_gradient
+    monkeypatch.setattr(recover, "matching_gradient", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), gradient(*args))[1])
+    with pytest.raises(SystemExit):
+        recover.main(project.arguments("recover"))
+    monkeypatch.undo()
+    folder = project.run() / ".result.json.unfinished"
+    for file in "batch0.pt", "begun.json":
+        whole = (folder / file).read_bytes()
+        DAMAGE[damage](folder / file)
+        with pytest.raises(SystemExit) as end:                       # the lock and the log are written meanwhile
+            recover.main(project.arguments("recover"))
+        assert end.value.code == 2
+        (folder / file).write_bytes(whole)
+    project.call("recover")
+
+
+# Numbers that are not finite
+
+@pytest.mark.parametrize("phase, flags, words", [
+    ("squeeze", "--lr 1e30 --overwrite", ["convnet_w8", "the loss is not finite in step 2", "--lr"]),
+    ("recover", "--bn-weight 1e39 --backbones wrn10_1 --iterations 50 --tag x", ["bn is not finite in iteration 0, backbone wrn10_1"]),
+    ("recover", "--ce-weight 1e39 --backbones convnet_w8 --tag x", ["ce is not finite in iteration 0, backbone convnet_w8"]),
+    ("train_eval", "--lr 1e30 --optimizer sgd", ["convnet_w8, seed 0", "the loss is not finite in step 2", "--lr"])])
+def test_numbers_that_go_wrong(phase, flags, words, relabelled, capsys):
+    with pytest.raises(SystemExit) as end:
+        import_module(phase).main(relabelled.arguments(phase, flags))
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1
+    tells(line, *words)
+
+
+def test_the_last_good_state_stays_when_a_pixel_goes_wrong(project, monkeypatch, capsys):
+    gradient, calls = recover.matching_gradient, []
+
+    def broken(*args):
+        calls.append(1)
+        pixels, *rest = gradient(*args)
+        return (pixels * float("nan") if len(calls) == 4 else pixels, *rest)
+
+    monkeypatch.setattr(recover, "matching_gradient", broken)
+    with pytest.raises(SystemExit) as end:
+        recover.main(project.arguments("recover", "--checkpoint-minutes 0 --log-every 100"))
+    assert end.value.code == 2
+    tells(capsys.readouterr().err, "pixel is not finite in iteration 3, backbone ", "batches [0]")
+    kept = torch.load(project.run() / ".result.json.unfinished/batch0.pt", weights_only=True)["state"]
+    assert kept["iterations"] == 3 and kept["pixels"].isfinite().all()
+
+
+def test_labels_that_are_not_finite(relabelled, capsys):
+    path = relabelled.teachers / "wrn10_1.pt"
+    weights = torch.load(path, weights_only=True)["weights"]
+    edit(path, weights={key: value * (1e30 if key.startswith("fc") else 1) for key, value in weights.items()})
+    with pytest.raises(SystemExit) as end:
+        relabel.main(relabelled.arguments("relabel", "--tag x", "--images", relabelled.run() / "images"))
+    assert end.value.code == 2
+    tells(capsys.readouterr().err, "the logits of wrn10_1 are not finite in float16 in epoch 0", "squeeze.py")
+
+
+def test_statistics_that_are_not_finite(bare, capsys):
+    bare.call("squeeze")
+    path = bare.teachers / "wrn10_1.pt"
+    weights = torch.load(path, weights_only=True)["weights"]
+    edit(path, weights={key: value * (float("nan") if "running" in key else 1) for key, value in weights.items()})
+    with pytest.raises(SystemExit) as end:
+        collect_stats.main(bare.arguments("collect_stats"))
+    assert end.value.code == 2 and not path.with_name("wrn10_1.stats.pt").exists()
+    tells(capsys.readouterr().err, "wrn10_1.stats.pt", "not finite", "train the backbone again")
+
+
+def test_a_teacher_that_knows_nothing_is_named(project, capsys):
+    recover.main(project.arguments("recover"))
+    before = capsys.readouterr().err
+    for name, top1 in ("convnet_w8", 25.0), ("wrn10_1", 90.0):
+        edit(project.teachers / f"{name}.pt", top1=top1)
+        edit(project.teachers / f"{name}.stats.pt", checkpoint=run.fingerprint(project.teachers / f"{name}.pt"))
+    recover.main(project.arguments("recover", "--tag weak"))
+    warned = capsys.readouterr().err
+    assert warned.count("warning: convnet_w8 is right on 25.0 % of the test images, no better than chance (25.0 %)") == 1
+    assert "wrn10_1" not in warned and before.count("\n") <= 2
+
+
+# Names that could lead elsewhere
+
+CLASSES = ["../x", "a/b", "/etc", "bee"]
+
+
+def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
+    for name in "convnet_w8", "wrn10_1":
+        path = project.teachers / f"{name}.pt"
+        edit(path, data=torch.load(path, weights_only=True)["data"] | {"classes": CLASSES})
+        edit(path.with_name(f"{name}.stats.pt"), checkpoint=run.fingerprint(path))
+    before = project.files()
+    project.call("recover")
+    project.call("relabel")
+    new = [name for name in project.files().keys() - before.keys()]
+    assert all(name.startswith("runs/beasts/gvbsm-ipc2") for name in new)
+    assert sorted(path.name for path in (project.run() / "images").iterdir()) == ["%2E.%2Fx", "%2Fetc", "a%2Fb", "bee"]
+    assert json.loads((project.run() / "labels/result.json").read_text())["classes"] == CLASSES
+    args = train_eval.get_parser().parse_args("--backbones convnet_w8 wrn10_1 --epochs 1".split())
+    paths = SimpleNamespace(run=project.run(), labels=project.run() / "labels", images=project.run() / "images")
+    labelled, _ = train_eval.earlier_result(args, paths)
+    made_from = train_eval.origin(args, paths, labelled, {})
+    _, classes, _ = train_eval.load_distilled(args, paths, labelled, labelled["data"], made_from, [], torch.device("cpu"))
+    assert classes.tolist() == [0, 0, 2, 2, 1, 1, 3, 3]                                # in the order of the folders
+
+
+@pytest.mark.parametrize("name, folder", [
+    ("ant", "ant"), ("Egyptian cat", "Egyptian cat"), ("été", "été"), ("..", "%2E."), (".", "%2E"), ("", "%"), ("%", "%25"),
+    ("a/b", "a%2Fb"), ("a\\b", "a%5Cb"), ("../x", "%2E.%2Fx"), ("x\0", "x%00"), ("50%2F", "50%252F"), ("c:", "c%3A")])
+def test_folder_names_are_safe_and_plain_ones_stay(name, folder):
+    assert folder_name(name) == folder
 
 
 # Files that are damaged, or are not what they should be
@@ -322,6 +491,26 @@ def test_an_unreadable_distilled_image(relabelled):
 def test_images_that_are_not_there(relabelled):
     for phase, flags in ("relabel", "--tag new"), ("train_eval", "--labels hard --tag new"):
         tells(relabelled.mistake(phase, flags, "--images", relabelled.root / "nowhere"), "nowhere", "<class>/<image>")
+
+
+def test_a_single_class(bare):
+    for split in "train", "test":
+        for name in "10", "9", "ant":
+            shutil.rmtree(bare.root / "beasts" / split / name)
+    for phase, flags in ("squeeze", ""), ("recover", "--method random"):
+        tells(bare.mistake(phase, flags), "only one class, bee")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_class(split, bare):
+    for file in (bare.root / "beasts" / split / "ant").iterdir():
+        file.unlink()
+    tells(bare.mistake("squeeze"), split, "ant", "fill or remove")
+
+
+def test_an_image_of_too_many_pixels(bare, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 127)                                   # the images have 256
+    tells(bare.mistake("squeeze", "--image-size 16"), "train/10/0.png", "bomb", "replace or remove")
 
 
 # Places that cannot be written

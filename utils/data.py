@@ -327,6 +327,8 @@ def describe(dataset, data_dir, image_size=None, workers=0):
     size = image_size or find_size(dataset, data_dir)
     row = DATASETS[preset_column(dataset, data_dir, size)]
     classes = find_split(dataset, data_dir, "test")[2]
+    if len(classes) < 2:
+        fail(f"--dataset {dataset}: there is only one class, {classes[0]}; add another to tell it from")
     if dataset in DATASETS:
         mean, std = row["mean"], row["std"]
     else:

@@ -146,7 +146,12 @@ def parse_args(parser, phase, argv, find_column):
     if unread:
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
     parser.set_defaults(**values)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag in "backbones", "students", "student_seeds":
+        names = getattr(args, flag, None) or []
+        if twice := [str(name) for name in names if names.count(name) > 1]:
+            fail(f"--{flag.replace('_', '-')} names {twice[0]} twice; name it once")
+    return args
 
 
 def number(kind, low, high=float("inf")):
@@ -177,7 +182,7 @@ def crop_name(text):
 
 def plain_name(text):
     """argparse type: a word that is safe as part of a folder's name."""
-    if not text or text.strip(".") != text or set(text) - set(
+    if not 0 < len(text) <= 100 or text.strip(".") != text or set(text) - set(
             "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use letters, digits, '.', '_' and '-'")
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use up to 100 letters, digits, '.', '_' and '-'")
     return text

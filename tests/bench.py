@@ -33,7 +33,7 @@ from tests.helpers import counted_operations, saved_bytes
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import Split
 from utils.losses import mse_gt_loss
-from utils.run import Progress, RowFile, Work, channels_last, generator, pick_device
+from utils.run import Finite, Progress, RowFile, Work, channels_last, generator, pick_device
 from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
@@ -134,6 +134,30 @@ def bench_recover(rounds, quick, device):
         yield name, {**columns, "ops": ops["closed"], "plain ops": ops["plain"], "bare ops": counted_operations(bare),
                      "saved": saved["closed"] / only, "plain saved": saved["plain"] / only, "bare_ms": 500 * alone}
     yield "all five, by time", {case: sums[case] / sums["bare"] for case in ("drop 0", "drop 0.4")}
+
+
+def bench_keeping(rounds, quick, device):
+    """recover.py: iterations that look out for numbers that are not finite and keep their state when it is time to, over
+    iterations that do not; keeping it once, alone and as a share of the 5 minutes between two times."""
+    classes, iterations = (2, 2) if quick else (5, 20)
+    labels = torch.arange(classes, device=device).repeat_interleave(10)[None]
+    pixels = torch.randn(1, 10 * classes, 3, 32, 32, generator=generator("bench")).to(device)
+    for name in ("convnet_w8",) if quick else ("convnet_w128", "wrn16_2"):
+        model, targets = frozen(name, device)
+        matching = ClosedFormMatching(freeze(model), targets, recover.layer_weights(model, 0.01, 0.01, 10.0), 0.8, 4)
+        args, states = recover.get_parser().parse_args(["--iterations", str(iterations)]), []
+        with TemporaryDirectory() as folder, Work(Path(folder, "result.json"), args) as work:
+            def run(**how):
+                recover.recover_batches(pixels.clone(), labels, [0], [matching], DATA, args, **how)
+
+            def watched():
+                finite = Finite(["ce", "bn", "conv", "dd", "pixel"], device)
+                run(report=lambda t, losses, x: finite.see(t, *list(losses.values())[1:], x.detach().sum()), keep=work.keep)
+
+            run(keep=lambda state: states.append(state()))
+            kept, bare, save = interleaved([watched, run, lambda: work.save(states[-1])], rounds)
+        yield name, {"ratio": kept / bare, "iteration_ms": 1e3 * bare / iterations, "save_ms": 1e3 * save,
+                     "share of 5 min": save / 300}
 
 
 def bench_relabel(rounds, quick, device):
@@ -276,7 +300,7 @@ def label(images, units, models, size, classes, args, folder):
         relabel.label_epochs(images, units, models, size, classes, args, folder, work)
 
 
-BENCHES = {"recover": bench_recover, "relabel": bench_relabel, "train_eval": bench_train_eval, "squeeze": bench_squeeze,
+BENCHES = {"recover": bench_recover, "keeping": bench_keeping, "relabel": bench_relabel, "train_eval": bench_train_eval, "squeeze": bench_squeeze,
            "augment": bench_augment, "labels": bench_labels}
 
 

@@ -15,7 +15,6 @@ python collect_stats.py --dataset cifar100 --teachers e20              # of othe
 python collect_stats.py --dataset shapes                               # smoke run: seconds, no download
 """
 import math
-import time
 from functools import partial
 
 import torch
@@ -90,14 +89,14 @@ def get_parser():
 
 
 def main(argv=None):
-    args, started = parse_args(get_parser(), "collect_stats", argv, preset_column), time.time()
+    args = parse_args(get_parser(), "collect_stats", argv, preset_column)
     device, paths = begin(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     args.patch = args.patch or data["patch"]
     if args.patch > data["image_size"]:
         fail(f"--patch {args.patch} is larger than the images, {data['image_size']} pixels a side; use at most that")
     settings = {key: relevant(args)[key] for key in ("patch", "crop", "batch_size", "seed")}
-    result, todo, piece = paths.teachers / "collect_stats.json", [], f"{rank()} of {world()}"
+    result, todo, piece, seconds = paths.teachers / "collect_stats.json", [], f"{rank()} of {world()}", 0
     for name in models:
         path = paths.teachers / f"{name}.stats.pt"
         if is_there(path, args):
@@ -128,10 +127,11 @@ def main(argv=None):
                 check_finite(statistics, path)
                 save_torch(path, {"statistics": statistics, "patch": args.patch, "checkpoint": records[name]["fingerprint"],
                                   "classes": data["classes"], "args": relevant(args)})
+            seconds += work.seconds()
     upstream = {"squeeze": {name: record["args"] for name, record in records.items()}}
     return finish(result, "collect_stats", args,
                   {"convolutions": {name: len([m for m in model.modules() if isinstance(m, nn.Conv2d)])
-                                    for name, model in models.items()}}, started, upstream, weights(records))
+                                    for name, model in models.items()}}, seconds, upstream, weights(records))
 
 
 def check_finite(statistics, path):

@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import sys
-import time
 from functools import partial
 from itertools import groupby
 
@@ -427,7 +426,7 @@ def get_parser():
 
 
 def main(argv=None):
-    args, started = parse_args(get_parser(), "recover", argv, preset_column), time.time()
+    args = parse_args(get_parser(), "recover", argv, preset_column)
     device, paths = begin(args)
     if args.cuda_graphs and (device.type != "cuda" or args.statistics == "plain"):
         fail("--cuda-graphs needs a GPU (--device cuda) and --statistics closed; leave it out")
@@ -455,7 +454,7 @@ def main(argv=None):
                        "image_set": image_set(paths.images, list_folder(paths.images)[2])}
             if args.method != "random":
                 metrics["teacher_top1"] = {name: record["top1"] for name, record in records.items()}
-            return finish(result, "recover", args, metrics, started, upstream, made_from)
+            return finish(result, "recover", args, metrics, work.seconds(), upstream, made_from)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ python relabel.py --dataset shapes                                              
 """
 import argparse
 import os
-import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -116,7 +115,7 @@ def get_parser():
 
 
 def main(argv=None):
-    args, started = parse_args(get_parser(), "relabel", argv, preset_column), time.time()
+    args = parse_args(get_parser(), "relabel", argv, preset_column)
     device, paths = begin(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     upstream, folder = {"squeeze": {name: record["args"] for name, record in records.items()}}, args.images or paths.images
@@ -125,8 +124,9 @@ def main(argv=None):
     else:
         path = paths.run / "result.json"
         recovered = load_json(path, f"run: python recover.py --dataset {args.dataset} --ipc {args.ipc} --method {args.method}",
-                              ("args", "upstream", "made_from", "image_set"))
+                              ("args", "upstream", "made_from", "image_set", "classes"))
         upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
+        check_classes(recovered["classes"], data["classes"], path, f"the teachers in {paths.teachers}")
         if "weights" in recovered["made_from"]:
             check_origin(recovered["made_from"], weights(records), path, "name the same --backbones, run recover.py "
                          f"--overwrite, or label with --images {paths.images} under another --tag")
@@ -145,7 +145,7 @@ def main(argv=None):
         return finish(result, "relabel", args,
                       {"images": len(raw), "classes": data["classes"], "data": data,
                        "teacher_top1": {name: record["top1"] for name, record in records.items()}, "label_batch": batch_size},
-                      started, upstream, made_from)
+                      work.seconds(), upstream, made_from)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ python squeeze.py --dataset cifar10 --epochs 20 --teachers e20             # abl
 python squeeze.py --dataset shapes                                         # smoke run: a minute, no download
 """
 import argparse
-import time
 from pathlib import Path
 
 import torch
@@ -34,21 +33,19 @@ def train(model, split, data, args, device, progress, start=None, keep=lambda st
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
     units = torch.tensor([data["mean"], data["std"]], device=device)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else None
-    finite, epoch, done = Finite(["loss"], device), 0, 0
+    schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else
+                torch.optim.lr_scheduler.ConstantLR(optimizer, 1))
+    trained, finite, epoch, done = (model, optimizer, schedule), Finite(["loss"], device), 0, 0
     if start:
         epoch, done = start["epoch"], start["done"]
-        model.load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
-        if cosine:
-            cosine.load_state_dict(start["cosine"])
+        for part, saved in zip(trained, start["trained"]):
+            part.load_state_dict(saved)
         progress.skip(epoch * len(split) + min(done * args.batch_size, len(split)))
     network = in_parallel(model, device)
 
     def state():
         check_loss(finite, progress.what)
-        return {"epoch": epoch, "done": done, "draw": draw.get_state(), "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "cosine": cosine.state_dict() if cosine else None}
+        return {"epoch": epoch, "done": done, "draw": draw.get_state(), "trained": [part.state_dict() for part in trained]}
 
     for epoch in range(epoch, args.epochs):
         draw = generator("squeeze", args.seed, epoch)
@@ -71,8 +68,7 @@ def train(model, split, data, args, device, progress, start=None, keep=lambda st
             finite.see(epoch * len(batches) + done, loss.detach())
             keep(state)
             progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", len(batch))
-        if cosine:
-            cosine.step()
+        schedule.step()
         done = 0
         check_loss(finite, progress.what)
 
@@ -129,10 +125,10 @@ def get_parser():
 
 
 def main(argv=None):
-    args, started = parse_args(get_parser(), "squeeze", argv, preset_column), time.time()
+    args = parse_args(get_parser(), "squeeze", argv, preset_column)
     device, paths = begin(args)
     check_models("--backbones", args.backbones, build_model)
-    accuracies, todo = {}, []
+    accuracies, todo, seconds = {}, [], 0
     for name in args.backbones:
         path = paths.teachers / f"{name}.pt"
         if is_there(path, args):
@@ -173,7 +169,8 @@ def main(argv=None):
                 save_torch(paths.teachers / f"{name}.pt",
                            {"backbone": name, "weights": {key: value.cpu() for key, value in model.state_dict().items()},
                             "data": data, "top1": accuracies[name], "tested": len(test), "args": relevant(args)})
-    return finish(result, "squeeze", args, {"top1": accuracies}, started)
+            seconds += work.seconds()
+    return finish(result, "squeeze", args, {"top1": accuracies}, seconds)
 
 
 def settings(args):

@@ -16,7 +16,6 @@ python train_eval.py --dataset shapes                                           
 import argparse
 import json
 import statistics
-import time
 from collections import defaultdict
 from contextlib import ExitStack
 from functools import partial
@@ -109,25 +108,25 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
     fused = device.type == "cuda"
     optimizer = (torch.optim.AdamW(groups, lr=lr, fused=fused) if args.optimizer == "adamw" else
                  torch.optim.SGD(groups, lr=lr, momentum=args.momentum, fused=fused))
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else None
+    schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else
+                torch.optim.lr_scheduler.ConstantLR(optimizer, 1))
+    trained = model, optimizer, schedule
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order, units, top1 = generator("order", seed, name), torch.tensor([data["mean"], data["std"]], device=device), {}
     finite, epoch, done, before = Finite(["loss"], device), 0, 0, order.get_state()
     progress = Progress(f"train_eval {name} seed {seed}", args.epochs)
     if start:
         epoch, done, before, top1 = (start[key] for key in ("epoch", "done", "order", "top1"))
-        model.load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
-        if cosine:
-            cosine.load_state_dict(start["cosine"])
+        for part, saved in zip(trained, start["trained"]):
+            part.load_state_dict(saved)
         order.set_state(before)
         progress.skip(epoch)
 
     def state():
         if found := finite.first():
             fail(f"{name}, seed {seed}: the loss is not finite in step {found[0]}; use a smaller --lr")
-        return {"epoch": epoch, "done": done, "order": before, "top1": top1, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "cosine": cosine.state_dict() if cosine else None}
+        return {"epoch": epoch, "done": done, "order": before, "top1": top1,
+                "trained": [part.state_dict() for part in trained]}
 
     def loss_and_gradients(mixed, *targets):
         loss = student_loss(args, model(mixed), *targets)
@@ -150,8 +149,7 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
             done += 1
             finite.see(epoch * len(batches) + done, loss)
             keep(state)
-        if cosine:
-            cosine.step()
+        schedule.step()
         epoch, done, before = epoch + 1, 0, order.get_state()
         # `evaluations` evenly spaced epochs, the last of them the last epoch
         if epoch * args.evaluations // args.epochs > (epoch - 1) * args.evaluations // args.epochs:
@@ -214,7 +212,7 @@ def get_parser():
 
 
 def main(argv=None):
-    args, started = parse_args(get_parser(), "train_eval", argv, preset_column), time.time()
+    args = parse_args(get_parser(), "train_eval", argv, preset_column)
     device, paths = begin(args)
     check_models("--students", args.students, build_model)
     if args.cuda_graphs and device.type != "cuda":
@@ -238,30 +236,23 @@ def main(argv=None):
     with one_first():
         test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
-    with ExitStack() as stack:
-        works = {name: stack.enter_context(Work(results[name], alone[name], made_from)) for name in todo}
-
-        def conclude(name):
-            runs = [works[name].load(f"seed{seed}")["top1"] for seed in args.student_seeds]
-            last = [list(top1.values())[-1] for top1 in runs]
-            finish(results[name], "train_eval", alone[name], {
-                "student": name, "labels": args.labels, "top1": statistics.fmean(last),
-                "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
-                "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
-                "top1_per_seed": last, "top1_by_epoch": runs, "images": len(images), "classes": data["classes"]},
-                started, upstream, made_from)
-
-        for name, seed in dealt([(name, seed) for name in todo for seed in args.student_seeds]):
-            work, piece = works[name], f"seed{seed}"
-            state = train_student(name, seed, images, classes, labels, test, data, args, device,
-                                  work.load(piece), partial(work.keep, piece=piece))
-            work.save(state, piece)
-            if world() == 1 and seed == args.student_seeds[-1]:
-                conclude(name)
-        wait_for_all()
-        if world() > 1 and rank() == 0:
-            for name in todo:
-                conclude(name)
+    for names in [todo] if world() > 1 else [[name] for name in todo]:                # torchrun deals all trainings at once
+        with ExitStack() as stack:
+            works = {name: stack.enter_context(Work(results[name], alone[name], made_from)) for name in names}
+            for name, seed in dealt([(name, seed) for name in names for seed in args.student_seeds]):
+                work, piece = works[name], f"seed{seed}"
+                work.save(train_student(name, seed, images, classes, labels, test, data, args, device,
+                                        work.load(piece), partial(work.keep, piece=piece)), piece)
+            wait_for_all()
+            for name in names if rank() == 0 else ():
+                runs = [works[name].load(f"seed{seed}")["top1"] for seed in args.student_seeds]
+                last = [list(top1.values())[-1] for top1 in runs]
+                finish(results[name], "train_eval", alone[name], {
+                    "student": name, "labels": args.labels, "top1": statistics.fmean(last),
+                    "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
+                    "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
+                    "top1_per_seed": last, "top1_by_epoch": runs, "images": len(images), "classes": data["classes"]},
+                    works[name].seconds(), upstream, made_from)
 
 
 def earlier_result(args, paths):
@@ -294,6 +285,8 @@ def load_distilled(args, paths, before, data, made_from, teachers, device):
     """The images and their classes on the device, and where soft labels come from.
     -> images uint8 [N, 3, S, S], classes [N], labels object"""
     folder = args.images or paths.images
+    if "classes" in before:
+        check_classes(before["classes"], data["classes"], paths.run, "the data set")
     raw, classes, names, files = load_folder(folder, data["image_size"], args.workers)
     expected = [folder_name(name) for name in data["classes"]]
     check_classes(names, sorted(expected), folder, paths.labels if args.labels == "stored" else "the data set")

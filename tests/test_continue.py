@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -15,7 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import recover
 import squeeze
+from tests.conftest import Project
 from utils import run
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
@@ -176,6 +179,42 @@ def test_no_more_is_lost_than_since_the_last_checkpoint(phase, undisturbed, half
     check(project, phase, undisturbed)
 
 
+@pytest.mark.parametrize("phase, flags", [("squeeze", "--epochs 2 --batch-size 8"), ("collect_stats", "--batch-size 8")])
+def test_images_that_are_streamed_by_workers_go_on_too(phase, flags, bare, monkeypatch, one_thread):
+    flags += " --backbones wrn10_1 --crop resized --workers 1"
+    if phase == "squeeze":
+        flags += " --image-size 72"
+    else:
+        bare.call("squeeze", "--backbones wrn10_1 --crop resized --epochs 1 --image-size 72")
+    module, done = import_module(phase), []
+    whole, normalize = Project(bare.root / "whole", bare.dataset), module.normalize
+    if (bare.root / "runs").exists():
+        shutil.copytree(bare.root / "runs", whole.root / "runs")
+    whole.call(phase, flags)
+
+    def interrupting(*args):
+        done.append(1)
+        if len(done) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return normalize(*args)
+
+    monkeypatch.setattr(module, "normalize", interrupting)
+    with pytest.raises(SystemExit) as end:
+        module.main(bare.arguments(phase, flags))
+    assert end.value.code == 143 and len(done) == 4
+    bare.call(phase, flags)
+    name = "wrn10_1.pt" if phase == "squeeze" else "wrn10_1.stats.pt"
+    assert (bare.teachers / name).read_bytes() == (whole.teachers / name).read_bytes()
+
+
+def test_the_seconds_of_a_result_are_those_of_all_processes(halfway, counted, one_thread):
+    project = halfway("recover")
+    counted("recover", 3, lambda: (time.sleep(2), os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit):
+        recover.main(project.arguments("recover"))
+    assert project.call("recover")["seconds"] > 2
+
+
 @pytest.mark.parametrize("at", [1, 40])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_full_disk_ends_the_phase_in_one_line_and_what_was_kept_stays(phase, at, undisturbed, halfway, tmp_path):
@@ -209,8 +248,9 @@ def test_unfinished_work_goes_on_with_the_same_arguments_and_in_one_process_alon
     project, busy = halfway(phase), forkserver.Event()
     process = start(project, phase, LONG[phase], at=1, action=partial(be_busy, busy))
     assert busy.wait(60)
-    line = project.mistake(phase, LONG[phase])
-    assert f"is being made by process {process.pid} " in line and "wait for it" in line
+    for again in "", "--overwrite":
+        line = project.mistake(phase, LONG[phase], again)
+        assert f"is being made by process {process.pid} " in line and "wait for it" in line
     process.kill()
     process.join()
     line = project.mistake(phase, LONG[phase], flags)

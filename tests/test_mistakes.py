@@ -196,6 +196,15 @@ def test_other_images_than_were_recovered(phase, flags, relabelled):
     tells(relabelled.mistake(phase, flags), "images holds other images than recover.py wrote", "recover.py --overwrite")
 
 
+@pytest.mark.parametrize("phase, flags", [
+    ("relabel", "--overwrite"), ("train_eval", "--labels hard"), ("train_eval", "--labels online")])
+def test_images_recovered_for_another_order_of_the_classes(phase, flags, relabelled):
+    path = relabelled.run() / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"classes": result["classes"][::-1]}))
+    tells(relabelled.mistake(phase, flags), "class 'bee' stands where '10' does", "same data set")
+
+
 def test_distilled_images_of_unknown_origin(relabelled):
     (relabelled.run() / "result.json").unlink()
     tells(relabelled.mistake("recover"), ".png is there, but no word of what it was made with", "--overwrite")

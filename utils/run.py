@@ -453,14 +453,7 @@ def check_origin(stored, now, path, remedy=AGAIN):
 
 def is_there(path, args):
     """Whether a result need not be made."""
-    if path.exists() and not args.overwrite:
-        shutil.rmtree(unfinished(path), ignore_errors=True)          # a kill may have come before it was removed
-        return True
-    return False
-
-
-def unfinished(result):
-    return result.with_name(f".{result.name}.unfinished")
+    return path.exists() and not args.overwrite
 
 
 def finished(path, args, made_from):
@@ -480,7 +473,7 @@ def repeat(path):
     say("RESULT", json.dumps(load_json(path, AGAIN)))
 
 
-def finish(path, phase, args, metrics, started, upstream=None, made_from=None):
+def finish(path, phase, args, metrics, seconds, upstream=None, made_from=None):
     """Write the result file and print the same object on one line; once for all processes."""
     if rank():
         return None
@@ -488,7 +481,7 @@ def finish(path, phase, args, metrics, started, upstream=None, made_from=None):
     if torch.cuda.is_available():
         memory["cuda_mib"] = torch.cuda.max_memory_allocated() >> 20
     result = {"phase": phase, "dataset": Path(args.dataset).name, "ipc": args.ipc, "method": args.method, "tag": args.tag,
-              **metrics, "seconds": round(time.time() - started, 1), "processes": world(), "peak_memory": memory,
+              **metrics, "seconds": round(seconds, 1), "processes": world(), "peak_memory": memory,
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "args": relevant(args), "upstream": upstream or {}, "made_from": made_from or {}}
     save_json(path, result)
@@ -517,20 +510,21 @@ class Work:
         # write the result
 
     One work may have several pieces, each with a state of its own. torch's generators are kept beside a state.
-    outputs: other files that the work writes; they go when it starts again.
+    outputs: other files that the work writes; they go when it starts again. seconds(): spent on it, earlier processes
+    included, up to what they kept last.
     """
     going_on, signal = 0, None
 
     def __init__(self, result, args, made_from=None, settings=None, outputs=()):
         self.result, self.outputs, self.overwrite = Path(result), [Path(result), *outputs], args.overwrite
-        self.folder = unfinished(self.result)
+        self.folder = self.result.with_name(f".{self.result.name}.unfinished")
         self.begun, self.period = self.folder / "begun.json", 60 * args.checkpoint_minutes
         self.identity = {"args": settings or relevant(args), "made_from": made_from or {}}
 
     def __enter__(self):
+        self.earlier, self.kept, self.entered = 0, time.monotonic(), time.monotonic()
         if rank() == 0:
             self._begin()
-        self.kept = time.monotonic()
         Work.going_on += 1
         wait_for_all()
         return self
@@ -541,6 +535,7 @@ class Work:
             stored = load_json(self.begun, AGAIN, self.identity)
             check_same(stored["args"], self.identity["args"], self.result)
             check_origin(stored["made_from"], self.identity["made_from"], self.result)
+            self.earlier = stored.get("seconds", 0)
         elif not self.overwrite and (old := next((path for path in self.outputs if path.exists()), None)):
             fail(f"{old} is there, but no word of what it was made with; move it away, or {AGAIN}, which removes it")
         with writable(self.result):
@@ -584,7 +579,12 @@ class Work:
     def save(self, state, piece="state"):
         generators = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
         save_torch(self.folder / f"{piece}.pt", {"state": state, "generators": generators})
+        if rank() == 0:
+            save_json(self.begun, self.identity | {"seconds": self.seconds()})
         self.kept = time.monotonic()
+
+    def seconds(self):
+        return self.earlier + time.monotonic() - self.entered
 
     def drop(self, piece="state"):
         (self.folder / f"{piece}.pt").unlink(missing_ok=True)

@@ -3,6 +3,7 @@ import re
 import shlex
 import subprocess
 from importlib import import_module
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ FUNCTION = next(block for block in BLOCKS if block.startswith("distil()"))
 def commands(block, tmp_path):
     """Run a block of the README with a `python` that only writes down its arguments.   -> lists of arguments"""
     log = tmp_path / "log"
-    for name in "python", "pip":
+    for name in "python", "pip", "torchrun":
         write = f'for word; do printf "%s\\n" "$word" >>"{log}"; done; echo . >>"{log}"'
         (tmp_path / name).write_text(f"#!/bin/sh\n{write}\n")
         (tmp_path / name).chmod(0o755)
@@ -31,7 +32,8 @@ def commands(block, tmp_path):
 
 @pytest.mark.parametrize("block", [pytest.param(block, id=re.sub(r"\W+", "-", block)[:40]) for block in BLOCKS])
 def test_every_command_of_the_readme_is_understood(block, tmp_path):
-    calls = [call for call in commands(block, tmp_path) if call[0].endswith(".py")]
+    calls = [list(dropwhile(lambda word: word.startswith("--"), call)) for call in commands(block, tmp_path)]
+    calls = [call for call in calls if call[0].endswith(".py")]
     assert calls or "-m" in block or block == FUNCTION
     for script, *argv in calls:
         phase = script.removesuffix(".py")

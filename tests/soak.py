@@ -38,7 +38,7 @@ def how_far(folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--iterations", type=int, default=1500)
+    parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--processes", type=int, default=1, help="of torchrun, in the run that is killed")
     args = parser.parse_args(argv)
     flags, quiet = ["--iterations", str(args.iterations)], {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -55,13 +55,14 @@ def main(argv=None):
         for kill in range(args.kills):
             process = subprocess.Popen(command("recover", killed, *flags, "--checkpoint-minutes", "0.005",
                                                processes=args.processes), start_new_session=True, **quiet)
-            time.sleep(moment := random.uniform(1, 6 + 2 * seconds / args.kills))
-            over = process.poll() is not None
+            time.sleep(moment := random.uniform(1, 6 + seconds / args.kills))
+            if process.poll() is not None:
+                print("it was done before; take more --iterations")
+                return 1
             for pid in [process.pid, *children(process.pid)]:
-                if not over:
-                    os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
             process.wait()
-            print(f"kill {kill + 1} after {moment:.2f} s{': it was done' if over else ''}; {how_far(killed)}", flush=True)
+            print(f"kill {kill + 1} after {moment:.2f} s; {how_far(killed)}", flush=True)
         subprocess.run(command("recover", killed, *flags), check=True, **quiet)
         one, other = results(whole), results(killed)
         differing = sorted(str(name) for name in one.keys() | other.keys() if one.get(name) != other.get(name))

@@ -14,6 +14,7 @@ python collect_stats.py --dataset cifar100                             # paper s
 python collect_stats.py --dataset cifar100 --teachers e20              # of other weights
 python collect_stats.py --dataset shapes                               # smoke run: seconds, no download
 """
+import json
 import math
 from functools import partial
 
@@ -25,9 +26,9 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.data import load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (AGAIN, Progress, Work, begin, channels_last, check_classes, check_same, dealt, finish, generator,
-                       is_there, load_json, load_teachers, load_torch, rank, relevant, repeat, save_torch, send,
-                       wait_for_all, weights, world)
+from utils.run import (AGAIN, Progress, Work, begin, channels_last, check_classes, check_same, dealt, fingerprint, fingerprints,
+                       finish, finished_before, generator, is_there, load_teachers, load_torch, rank, relevant, save_torch, script, send,
+                       wait_for_all, world)
 from utils.stats import conv_stats, layer_inputs, matched_layers
 
 
@@ -95,7 +96,7 @@ def main(argv=None):
     args.patch = args.patch or data["patch"]
     if args.patch > data["image_size"]:
         fail(f"--patch {args.patch} is larger than the images, {data['image_size']} pixels a side; use at most that")
-    settings = {key: relevant(args)[key] for key in ("patch", "crop", "batch_size", "seed")}
+    settings = {key: relevant(args)[key] for key in ("patch", "crop", "batch_size", "seed", "precision")}
     result, todo, piece, seconds = paths.teachers / "collect_stats.json", [], f"{rank()} of {world()}", 0
     for name in models:
         path = paths.teachers / f"{name}.stats.pt"
@@ -106,24 +107,24 @@ def main(argv=None):
             check_same(stored["args"], settings, path)
         else:
             todo.append(name)
-    if not todo and result.exists() and load_json(result, AGAIN)["args"]["backbones"] == args.backbones:
-        return repeat(result)
+    if not todo and finished_before(result, settings | {"backbones": args.backbones}, made_from=fingerprints(records)):
+        return None
     if todo:
         split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers).to(device)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
-        if split.streamed and args.crop != "resized":
-            fail(f"--crop {args.crop} is for images of at most 64 pixels; use --crop resized")
+        split.check_crop(args.crop)
     for name in todo:
         path = paths.teachers / f"{name}.stats.pt"
-        with Work(path, args, weights({name: records[name]}), settings) as work:
-            state, progress = send(work.load(piece), device), Progress(f"collect_stats {name}", math.ceil(len(split) / world()))
+        seen = {"data": fingerprint(json.dumps([data, len(split)]))}
+        with Work(path, args, fingerprints({name: records[name]}) | seen, settings) as work:
+            state, progress = send(work.read(piece), device), Progress(f"collect_stats {name}", math.ceil(len(split) / world()))
             progress.skip(state["seen"] if state else 0)
             views = training_views(split, data, args, device, progress, state["batches"] if state else 0)
             state = sum_statistics(channels_last(models[name]), views, args.patch, state, partial(work.keep, piece=piece))
             work.save(state, piece)
             wait_for_all()
             if rank() == 0:
-                statistics = dataset_statistics([work.load(f"{other} of {world()}") for other in range(world())])
+                statistics = dataset_statistics([work.read(f"{other} of {world()}") for other in range(world())])
                 check_finite(statistics, path)
                 save_torch(path, {"statistics": statistics, "patch": args.patch, "checkpoint": records[name]["fingerprint"],
                                   "classes": data["classes"], "args": relevant(args)})
@@ -131,7 +132,7 @@ def main(argv=None):
     upstream = {"squeeze": {name: record["args"] for name, record in records.items()}}
     return finish(result, "collect_stats", args,
                   {"convolutions": {name: len([m for m in model.modules() if isinstance(m, nn.Conv2d)])
-                                    for name, model in models.items()}}, seconds, upstream, weights(records))
+                                    for name, model in models.items()}}, seconds, upstream, fingerprints(records))
 
 
 def check_finite(statistics, path):
@@ -141,4 +142,4 @@ def check_finite(statistics, path):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

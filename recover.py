@@ -17,8 +17,10 @@ import argparse
 import json
 import math
 import sys
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +31,12 @@ from torchvision.utils import save_image
 from models import build_model
 from utils import fail
 from utils.augment import apply_view, draw_view, to_uint8
-from utils.data import describe, folder_name, list_folder, load_split, preset_column, read_images
+from utils.data import describe, folder_name, load_split, preset_column, read_images
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import Parser, crop_name, identity_flags, number, number_or_auto, parse_args
-from utils.run import (Finite, Graphed, Log, Progress, Work, begin, dealt, fingerprint, finish, finished, generator, image_set,
-                       load_teachers, load_torch, need_files, rank, relevant, send, wait_for_all, weights, whole_file, world)
+from utils.run import (Finite, Graphed, Progress, Work, begin, dealt, fingerprint, fingerprints, finish, finished, generator,
+                       image_set, load_teachers, load_torch, need_files, rank, relevant, script, send, wait_for_all, whole_file, world,
+                       writable)
 from utils.stats import ClosedFormMatching, channel_stats, freeze, layer_inputs, matched_layers, patch_stats
 
 
@@ -246,6 +249,40 @@ class Grid:
                 save_image(self.images.flatten(0, 1), temporary, nrow=self.columns, format="png")
 
 
+class Log:
+    """log.jsonl in the folder of a run: `first`, and a line for each entry, which has "batches" and "iteration"; none twice,
+    whatever an earlier process wrote. Each process writes into a file of its own until they are merged."""
+
+    def __init__(self, run, first):
+        self.run, self.first, self.path = run, first, run / f"log{f'-{rank()}' if rank() else ''}.jsonl"
+        self.written = self._entries("log*.jsonl")
+        self._write_whole(self._entries(self.path.name))
+
+    def write(self, entry):
+        if (entry["batches"][0], entry["iteration"]) not in self.written:
+            with writable(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def merge(self):
+        self._write_whole(self._entries("log*.jsonl"))
+        for path in self.run.glob("log-*.jsonl"):
+            path.unlink()
+
+    def _entries(self, files):
+        found = {}
+        for path in self.run.glob(files):
+            for line in path.read_text(errors="replace").splitlines():
+                with suppress(ValueError, KeyError, TypeError, IndexError):              # `first`, or what was cut short
+                    entry = json.loads(line)
+                    found[entry["batches"][0], entry["iteration"]] = line
+        return found
+
+    def _write_whole(self, entries):
+        with whole_file(self.path) as temporary:
+            lines = [json.dumps(self.first), *(entries[key] for key in sorted(entries))]
+            temporary.write_text("".join(f"{line}\n" for line in lines))
+
+
 def synthesise(args, paths, device, models, statistics, data, work):
     """--method gvbsm: write all images; the processes of torchrun deal the batches among them."""
     matchings = []
@@ -256,15 +293,13 @@ def synthesise(args, paths, device, models, statistics, data, work):
                     statistics[name]["patch"])
         matchings.append(PlainMatching(model, *settings) if args.statistics == "plain" else
                          ClosedFormMatching(freeze(model), *settings))
-    log, grid = Log(paths.run, {"args": relevant(args)}), Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
-    groups = []
-    for _, alike in groupby(enumerate(make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)),
-                            key=lambda entry: len(entry[1])):                          # of one size: they share a pass
-        alike, together = list(alike), args.groups_per_step
-        if together == "auto":
-            together = min(fitting_groups(matchings, len(alike[0][1]), data["image_size"], device),
-                           math.ceil(len(alike) / world()))
-        groups += [alike[first:first + together] for first in range(0, len(alike), together)]
+    log = Log(paths.run, {"args": relevant(args)})
+    grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
+    batches = make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)
+    if rank() == 0 and (work.read("groups") or {}).get("asked") != args.groups_per_step:
+        work.save({"asked": args.groups_per_step, "groups": make_groups(batches, matchings, data, args, device)}, "groups")
+    wait_for_all()
+    groups = [[(number, batches[number]) for number in numbers] for numbers in work.read("groups")["groups"]]
     files = [{one: image_path(paths.images, data, *one) for _, batch in group for one in batch} for group in groups]
     todo = [group for group, mine in zip(groups, files) if not all(file.exists() for file in mine.values())]
     for mine in files:
@@ -282,13 +317,24 @@ def synthesise(args, paths, device, models, statistics, data, work):
         grid.save()
 
 
+def make_groups(batches, matchings, data, args, device):
+    """Numbers of the batches that share a pass, --groups-per-step of one size.   -> list of lists"""
+    groups = []
+    for size, alike in groupby(range(len(batches)), key=lambda number: len(batches[number])):
+        alike, together = list(alike), args.groups_per_step
+        if together == "auto":
+            together = min(fitting_groups(matchings, size, data["image_size"], device), math.ceil(len(alike) / world()))
+        groups += [alike[first:first + together] for first in range(0, len(alike), together)]
+    return groups
+
+
 def recover_group(group, matchings, names, data, args, paths, device, grid, log, progress, work):
     """Synthesise some batches, [(number, [(class, index)])], together; log, draw, keep and save them."""
     numbers, flat = [number for number, _ in group], [one for _, batch in group for one in batch]
     shape, piece = (len(group), -1, 3, data["image_size"], data["image_size"]), f"batch{numbers[0]}"
     pixels = torch.stack([noise(*one, data["image_size"], args.seed) for one in flat]).view(shape).to(device)
     labels = torch.tensor([label for label, _ in flat], device=device).view(len(group), -1)
-    finite, start = Finite(["ce", "bn", "conv", "dd", "pixel"], device), work.load(piece)
+    finite, start = Finite(["ce", "bn", "conv", "dd", "pixel"], device), work.read(piece)
     if start and start["numbers"] != numbers:                        # another --groups-per-step
         start = None
     progress.skip(len(flat) * start["iterations"] if start else 0)
@@ -296,15 +342,16 @@ def recover_group(group, matchings, names, data, args, paths, device, grid, log,
     def check():
         if found := finite.first():
             t, term = found
-            fail(f"{term} is not finite in iteration {t}, backbone {drawn[t]}, batches {numbers}; use a smaller --lr")
+            backbone = names[draw_iterations(args, matchings, numbers, data["image_size"])[0][t]]
+            fail(f"{term} is not finite in iteration {t}, backbone {backbone}, batches {numbers}; use a smaller --lr")
 
     def report(t, losses, pixels):
-        drawn[t] = names[losses.pop("backbone")]
+        backbone = names[losses.pop("backbone")]
         finite.see(t, *losses.values(), pixels.detach().sum())
         last = t + 1 == args.iterations
         if t % args.log_every == 0 or last:
             check()
-            log.write({"iteration": t, "batches": numbers, "backbone": drawn[t],
+            log.write({"iteration": t, "batches": numbers, "backbone": backbone,
                        **{term: value.item() / len(group) for term, value in losses.items()}})
         if args.grid_every and t % args.grid_every == 0:
             grid.add(flat, to_uint8(pixels.flatten(0, 1), data["mean"], data["std"]))
@@ -317,7 +364,6 @@ def recover_group(group, matchings, names, data, args, paths, device, grid, log,
             return state() | {"numbers": numbers}
         work.keep(checked, piece)
 
-    drawn = {}
     images = recover_batches(pixels, labels, numbers, matchings, data, args, report, start, keep).flatten(0, 1)
     images = to_uint8(images, data["mean"], data["std"])
     for one, image in zip(flat, images):
@@ -367,7 +413,7 @@ def load_random(args):
     return data, split, chosen
 
 
-def write_random(args, paths, data, split, chosen):
+def write_random(args, paths, data, split, chosen, work):
     grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
     progress = Progress("recover", len(data["classes"]))
     for label, name in enumerate(data["classes"]):
@@ -376,6 +422,7 @@ def write_random(args, paths, data, split, chosen):
             save_png(image_path(paths.images, data, label, index), image)
         grid.add([(label, index) for index in range(args.ipc)], images)
         progress.step(name)
+        work.keep(dict)                                              # nothing: choosing again is quick
     grid.save()
 
 
@@ -436,7 +483,7 @@ def main(argv=None):
         statistics = load_statistics(args, paths, models, records)
         upstream = {"squeeze": {name: record["args"] for name, record in records.items()},
                     "collect_stats": {name: stored["args"] for name, stored in statistics.items()}}
-        made_from = weights(records) | {"statistics": {name: stored["fingerprint"] for name, stored in statistics.items()}}
+        made_from = fingerprints(records) | {"statistics": {name: stored["fingerprint"] for name, stored in statistics.items()}}
     if finished(result, args, made_from):
         return None
     if args.method == "random":
@@ -444,18 +491,20 @@ def main(argv=None):
     else:
         warn_of_chance(records, len(data["classes"]))
     old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
-    with Work(result, args, made_from, outputs=old) as work:
+    seen = {"data": fingerprint(json.dumps([data, len(split)]))} if args.method == "random" else {}
+    with Work(result, args, made_from | seen, outputs=old) as work:
         if args.method != "random":
             synthesise(args, paths, device, models, statistics, data, work)
         elif rank() == 0:
-            write_random(args, paths, data, split, chosen)
+            write_random(args, paths, data, split, chosen, work)
         if rank() == 0:
-            metrics = {"images": len(data["classes"]) * args.ipc, "classes": data["classes"],
-                       "image_set": image_set(paths.images, list_folder(paths.images)[2])}
+            files = [image_path(Path(), data, label, index).as_posix()
+                     for label in range(len(data["classes"])) for index in range(args.ipc)]
+            metrics = {"images": len(files), "classes": data["classes"], "image_set": image_set(paths.images, files)}
             if args.method != "random":
                 metrics["teacher_top1"] = {name: record["top1"] for name, record in records.items()}
             return finish(result, "recover", args, metrics, work.seconds(), upstream, made_from)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

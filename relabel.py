@@ -16,8 +16,9 @@ python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --image
 python relabel.py --dataset shapes                                                           # smoke run: seconds
 """
 import argparse
+import math
 import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,47 @@ from utils.augment import apply_epoch, draw_epoch
 from utils.data import folder_name, list_folder, load_folder, preset_column
 from utils.losses import ensemble_logits
 from utils.presets import Parser, identity_flags, number, parse_args
-from utils.run import (Progress, RowFile, Work, begin, channels_last, check_classes, check_origin, dealt, finish, finished,
-                       generator, image_set, load_json, load_teachers, rank, send, wait_for_all, weights, writable)
+from utils.run import (Progress, Work, begin, channels_last, check_classes, check_recovered, dealt, fingerprints, finish,
+                       finished, generator, image_set, load_json, load_teachers, rank, script, send, wait_for_all, whole_file, writable)
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
          "ratio": (np.float32, ())}                                   # what a mixed sample is made with
+
+
+class RowFile:
+    """An .npy file of this shape whose rows are written in any order, by any process.
+
+    Not through a memory map, whose pages count as the process's own and whose errors, such as a full disk, kill it.
+    """
+
+    def __init__(self, path, shape, dtype):
+        self.path, self.shape, self.dtype = path, tuple(shape), np.dtype(dtype)
+
+    def create(self):
+        """All zeros, which take no room on the disk."""
+        with whole_file(self.path) as temporary, open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape})
+            file.truncate(file.tell() + self.dtype.itemsize * math.prod(self.shape))
+
+    @contextmanager
+    def opened(self):
+        with writable(self.path):
+            self.file = open(self.path, "r+b", buffering=0)
+        with self.file:
+            yield
+
+    def write(self, index, row):
+        size, rest = self.dtype.itemsize * math.prod(self.shape[1:]), memoryview(np.ascontiguousarray(row, self.dtype)).cast("B")
+        with writable(self.path):
+            self.file.seek(index * size - self.shape[0] * size, os.SEEK_END)
+            while rest:                                              # a disk may have room for a part alone
+                rest = rest[self.file.write(rest):]
+
+    def sync(self):
+        """What is written stays after a power cut."""
+        with writable(self.path):
+            os.fsync(self.file.fileno())
 
 
 @torch.inference_mode()
@@ -122,15 +159,11 @@ def main(argv=None):
     if args.images:
         images = image_set(folder, list_folder(folder)[2])
     else:
-        path = paths.run / "result.json"
-        recovered = load_json(path, f"run: python recover.py --dataset {args.dataset} --ipc {args.ipc} --method {args.method}",
-                              ("args", "upstream", "made_from", "image_set", "classes"))
+        recovered = load_json(paths.run / "result.json", f"run: python recover.py --dataset {args.dataset} --ipc {args.ipc} "
+                              f"--method {args.method}", ("args", "upstream", "made_from", "image_set", "classes"))
         upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
-        check_classes(recovered["classes"], data["classes"], path, f"the teachers in {paths.teachers}")
-        if "weights" in recovered["made_from"]:
-            check_origin(recovered["made_from"], weights(records), path, "name the same --backbones, run recover.py "
-                         f"--overwrite, or label with --images {paths.images} under another --tag")
-    made_from, result = weights(records) | {"images": images}, paths.labels / "result.json"
+        check_recovered(recovered, paths, data, records)
+    made_from, result = fingerprints(records) | {"images": images}, paths.labels / "result.json"
     if finished(result, args, made_from):
         return None
     raw, _, classes, files = load_folder(folder, data["image_size"], args.workers)
@@ -149,4 +182,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -12,10 +12,14 @@ python squeeze.py --dataset cifar10 --epochs 20 --teachers e20             # abl
 python squeeze.py --dataset shapes                                         # smoke run: a minute, no download
 """
 import argparse
+import json
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from models import build_model, pretrained_weights
 from utils import fail
@@ -23,20 +27,20 @@ from utils.augment import apply_view, draw_view, normalize
 from utils.data import describe, load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
 from utils.run import (AGAIN, TEACHER, Finite, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
-                       check_same, dealt, finish, generator, in_parallel, is_there, load_json, load_torch, one_first, rank,
-                       reason, relevant, repeat, save_torch, say, send, with_precision, world)
+                       check_same, check_training, dealt, fingerprint, finish, finished_before, generator, is_there,
+                       load_torch, one_first, rank, reason, relevant, save_torch, say, script, send, with_precision, world)
 
 
-def train(model, split, data, args, device, progress, start=None, keep=lambda state: None):
+def train(model, split, data, args, device, progress, load=lambda: None, keep=lambda state: None):
     """Train the model in place for --epochs epochs of cross-entropy.   keep: takes, after every step, a function that gives
-    the state; start: a state to go on from."""
+    the state; load: gives a state to go on from, or None."""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
     units = torch.tensor([data["mean"], data["std"]], device=device)
     schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else
                 torch.optim.lr_scheduler.ConstantLR(optimizer, 1))
     trained, finite, epoch, done = (model, optimizer, schedule), Finite(["loss"], device), 0, 0
-    if start:
+    if start := load():
         epoch, done = start["epoch"], start["done"]
         for part, saved in zip(trained, start["trained"]):
             part.load_state_dict(saved)
@@ -44,7 +48,7 @@ def train(model, split, data, args, device, progress, start=None, keep=lambda st
     network = in_parallel(model, device)
 
     def state():
-        check_loss(finite, progress.what)
+        check_training(finite, model, progress.what)
         return {"epoch": epoch, "done": done, "draw": draw.get_state(), "trained": [part.state_dict() for part in trained]}
 
     for epoch in range(epoch, args.epochs):
@@ -60,7 +64,7 @@ def train(model, split, data, args, device, progress, start=None, keep=lambda st
                 view = draw_view(len(batch), data["image_size"], args.crop, True, 0, draw)
                 view = {key: share(rows) for key, rows in view.items()}
                 images = apply_view(images.float(), send(view, device))
-            loss = F.cross_entropy(network(normalize(images, *units)), labels) * weight(len(images), len(batch))
+            loss = F.cross_entropy(network(normalize(images, *units)), labels) * share_weight(len(images), len(batch))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -70,7 +74,60 @@ def train(model, split, data, args, device, progress, start=None, keep=lambda st
             progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", len(batch))
         schedule.step()
         done = 0
-        check_loss(finite, progress.what)
+        check_training(finite, model, progress.what)
+
+
+class JointSum(torch.autograd.Function):
+    """Of a tensor over all processes; its gradient comes from all of them too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return JointSum.apply(gradient.contiguous())
+
+
+class JointBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d over the batches of all processes together; what nn.SyncBatchNorm is on GPUs, on CPUs too."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        precise = x.to(self.running_mean.dtype)                      # of what autocast narrowed
+        mine = precise.new_tensor(x.numel() // x.shape[1])
+        count = JointSum.apply(mine)
+        mean = JointSum.apply(precise.mean((0, 2, 3)) * mine / count)
+        centred = precise - mean[:, None, None]
+        var = JointSum.apply(centred.square().mean((0, 2, 3)) * mine / count)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        return (centred * (torch.rsqrt(var + self.eps) * self.weight)[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def in_parallel(model, device):
+    """The model to be trained by all processes of torchrun together as one would alone, each on its `share` of a batch."""
+    if world() == 1:
+        return model
+    group = nccl() if device.type == "cuda" else None
+    if group:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+    else:
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.__class__ = JointBatchNorm2d
+    return nn.parallel.DistributedDataParallel(model, process_group=group)
+
+
+@cache
+def nccl():
+    """The group of all processes for GPUs; never destroyed, for that would wait for a process that has failed."""
+    return dist.new_group(backend="nccl")
 
 
 def share(rows):
@@ -78,14 +135,9 @@ def share(rows):
     return dealt(rows) if len(rows) >= world() else rows
 
 
-def weight(mine, whole):
+def share_weight(mine, whole):
     """By which the mean loss of this process counts, so that the mean over processes is that of the batch."""
     return mine * world() / whole if whole >= world() else 1.0
-
-
-def check_loss(finite, what):
-    if found := finite.first():
-        fail(f"{what}: the loss is not finite in step {found[0]}; use a smaller --lr")
 
 
 def load_pretrained(name, model, download):
@@ -138,16 +190,15 @@ def main(argv=None):
         else:
             todo.append(name)
     result = paths.teachers / "squeeze.json"
-    if not todo and result.exists() and load_json(result, AGAIN)["args"]["backbones"] == args.backbones:
-        return repeat(result)
+    if not todo and finished_before(result, settings(args) | {"backbones": args.backbones}, top1=accuracies):
+        return None
     if todo:
         with one_first():
             splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
                                         args.download).to(device) for split in ("train", "test")}
         data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
         check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
-        if splits["train"].streamed and args.crop != "resized":
-            fail(f"--crop {args.crop} is for images of at most 64 pixels; use --crop resized")
+        splits["train"].check_crop(args.crop)
         check_models("--backbones", todo, build_model, len(data["classes"]), data["image_size"])
     for name in todo:
         torch.manual_seed(generator("weights", args.seed, name).initial_seed())
@@ -156,10 +207,11 @@ def main(argv=None):
         if args.pretrained:
             with one_first():
                 load_pretrained(name, model, args.download)
-        with Work(paths.teachers / f"{name}.pt", args, settings=settings(args) | {"backbone": name}) as work:
+        seen = {"data": fingerprint(json.dumps([data, len(splits["train"])]))}
+        with Work(paths.teachers / f"{name}.pt", args, seen, settings(args) | {"backbone": name}) as work:
             if not args.pretrained:
                 train(model, splits["train"], data, args, device,
-                      Progress(f"squeeze {name}", args.epochs * len(splits["train"])), work.load(),
+                      Progress(f"squeeze {name}", args.epochs * len(splits["train"])), work.load,
                       work.keep if rank() == 0 else lambda state: None)                  # the state is everybody's
             units, test = torch.tensor([data["mean"], data["std"]], device=device), splits["test"]
             accuracies[name] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(
@@ -175,11 +227,11 @@ def main(argv=None):
 
 def settings(args):
     """The arguments that decide a backbone's weights."""
-    names = ["dataset", "image_size", "seed", "pretrained"]
+    names = ["dataset", "image_size", "seed", "precision", "pretrained"]
     if not args.pretrained:
         names += ["crop", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule"]
     return {name: relevant(args)[name] for name in names}
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

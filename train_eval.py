@@ -15,6 +15,7 @@ python train_eval.py --dataset shapes                                           
 """
 import argparse
 import json
+import math
 import statistics
 from collections import defaultdict
 from contextlib import ExitStack
@@ -32,8 +33,8 @@ from utils.data import describe, folder_name, list_folder, load_folder, load_spl
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.presets import Parser, identity_flags, number, parse_args
 from utils.run import (Finite, Graphed, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
-                       check_origin, dealt, finish, finished, fingerprint, generator, image_set, load_json,
-                       load_teachers, one_first, rank, send, wait_for_all, weights, with_precision, world)
+                       check_recovered, check_training, dealt, finish, finished, fingerprint, fingerprints, generator, image_set,
+                       load_json, load_teachers, one_first, rank, script, send, wait_for_all, with_precision, world)
 
 
 class StoredLabels:
@@ -98,9 +99,9 @@ def student_loss(args, logits, y, soft, partner_y, ratio):
     return mse_gt_loss(logits, soft, y, args.gamma)
 
 
-def train_student(name, seed, images, classes, labels, test, data, args, device, start=None, keep=lambda state: None):
-    """One student from scratch.   keep: takes, after every step, a function that gives the state; start: a state to go on
-    from.   -> state, in it {epoch: top-1 in %} of the epochs evaluated; the last epoch is always among them"""
+def train_student(name, seed, images, classes, labels, test, data, args, device, load=lambda: None, keep=lambda state: None):
+    """One student from scratch.   keep: takes, after every step, a function that gives the state; load: gives a state to go
+    on from, or None.   -> top-1 in % by epoch evaluated, {epoch: top1}; the last epoch is always among them"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
     model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
     model = with_precision(channels_last(model), device, args.precision)
@@ -113,9 +114,9 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
     trained = model, optimizer, schedule
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order, units, top1 = generator("order", seed, name), torch.tensor([data["mean"], data["std"]], device=device), {}
-    finite, epoch, done, before = Finite(["loss"], device), 0, 0, order.get_state()
+    finite, epoch, done, before, loss = Finite(["loss"], device), 0, 0, order.get_state(), torch.tensor(math.nan)
     progress = Progress(f"train_eval {name} seed {seed}", args.epochs)
-    if start:
+    if start := load():
         epoch, done, before, top1 = (start[key] for key in ("epoch", "done", "order", "top1"))
         for part, saved in zip(trained, start["trained"]):
             part.load_state_dict(saved)
@@ -123,8 +124,7 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
         progress.skip(epoch)
 
     def state():
-        if found := finite.first():
-            fail(f"{name}, seed {seed}: the loss is not finite in step {found[0]}; use a smaller --lr")
+        check_training(finite, model, progress.what)
         return {"epoch": epoch, "done": done, "order": before, "top1": top1,
                 "trained": [part.state_dict() for part in trained]}
 
@@ -153,10 +153,10 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
         epoch, done, before = epoch + 1, 0, order.get_state()
         # `evaluations` evenly spaced epochs, the last of them the last epoch
         if epoch * args.evaluations // args.epochs > (epoch - 1) * args.evaluations // args.epochs:
-            state()                                                  # of a finite loss
+            check_training(finite, model, progress.what)
             top1[epoch] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(500)))
         progress.step(lambda: f"loss {loss.item():.4f}  top1 {list(top1.values())[-1:]}")
-    return state()
+    return top1
 
 
 def student_value(texts, name):
@@ -164,7 +164,7 @@ def student_value(texts, name):
     try:
         values = {text.rpartition("=")[0]: float(text.rpartition("=")[2]) for text in texts}
         known = all(not student or is_model_name(student) for student in values)
-        if known and all(0 < value < float("inf") for value in values.values()):
+        if known and all(0 < value <= 1e30 for value in values.values()):
             return values.get(name, values[""])
     except (KeyError, ValueError):
         pass
@@ -189,7 +189,7 @@ def get_parser():
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--students", nargs="+", default=["convnet_w128"], metavar="NAME",
                               help="networks to train [f_eval]")
-    optimization.add_argument("--student-seeds", nargs="+", type=number(int, 0), default=[0], metavar="SEED",
+    optimization.add_argument("--student-seeds", nargs="+", type=number(int, 0, 10 ** 18), default=[0], metavar="SEED",
                               help="one training of each student for each")
     optimization.add_argument("--epochs", type=number(int, 1), default=300, help="passes over the distilled images")
     optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step")
@@ -223,6 +223,8 @@ def main(argv=None):
     teachers, records, data = {}, {}, before.get("data")
     if args.labels == "online":
         teachers, records, data = load_teachers(args, paths.teachers, build_model, device)
+    if args.labels == "online" and before:
+        check_recovered(before, paths, data, records)
     made_from = origin(args, paths, before, records)
     results = {name: paths.eval / f"{name}{'' if args.labels == 'stored' else f'-{args.labels}'}.json" for name in args.students}
     alone = {name: argparse.Namespace(**{**vars(args), "students": [name]}) for name in args.students}
@@ -231,6 +233,8 @@ def main(argv=None):
         return
     if args.labels == "hard":
         data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
+    if args.labels == "hard" and before:
+        check_recovered(before, paths, data, {})
     images, classes, labels = load_distilled(args, paths, before, data, made_from, list(teachers.values()), device)
     check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
     with one_first():
@@ -241,11 +245,13 @@ def main(argv=None):
             works = {name: stack.enter_context(Work(results[name], alone[name], made_from)) for name in names}
             for name, seed in dealt([(name, seed) for name in names for seed in args.student_seeds]):
                 work, piece = works[name], f"seed{seed}"
-                work.save(train_student(name, seed, images, classes, labels, test, data, args, device,
-                                        work.load(piece), partial(work.keep, piece=piece)), piece)
+                if (work.read(piece) or {}).get("epoch") != args.epochs:
+                    top1 = train_student(name, seed, images, classes, labels, test, data, args, device,
+                                         partial(work.load, piece), partial(work.keep, piece=piece))
+                    work.save({"epoch": args.epochs, "top1": top1}, piece)
             wait_for_all()
             for name in names if rank() == 0 else ():
-                runs = [works[name].load(f"seed{seed}")["top1"] for seed in args.student_seeds]
+                runs = [works[name].read(f"seed{seed}")["top1"] for seed in args.student_seeds]
                 last = [list(top1.values())[-1] for top1 in runs]
                 finish(results[name], "train_eval", alone[name], {
                     "student": name, "labels": args.labels, "top1": statistics.fmean(last),
@@ -262,31 +268,26 @@ def earlier_result(args, paths):
         return {}, {}
     phase, path = ("relabel", paths.labels) if args.labels == "stored" else ("recover", paths.run)
     result = load_json(path / "result.json", f"run: python {phase}.py --dataset {args.dataset} --ipc {args.ipc} "
-                       f"--method {args.method}", ("args", "upstream", "made_from"))
+                       f"--method {args.method}", ("args", "upstream", "made_from", "classes"))
     return result, result["upstream"] | {phase: result["args"]}
 
 
 def origin(args, paths, before, records):
-    """What the students are made from, checked against the teachers; before: as of `earlier_result`."""
+    """What the students are made from; before: as of `earlier_result`."""
     if args.labels == "stored":
         if set(args.backbones) != set(before["made_from"]["weights"]):
-            fail(f"--backbones {' '.join(args.backbones)}: {paths.labels} was made with {' '.join(before['made_from']['weights'])}; "
-                 "name the same")
+            fail(f"--backbones {' '.join(args.backbones)}: {paths.labels} was made with "
+                 f"{' '.join(before['made_from']['weights'])}; name the same")
         return before["made_from"] | {"labels": fingerprint(json.dumps([before["args"], before["made_from"]]))}
     folder = args.images or paths.images
     images = {"images": before["image_set"] if before else image_set(folder, list_folder(folder)[2])}
-    if args.labels == "online" and "weights" in before.get("made_from", {}):
-        check_origin(before["made_from"], weights(records), paths.run / "result.json", "name the same --backbones, run "
-                     f"recover.py --overwrite, or name --images {paths.images} under another --tag")
-    return images | weights(records) if args.labels == "online" else images
+    return images | fingerprints(records) if args.labels == "online" else images
 
 
 def load_distilled(args, paths, before, data, made_from, teachers, device):
     """The images and their classes on the device, and where soft labels come from.
     -> images uint8 [N, 3, S, S], classes [N], labels object"""
     folder = args.images or paths.images
-    if "classes" in before:
-        check_classes(before["classes"], data["classes"], paths.run, "the data set")
     raw, classes, names, files = load_folder(folder, data["image_size"], args.workers)
     expected = [folder_name(name) for name in data["classes"]]
     check_classes(names, sorted(expected), folder, paths.labels if args.labels == "stored" else "the data set")
@@ -305,4 +306,4 @@ def load_distilled(args, paths, before, data, made_from, teachers, device):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

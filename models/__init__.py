@@ -37,9 +37,9 @@ PRETRAINED = {  # torchvision's names
 
 def _builder(name):
     """The function (num_classes, image_size) -> nn.Module behind a name, or None."""
-    if match := re.fullmatch(r"convnet_w([1-9]\d*)(?:_d([1-9]\d*))?", name):
+    if match := re.fullmatch(r"convnet_w([1-9]\d{0,3})(?:_d([1-9]\d?))?", name):
         return partial(ConvNet, int(match[1]), int(match[2] or 3))
-    if match := re.fullmatch(r"wrn([1-9]\d*)_([1-9]\d*)", name):
+    if match := re.fullmatch(r"wrn([1-9]\d{0,2})_([1-9]\d?)", name):
         return lambda num_classes, image_size: WideResNet(int(match[1]), int(match[2]), num_classes)
     return BUILDERS.get(name)
 

@@ -33,7 +33,7 @@ from tests.helpers import counted_operations, saved_bytes
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import Split
 from utils.losses import mse_gt_loss
-from utils.run import Finite, Progress, RowFile, Work, channels_last, generator, pick_device
+from utils.run import Finite, Progress, Work, channels_last, generator, pick_device
 from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
@@ -257,7 +257,7 @@ def bench_labels(rounds, quick, device):
         stored = train_eval.StoredLabels(ours, "cutmix")
 
         def write():
-            file = RowFile(ours / "written.npy", (epochs, count, classes), np.float16)
+            file = relabel.RowFile(ours / "written.npy", (epochs, count, classes), np.float16)
             file.create()
             with file.opened():
                 for epoch in range(epochs):

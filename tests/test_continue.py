@@ -26,6 +26,7 @@ LONG = {  # flags with which a phase takes a second or so
     "squeeze": "--epochs 20 --batch-size 4", "collect_stats": "--batch-size 2",
     "recover": "--iterations 60 --batch-size 4 --log-every 10", "relabel": "--epochs 120",
     "train_eval": "--epochs 40 --batch-size 2 --whole-up-to 0 --student-seeds 0 1 --students convnet_w8 wrn10_1 --labels hard"}
+FAST = "--checkpoint-minutes 0.0005"
 STEPS = {  # what a phase calls once in each of its steps, and how often
     "squeeze": ("apply_view", 2 * 20 * 12), "collect_stats": ("normalize", 2 * 24), "recover": ("matching_gradient", 2 * 60),
     "relabel": ("label_epoch", 120), "train_eval": ("student_loss", 2 * 2 * 40 * 4)}
@@ -116,18 +117,22 @@ def check(project, phase, undisturbed):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_phase_killed_at_random_moments_goes_on_to_the_same_bytes(phase, undisturbed, halfway):
-    project, kills = halfway(phase), 0
-    while kills < 3:
-        process = start(project, phase, LONG[phase], "--checkpoint-minutes 0.0005")
-        process.join(random.uniform(0.05, 0.3) * undisturbed.seconds[phase])
+    project, kills = halfway(phase), []
+    while len(kills) < 3:
+        process = start(project, phase, LONG[phase], FAST)
+        while process.is_alive() and not list(project.root.rglob(".*.unfinished/*.pt")):
+            time.sleep(0.001)
+        moment = random.uniform(0, 0.2)
+        process.join(moment)
         process.kill()
         process.join()
-        kills += process.exitcode == -signal.SIGKILL
+        kills.append(moment)
         if process.exitcode == 0:                                    # the moment was too late
-            project, kills = halfway(phase), 0
+            project, kills = halfway(phase), []
+    assert list(project.root.rglob(".*.unfinished/begun.json")), kills
     process = start(project, phase, LONG[phase])
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == 0, kills
     check(project, phase, undisturbed)
 
 
@@ -145,11 +150,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code, share", [(signal.SIGTERM, 143, 2 / 3), (signal.SIGINT, 130, 1)])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_ends_the_phase_behind_the_step_at_work_and_nothing_is_done_twice(
-        phase, number, code, undisturbed, halfway, counted, one_thread, capsys):
-    project, at = halfway(phase), STEPS[phase][1] * 2 // 3
+        phase, number, code, share, undisturbed, halfway, counted, one_thread, capsys):
+    project, at = halfway(phase), int(share * STEPS[phase][1])
     done = counted(phase, at, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as end:
         import_module(phase).main(project.arguments(phase, LONG[phase]))
@@ -199,20 +204,89 @@ def test_images_that_are_streamed_by_workers_go_on_too(phase, flags, bare, monke
         return normalize(*args)
 
     monkeypatch.setattr(module, "normalize", interrupting)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="143"):
         module.main(bare.arguments(phase, flags))
-    assert end.value.code == 143 and len(done) == 4
+    assert len(done) == 4
     bare.call(phase, flags)
     name = "wrn10_1.pt" if phase == "squeeze" else "wrn10_1.stats.pt"
     assert (bare.teachers / name).read_bytes() == (whole.teachers / name).read_bytes()
 
 
+@pytest.mark.parametrize("phase, flags, step, file", [
+    ("squeeze", "--backbones efficientnet_b0 --epochs 2", 3, "teachers/supervised/efficientnet_b0.pt"),
+    ("train_eval", "--students efficientnet_b0 --labels hard --epochs 3", 2, "gvbsm-ipc2/eval/efficientnet_b0-hard.json")])
+def test_networks_that_draw_while_they_train_go_on_with_the_same_numbers(
+        phase, flags, step, file, undisturbed, halfway, counted, one_thread):
+    whole, project = halfway("train_eval"), halfway("train_eval")
+    flags += " --batch-size 16 --lr 0.003"
+    whole.call(phase, flags)
+    counted(phase, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        import_module(phase).main(project.arguments(phase, flags))
+    project.call(phase, flags)
+    one, other = (outputs(project)[f"runs/{project.dataset.name}/{file}"] for project in (whole, project))
+    assert one == other
+
+
+def test_work_of_an_overwriting_run_goes_on_without_that_flag(halfway, counted, one_thread, capsys):
+    project = halfway("relabel")
+    for flags, told in ("", "the same command goes on"), ("--overwrite", "the same command without --overwrite goes on"):
+        counted("recover", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            recover.main(project.arguments("recover", "--tag new", flags))
+        assert told in capsys.readouterr().err
+
+
+def test_the_groups_of_a_pass_stay_while_they_are_asked_for_alike(halfway, counted, one_thread):
+    whole, project, groups = halfway("recover"), halfway("recover"), "--groups-per-step 2"
+    whole.call("recover", groups)
+    counted("recover", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        recover.main(project.arguments("recover", groups))
+    left = counted("recover", 0, None)
+    project.call("recover", groups)
+    assert len(left) == 3 and outputs(project) == outputs(whole)
+    counted("recover", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        recover.main(project.arguments("recover", groups, "--overwrite"))
+    left = counted("recover", 0, None)
+    project.call("recover", "--groups-per-step 1")
+    assert len(left) == 2 * 6                                        # from the start, each batch alone
+
+
+def test_a_summary_of_other_backbones_or_weights_is_not_repeated(bare):
+    first = bare.call("squeeze")
+    (bare.teachers / "squeeze.json").rename(bare.root / "old")
+    bare.call("squeeze", "--seed 1 --overwrite")
+    (bare.root / "old").rename(bare.teachers / "squeeze.json")       # a kill came before the new one
+    assert bare.call("squeeze", "--seed 1")["args"]["seed"] == 1 != first["args"]["seed"]
+
+
+def test_unfinished_training_on_other_data(bare, counted, one_thread):
+    counted("squeeze", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        squeeze.main(bare.arguments("squeeze"))
+    (bare.dataset / "train/bee/3.png").unlink()
+    assert "was made from other data than there are now" in bare.mistake("squeeze")
+
+
+def test_what_a_kill_left_behind_a_result_goes(project):
+    result = project.call("recover")
+    folder = project.run() / ".result.json.unfinished"
+    folder.mkdir()
+    (folder / "lock").write_text("1 on a machine")
+    assert project.call("recover") == result and not folder.exists()
+
+
 def test_the_seconds_of_a_result_are_those_of_all_processes(halfway, counted, one_thread):
     project = halfway("recover")
-    counted("recover", 3, lambda: (time.sleep(2), os.kill(os.getpid(), signal.SIGTERM)))
+    counted("recover", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         recover.main(project.arguments("recover"))
-    assert project.call("recover")["seconds"] > 2
+    begun = project.run() / ".result.json.unfinished/begun.json"
+    spent = json.loads(begun.read_text())
+    begun.write_text(json.dumps(spent | {"seconds": spent["seconds"] + 1000}))
+    assert 1000 < project.call("recover")["seconds"] < 1100
 
 
 @pytest.mark.parametrize("at", [1, 40])

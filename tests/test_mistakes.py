@@ -79,10 +79,11 @@ def test_images_of_an_unfinished_run_are_not_labelled(project):
 IMPOSSIBLE = {
     PHASES: ["--ipc 0", "--ipc -1", "--ipc 1.5", "--ipc ten", "--tag ../x", "--tag a/b", "--tag ..", "--teachers a/b",
              "--method sre3l", "--preset good", "--seed -1", "--workers -1", "--image-size 4", "--device nonsense",
-             "--dataset nonsense", "--precision fp8", "--checkpoint-minutes -1", "--checkpoint-minutes soon", "--nonsense 1"],
+             "--ipc 10000000", "--image-size 100000", "--dataset nonsense", "--precision fp8", "--checkpoint-minutes -1", "--checkpoint-minutes soon", "--nonsense 1"],
     ("squeeze",): ["--backbones resnet81", "--backbones convnet_w8 wrn10_1 convnet_w8", "--epochs 0", "--epochs 1.5", "--batch-size 0", "--lr -1", "--lr nan",
                    "--lr inf", "--lr fast", "--momentum 1.5", "--weight-decay -1", "--schedule linear", "--crop pad",
-                   "--crop padx", "--crop random"],
+                   "--crop padx", "--crop pad²", "--crop pad1000", "--crop random", "--backbones convnet_w10000",
+                   "--weight-decay 1e39"],
     ("collect_stats",): ["--batch-size 1", "--patch 0", "--patch 2.5", "--crop pad-4"],
     ("recover",): ["--alpha 1.1", "--alpha -0.1", "--alpha nan", "--drop-rate 1.1", "--drop-rate some",
                    "--bn-weight -1", "--conv-weight -1", "--dd-weight inf", "--tau 0.5", "--dd-scale max",
@@ -233,9 +234,11 @@ def test_damaged_unfinished_work(damage, project, monkeypatch):
 
 @pytest.mark.parametrize("phase, flags, words", [
     ("squeeze", "--lr 1e30 --overwrite", ["convnet_w8", "the loss is not finite in step 2", "--lr"]),
-    ("recover", "--bn-weight 1e39 --backbones wrn10_1 --iterations 50 --tag x", ["bn is not finite in iteration 0, backbone wrn10_1"]),
-    ("recover", "--ce-weight 1e39 --backbones convnet_w8 --tag x", ["ce is not finite in iteration 0, backbone convnet_w8"]),
-    ("train_eval", "--lr 1e30 --optimizer sgd", ["convnet_w8, seed 0", "the loss is not finite in step 2", "--lr"])])
+    ("recover", "--conv-weight 1e30 --first-multiplier 1e30 --backbones wrn10_1 --tag x",
+     ["conv is not finite in iteration 0, backbone wrn10_1"]),
+    ("squeeze", "--lr 1e30 --weight-decay 1e30 --epochs 1 --batch-size 48 --overwrite",
+     ["squeeze convnet_w8: ", ".weight is not finite after the last step", "--lr"]),
+    ("train_eval", "--lr 1e30 --optimizer sgd", ["convnet_w8 seed 0", "the loss is not finite in step 2", "--lr"])])
 def test_numbers_that_go_wrong(phase, flags, words, relabelled, capsys):
     with pytest.raises(SystemExit) as end:
         import_module(phase).main(relabelled.arguments(phase, flags))
@@ -534,6 +537,16 @@ def test_a_file_where_a_folder_should_be(phase, file, bare):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("")
     tells(bare.mistake(phase), f"runs/{file}", "--run-dir")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_the_system_refuses_is_told_in_one_line(phase, bare, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [phase, *bare.arguments(phase, "--run-dir", 300 * "x")])
+    with pytest.raises(SystemExit) as end:
+        run.script(import_module(phase).main)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and 300 * "x" in error and "File name too long" in error
 
 
 @pytest.mark.skipif(os.access("/", os.W_OK), reason="root may write anywhere")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import relabel
 from utils import fail, run
 
 ROOT = Path(run.__file__).parents[1]
@@ -49,7 +50,8 @@ def test_a_whole_file_appears_in_new_folders_and_replaces_the_old_one(tmp_path):
 
 @pytest.mark.parametrize("save", [run.save_json, run.save_torch])
 def test_a_place_that_cannot_be_written_is_told_in_one_line(save, tmp_path, capsys):
-    (tmp_path / ".result.tmp").mkdir()              # in the way: not even root can open a file there
+    for name in ".result.tmp", f".result.{os.getpid()}.tmp":
+        (tmp_path / name).mkdir()                   # in the way: not even root can open a file there
     with pytest.raises(SystemExit) as end:
         save(tmp_path / "result", {})
     error = capsys.readouterr().err
@@ -61,14 +63,14 @@ def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
             "with whole_file(Path(sys.argv[1])) as temporary:\n    temporary.write_text('ne')\n    os._exit(1)")
     subprocess.run([sys.executable, "-c", code, tmp_path / "result.json"], cwd=ROOT)
     assert not (tmp_path / "result.json").exists() and len(list(tmp_path.iterdir())) == 1
-    run.save_json(tmp_path / "result.json", 1)             # the next attempt clears it away
+    run.save_torch(tmp_path / "result.json", 1)            # the next attempt clears it away
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int16, np.int32, np.bool_])
 def test_an_array_written_row_by_row_in_any_order_is_the_file_that_numpy_saves(dtype, tmp_path):
     rows = np.random.default_rng(0).integers(0, 2, (5, 3, 4))
-    one, other = (run.RowFile(tmp_path / "rows.npy", rows.shape, dtype) for _ in range(2))          # two processes
+    one, other = (relabel.RowFile(tmp_path / "rows.npy", rows.shape, dtype) for _ in range(2))          # two processes
     one.create()
     with one.opened(), other.opened():
         for i, file in zip([3, 0, 4, 1, 2], itertools.cycle([one, other])):
@@ -79,7 +81,7 @@ def test_an_array_written_row_by_row_in_any_order_is_the_file_that_numpy_saves(d
 
 
 def test_an_array_takes_no_room_on_the_disk_before_it_is_written(tmp_path):
-    run.RowFile(tmp_path / "rows.npy", (1000, 1000), np.float32).create()
+    relabel.RowFile(tmp_path / "rows.npy", (1000, 1000), np.float32).create()
     assert os.stat(tmp_path / "rows.npy").st_blocks * 512 < 100_000
 
 

@@ -6,5 +6,6 @@ import sys
 def fail(message):
     """End on a user's mistake: one line on stderr, exit code 2."""
     rank = os.environ.get("RANK", "0")                               # of torchrun
-    sys.stderr.write(" ".join([f"[rank {rank}]"] * (rank != "0") + str(message).split()) + "\n")
+    told = " ".join(str(message).split())
+    sys.stderr.write(f"{told}\n" if rank == "0" else f"[rank {rank}] {told}\n")
     raise SystemExit(2)

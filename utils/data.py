@@ -9,6 +9,7 @@ Classes are numbered by their sorted names everywhere, images of a class by thei
 """
 import os
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -147,6 +148,13 @@ def read_images(sources, shorter, size, workers):
     return images
 
 
+def end_later(worker):
+    """Signals often go to all processes of a group; those that read images end ten seconds after the one that asked for
+    them, which is to end its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
 class Split:
     """Images and labels: `classes`, `labels` [N], `image_size` S, `streamed`, `images` uint8 [N, 3, S, S] (or None)."""
 
@@ -167,6 +175,11 @@ class Split:
             self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
 
+    def check_crop(self, crop):
+        """Only images in memory can be padded and cropped in batches."""
+        if self.streamed and crop != "resized":
+            fail(f"--crop {crop} is for images of at most {SMALL} pixels; use --crop resized")
+
     def read(self, index):
         """uint8 [n, 3, S, S] of the images at index (LongTensor [n]), never augmented."""
         if not self.streamed:
@@ -186,7 +199,8 @@ class Split:
                 batch.to(self.labels.device) for batch in index))
             return
         loader = DataLoader(index, batch_size=None, num_workers=self.workers, generator=torch.Generator(),
-                            collate_fn=partial(self._load, crop_seed))      # generator: not torch's global one
+                            collate_fn=partial(self._load, crop_seed),      # generator: not torch's global one
+                            worker_init_fn=end_later)
         for images, labels in loader:
             if labels is None:
                 break               # leaving the loop ends the workers; an exception would hold them for seconds

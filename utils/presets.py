@@ -3,6 +3,7 @@
 Precedence: parser default < preset of the data set < exception at its IPC < --method < command line.
 """
 import argparse
+import re
 import sys
 
 from utils import fail
@@ -115,10 +116,10 @@ def identity_flags(parser):
     group.add_argument("--backbones", nargs="+", metavar="NAME", help="networks to match and to label with [S, Eq. 7]")
     group.add_argument("--preset", choices=sorted(PRESETS), default="paper", help="where defaults come from")
     group.add_argument("--data-dir", default="data", help="where named data sets lie")
-    group.add_argument("--image-size", type=number(int, 8), help="of a folder of one's own; found out by default")
+    group.add_argument("--image-size", type=number(int, 8, 4096), help="of a folder of one's own; found out by default")
     run = parser.add_argument_group("run")
     run.add_argument("--run-dir", default="runs", help="where results go")
-    run.add_argument("--seed", type=number(int, 0), default=0, help="of everything random in this phase")
+    run.add_argument("--seed", type=number(int, 0, 10 ** 18), default=0, help="of everything random in this phase")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
     run.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="tf32",
                      help="of the networks' matrix work: tf32 is fp32 except on a GPU, bf16 is autocast")
@@ -154,8 +155,10 @@ def parse_args(parser, phase, argv, find_column):
     return args
 
 
-def number(kind, low, high=float("inf")):
-    """argparse type: a number of low .. high."""
+def number(kind, low, high=None):
+    """argparse type: a number of low .. high, which by default is more than anyone can mean."""
+    high = high or {int: 10 ** 6, float: 1e30}[kind]
+
     def parse(text):
         value = kind(text)
         if not low <= value <= high:                                                    # also refuses nan
@@ -175,7 +178,7 @@ def number_or_auto(kind, low):
 
 def crop_name(text):
     """argparse type: none, resized (RandomResizedCrop), or pad<pixels> (RandomCrop with padding)."""
-    if text not in ("none", "resized") and not (text.startswith("pad") and text[3:].isdigit()):
+    if text not in ("none", "resized") and not (re.fullmatch(r"pad\d{1,3}", text, re.ASCII)):
         raise argparse.ArgumentTypeError(f"{text!r} is none of: none, resized, pad<pixels>, such as pad4")
     return text
 

@@ -1,5 +1,4 @@
 """Bookkeeping of a phase: device, processes, seeds, folders, whole files, unfinished work, progress, the RESULT line."""
-import atexit
 import ctypes
 import fcntl
 import hashlib
@@ -14,12 +13,12 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -36,19 +35,23 @@ AGAIN = "start again with --overwrite"
 
 
 def begin(args):
-    """The first act of a phase: SIGINT and SIGTERM end it in order (`Work`), torchrun's processes find each other.
-    -> device, folders (`run_paths`)"""
-    Work.signal = None
+    """The first act of a phase: SIGINT and SIGTERM end it behind the step at work (`Work`), torchrun's processes find each
+    other.   -> device, folders (`run_paths`)"""
+    Work.stopped_by = None
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")       # work may go on at the end of an epoch
     if threading.current_thread() is threading.main_thread():
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, stop)
     device = args.device
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if args.device in ("auto", "cuda") and torch.cuda.is_available():
-            device = f"cuda:{os.environ['LOCAL_RANK']}"              # --nproc-per-node may be too many: pick_device tells
-        if not dist.is_initialized():                                # a month: one may wait for the others' work
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(30))
-            atexit.register(dist.destroy_process_group)
+        gpus, mine = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if device == "cuda" or (device == "auto" and gpus):
+            device = f"cuda:{mine}"
+            if mine >= gpus:
+                fail(f"--nproc-per-node is more than the {gpus} GPUs of this machine; use at most one process for each")
+        elif device.startswith("cuda:"):
+            fail(f"--device {device} would be that of every process; under torchrun use cuda, of which each takes one")
+        dist.init_process_group("gloo", timeout=timedelta(30))       # days: one may wait for another's work
     device = pick_device(device, args.precision)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -74,8 +77,8 @@ def wait_for_all():
     if world() > 1:
         arrived = dist.all_reduce(torch.zeros(1), async_op=True)
         while not arrived.is_completed():                            # not in `wait`, where no signal would be heard
-            if Work.signal:
-                raise SystemExit(128 + Work.signal)
+            if Work.stopped_by:
+                raise SystemExit(128 + Work.stopped_by)
             time.sleep(0.02)
         try:
             arrived.wait()
@@ -93,56 +96,19 @@ def one_first():
         wait_for_all()
 
 
-class JointSum(torch.autograd.Function):
-    """Of a tensor over all processes; its gradient comes from all of them too."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return JointSum.apply(gradient.contiguous())
-
-
-class JointBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d over the batches of all processes together; what nn.SyncBatchNorm is on GPUs, on CPUs too."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        mine = x.new_tensor(x.numel() // x.shape[1])
-        count = JointSum.apply(mine)
-        mean = JointSum.apply(x.mean((0, 2, 3)) * mine / count)
-        centred = x - mean[:, None, None]
-        var = JointSum.apply(centred.square().mean((0, 2, 3)) * mine / count)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        return centred * (torch.rsqrt(var + self.eps) * self.weight)[:, None, None] + self.bias[:, None, None]
-
-
-def in_parallel(model, device):
-    """The model to be trained by all processes of torchrun together as one process would, each on its share of a batch
-    (`dealt`), with a loss that is its sum over the share, divided by the mean share of a process."""
-    if world() == 1:
-        return model
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    else:
-        for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.__class__ = JointBatchNorm2d
-    return nn.parallel.DistributedDataParallel(model)
-
-
 def say(*words):
     """Print, once for all processes."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+def script(main):
+    """Run a phase from the command line: what the system refuses, such as a folder that may not be read, is told in one
+    line."""
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error.filename or 'the output'}: {error.strerror or error}; make it usable or name another place")
 
 
 def pick_device(name, precision="tf32"):
@@ -246,10 +212,10 @@ def writable(path):
 
 
 @contextmanager
-def whole_file(path):
+def whole_file(path, suffix="tmp"):
     """Yields a path beside `path` to write to, and renames it when all is written: the file is whole or absent."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{suffix}")
     try:
         with writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,44 +228,8 @@ def whole_file(path):
             temporary.unlink()
 
 
-class RowFile:
-    """An .npy file of this shape whose rows are written in any order, by any process.
-
-    Not through a memory map, whose pages count as the process's own and whose errors, such as a full disk, kill it.
-    """
-
-    def __init__(self, path, shape, dtype):
-        self.path, self.shape, self.dtype = path, tuple(shape), np.dtype(dtype)
-
-    def create(self):
-        """All zeros, which take no room on the disk."""
-        with whole_file(self.path) as temporary, open(temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape})
-            file.truncate(file.tell() + self.dtype.itemsize * math.prod(self.shape))
-
-    @contextmanager
-    def opened(self):
-        with writable(self.path):
-            self.file = open(self.path, "r+b", buffering=0)
-        with self.file:
-            yield
-
-    def write(self, index, row):
-        size, rest = self.dtype.itemsize * math.prod(self.shape[1:]), memoryview(np.ascontiguousarray(row, self.dtype)).cast("B")
-        with writable(self.path):
-            self.file.seek(index * size - self.shape[0] * size, os.SEEK_END)
-            while rest:                                              # a disk may have room for a part alone
-                rest = rest[self.file.write(rest):]
-
-    def sync(self):
-        """What is written stays after a power cut."""
-        with writable(self.path):
-            os.fsync(self.file.fileno())
-
-
 def save_json(path, value):
-    with whole_file(path) as temporary:
+    with whole_file(path, f"{os.getpid()}.tmp") as temporary:        # two processes may end with the same summary
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
@@ -350,14 +280,14 @@ def fingerprint(*parts):
                 while block := file.read(1 << 20):
                     digest.update(block)
         else:
-            digest.update(part.encode() if isinstance(part, str) else part)
+            digest.update(os.fsencode(part) if isinstance(part, str) else part)
     return digest.hexdigest()
 
 
 def image_set(folder, files):
     """Fingerprint of the images of a folder, by their names in it."""
     folder = Path(folder).expanduser()
-    return fingerprint(*(part for name in files for part in (name, folder / name)))
+    return fingerprint(*(part for name in sorted(files) for part in (name, folder / name)))
 
 
 def need_files(args, folder, suffix, script):
@@ -391,8 +321,8 @@ def load_teachers(args, folder, build_model, device):
     return models, records, first
 
 
-def weights(records):
-    """Of records of `load_teachers`, what `check_origin` compares."""
+def fingerprints(records):
+    """Of records of `load_teachers`, for `check_origin`."""
     return {"weights": {name: record["fingerprint"] for name, record in records.items()}}
 
 
@@ -444,16 +374,35 @@ def check_same(stored, args, path):
 def check_origin(stored, now, path, remedy=AGAIN):
     """Stop when what lies at `path` was made from other files.   stored, now: {what: hash, or {backbone: hash}}"""
     for what in now:
-        mine, theirs = (made[what] if isinstance(made.get(what), dict) else {"": made.get(what)} for made in (stored, now))
-        differing = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+        then, these = (made[what] if isinstance(made.get(what), dict) else {"": made.get(what)} for made in (stored, now))
+        differing = [name for name in then | these if then.get(name) != these.get(name)]
         if differing:
             named = f" ({' '.join(sorted(differing))})" if all(differing) else ""
             fail(f"{path} was made from other {what}{named} than there are now; {remedy}")
 
 
 def is_there(path, args):
-    """Whether a result need not be made."""
-    return path.exists() and not args.overwrite
+    """Whether a result need not be made. What a kill left of its work goes."""
+    if args.overwrite or not path.exists():
+        return False
+    folder = unfinished(path)
+    with suppress(OSError), open(folder / "lock", "r+") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    return True
+
+
+def unfinished(result):
+    return result.with_name(f".{result.name}.unfinished")
+
+
+def check_recovered(recovered, paths, data, records):
+    """Stop unless recover.py's images are of these classes and, where it had any, of these teachers."""
+    path = paths.run / "result.json"
+    check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
+    if records and "weights" in recovered["made_from"]:
+        check_origin(recovered["made_from"], fingerprints(records), path, "name the same --backbones, run recover.py "
+                     f"--overwrite, or name --images {paths.images} under another --tag")
 
 
 def finished(path, args, made_from):
@@ -463,6 +412,15 @@ def finished(path, args, made_from):
     result = load_json(path, AGAIN, ("args", "made_from"))
     check_same(result["args"], args, path)
     check_origin(result["made_from"], made_from, path)
+    repeat(path)
+    return True
+
+
+def finished_before(path, args, **metrics):
+    """`finished` for the summary of several backbones, which must have these arguments and metrics."""
+    result = load_json(path, AGAIN) if path.exists() else {"args": {}}
+    if any(result["args"].get(key) != args[key] for key in args) or any(result.get(key) != metrics[key] for key in metrics):
+        return False
     repeat(path)
     return True
 
@@ -492,11 +450,11 @@ def finish(path, phase, args, metrics, seconds, upstream=None, made_from=None):
 def stop(number, frame):
     """On a signal: end, once the work's state is kept; at once where there is none, or at a second one. Launchers and
     terminals together may send the first one twice."""
-    if not Work.going_on or (Work.signal and world() == 1 and time.monotonic() > Work.signalled + 1):
+    if not Work.going_on or (Work.stopped_by and world() == 1 and time.monotonic() > Work.stopped_at + 1):
         signal.signal(number, signal.SIG_IGN)
         raise SystemExit(128 + number)
-    if not Work.signal:
-        Work.signal, Work.signalled = number, time.monotonic()
+    if not Work.stopped_by:
+        Work.stopped_by, Work.stopped_at = number, time.monotonic()
 
 
 class Work:
@@ -510,14 +468,14 @@ class Work:
         # write the result
 
     One work may have several pieces, each with a state of its own. torch's generators are kept beside a state.
-    outputs: other files that the work writes; they go when it starts again. seconds(): spent on it, earlier processes
-    included, up to what they kept last.
+    settings: what is compared instead of args; outputs: other files that the work writes, which go when it starts again.
+    seconds(): spent on it, earlier processes included, up to what they kept last.
     """
-    going_on, signal = 0, None
+    going_on, stopped_by, stopped_at = 0, None, 0
 
     def __init__(self, result, args, made_from=None, settings=None, outputs=()):
         self.result, self.outputs, self.overwrite = Path(result), [Path(result), *outputs], args.overwrite
-        self.folder = self.result.with_name(f".{self.result.name}.unfinished")
+        self.folder = unfinished(self.result)
         self.begun, self.period = self.folder / "begun.json", 60 * args.checkpoint_minutes
         self.identity = {"args": settings or relevant(args), "made_from": made_from or {}}
 
@@ -530,14 +488,12 @@ class Work:
         return self
 
     def _begin(self):
-        new = self.overwrite or not self.begun.exists()
-        if not new:
-            stored = load_json(self.begun, AGAIN, self.identity)
-            check_same(stored["args"], self.identity["args"], self.result)
-            check_origin(stored["made_from"], self.identity["made_from"], self.result)
-            self.earlier = stored.get("seconds", 0)
-        elif not self.overwrite and (old := next((path for path in self.outputs if path.exists()), None)):
-            fail(f"{old} is there, but no word of what it was made with; move it away, or {AGAIN}, which removes it")
+        if not self.overwrite and not self.begun.exists():
+            if self.result.exists():                                 # it was not when this process began
+                fail(f"{self.result} has just been made by another process; the same command repeats it")
+            for old in self.outputs:
+                if old.exists():
+                    fail(f"{old} is there, but no word of what it was made with; move it away, or {AGAIN}, which removes it")
         with writable(self.result):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a+")
@@ -546,38 +502,50 @@ class Work:
             except (BlockingIOError, PermissionError):
                 self.lock.seek(0)
                 fail(f"{self.result} is being made by process {self.lock.read()}; wait for it, or stop it")
-            self.lock.truncate(0)
-            print(os.getpid(), "on", platform.node(), end="", file=self.lock, flush=True)
-            if new:
+            if self.begun.exists() and not self.overwrite:
+                stored = load_json(self.begun, AGAIN, self.identity)
+                check_same(stored["args"], self.identity["args"], self.result)
+                check_origin(stored["made_from"], self.identity["made_from"], self.result)
+                self.earlier = stored.get("seconds", 0)
+            else:
                 for old in [self.begun, *self.folder.glob("*.pt"), *self.outputs]:
                     old.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        old.parent.rmdir()                           # of a class that is no more
                 save_json(self.begun, self.identity)
+            self.lock.truncate(0)
+            print(os.getpid(), "on", platform.node(), end="", file=self.lock, flush=True)
 
-    def load(self, piece="state"):
+    def read(self, piece="state"):
         """The state of a piece as it was last kept, or None."""
         path = self.folder / f"{piece}.pt"
-        if not path.exists():
-            return None
-        kept = load_torch(path, AGAIN, ("state", "generators"))
-        torch.set_rng_state(kept["generators"][0])
-        if torch.cuda.is_available() and kept["generators"][1:]:
-            torch.cuda.set_rng_state(kept["generators"][1])
-        return kept["state"]
+        return load_torch(path, AGAIN, ("state", "generators"))["state"] if path.exists() else None
+
+    def load(self, piece="state"):
+        """The same, and torch's generators are as they were."""
+        path = self.folder / f"{piece}.pt"
+        if path.exists():
+            first, *others = load_torch(path, AGAIN, ("state", "generators"))["generators"]
+            torch.set_rng_state(first)
+            if others and torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(others[0])
+        return self.read(piece)
 
     def states(self):
         """Those of all pieces."""
-        return [self.load(path.stem) for path in sorted(self.folder.glob("*.pt"))]
+        return [self.read(path.stem) for path in sorted(self.folder.glob("*.pt"))]
 
     def keep(self, state, piece="state"):
-        """Save what state() gives if it is time to, or end at once after a signal."""
-        if Work.signal or time.monotonic() - self.kept >= self.period:
+        """Save what state() gives if it is time to; after a signal at once, and end."""
+        if Work.stopped_by or time.monotonic() - self.kept >= self.period:
             self.save(state(), piece)
-            if Work.signal:
-                print(f"{self.result}: kept how far it is; the same command goes on", file=sys.stderr, flush=True)
-                raise SystemExit(128 + Work.signal)
+            if Work.stopped_by:
+                without = " without --overwrite" * self.overwrite
+                sys.stderr.write(f"{self.result}: kept how far it is; the same command{without} goes on\n")
+                raise SystemExit(128 + Work.stopped_by)
 
     def save(self, state, piece="state"):
-        generators = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+        generators = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
         save_torch(self.folder / f"{piece}.pt", {"state": state, "generators": generators})
         if rank() == 0:
             save_json(self.begun, self.identity | {"seconds": self.seconds()})
@@ -592,45 +560,20 @@ class Work:
     def __exit__(self, kind, error, trace):
         Work.going_on -= 1
         if rank() == 0:
-            self.lock.close()
             if kind is None:
                 shutil.rmtree(self.folder, ignore_errors=True)
-        if Work.signal and (kind is None or issubclass(kind, RuntimeError)):         # a collective's other end has stopped
-            raise SystemExit(128 + Work.signal) from None
+            self.lock.close()
+        if Work.stopped_by and not Work.going_on and (kind is None or issubclass(kind, RuntimeError)):
+            raise SystemExit(128 + Work.stopped_by) from None        # RuntimeError: a collective's other end has stopped
 
 
-class Log:
-    """log.jsonl in the folder of a run: `first`, and a line for each entry, which has "batches" and "iteration"; none twice,
-    whatever an earlier process wrote. Each process writes into a file of its own until they are merged."""
-
-    def __init__(self, run, first):
-        self.run, self.first, self.path = run, first, run / f"log{f'-{rank()}' if rank() else ''}.jsonl"
-        self.written = self._entries("log*.jsonl")
-        self._write_whole(self._entries(self.path.name))
-
-    def write(self, entry):
-        if (entry["batches"][0], entry["iteration"]) not in self.written:
-            with writable(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-
-    def merge(self):
-        self._write_whole(self._entries("log*.jsonl"))
-        for path in self.run.glob("log-*.jsonl"):
-            path.unlink()
-
-    def _entries(self, files):
-        found = {}
-        for path in self.run.glob(files):
-            for line in path.read_text().splitlines():
-                with suppress(ValueError, KeyError):                 # `first`, or a write that was cut short
-                    entry = json.loads(line)
-                    found[entry["batches"][0], entry["iteration"]] = line
-        return found
-
-    def _write_whole(self, entries):
-        with whole_file(self.path) as temporary:
-            lines = [json.dumps(self.first), *(entries[key] for key in sorted(entries))]
-            temporary.write_text("".join(f"{line}\n" for line in lines))
+def check_training(finite, model, what):
+    """Stop when a loss (of `Finite`) was not finite, or a weight is not."""
+    if found := finite.first():
+        fail(f"{what}: the loss is not finite in step {found[0]}; use a smaller --lr")
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            fail(f"{what}: {name} is not finite after the last step; use a smaller --lr")
 
 
 class Finite:
@@ -643,9 +586,10 @@ class Finite:
         self.steps = torch.where(torch.stack(values).isfinite(), self.steps, self.steps.clamp(max=step))
 
     def first(self):
-        """-> (step, name), or None"""
-        step, which = self.steps.min(0)
-        return None if step == sys.maxsize else (step.item(), self.names[which])
+        """-> (step, names), or None"""
+        steps = self.steps.tolist()
+        return None if min(steps) == sys.maxsize else (
+            min(steps), " and ".join(name for name, step in zip(self.names, steps) if step == min(steps)))
 
 
 class Progress:

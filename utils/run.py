@@ -29,8 +29,6 @@ NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", 
            "log_every", "groups_per_step", "cuda_graphs", "checkpoint_minutes"}
 # arguments that leave the result as it is, up to rounding
 TEACHER = ("weights", "backbone", "data", "top1", "tested", "args")            # what squeeze.py stores
-
-
 AGAIN = "start again with --overwrite"
 
 
@@ -518,18 +516,21 @@ class Work:
 
     def read(self, piece="state"):
         """The state of a piece as it was last kept, or None."""
-        path = self.folder / f"{piece}.pt"
-        return load_torch(path, AGAIN, ("state", "generators"))["state"] if path.exists() else None
+        kept = self._kept(piece)
+        return kept and kept["state"]
 
     def load(self, piece="state"):
         """The same, and torch's generators are as they were."""
-        path = self.folder / f"{piece}.pt"
-        if path.exists():
-            first, *others = load_torch(path, AGAIN, ("state", "generators"))["generators"]
+        if kept := self._kept(piece):
+            first, *others = kept["generators"]
             torch.set_rng_state(first)
             if others and torch.cuda.is_initialized():
                 torch.cuda.set_rng_state(others[0])
-        return self.read(piece)
+        return kept and kept["state"]
+
+    def _kept(self, piece):
+        path = self.folder / f"{piece}.pt"
+        return load_torch(path, AGAIN, ("state", "generators")) if path.exists() else None
 
     def states(self):
         """Those of all pieces."""

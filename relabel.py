@@ -168,7 +168,7 @@ def main(argv=None):
         return None
     raw, _, classes, files = load_folder(folder, data["image_size"], args.workers)
     check_classes(classes, sorted(map(folder_name, data["classes"])), folder, f"the teachers in {paths.teachers}")
-    if image_set(folder, files) != images:
+    if not args.images and image_set(folder, files) != images:
         fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
     batch_size = len(raw) if len(raw) <= args.whole_up_to else args.batch_size
     units = torch.tensor([data["mean"], data["std"]], device=device)

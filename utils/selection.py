@@ -1,0 +1,97 @@
+"""Which images of the original data to keep: coresets, forgetting, loss scores, crops.   Needs torch alone.
+
+Everything but `count_forgetting`, `drop_largest` and `rank_correlation` looks at the images of one class.
+"""
+import torch
+
+
+def _require(count, images):
+    if not 0 < count <= images:
+        raise ValueError(f"cannot select {count} of {images} images")
+
+
+def herding(features, count):
+    """Herding (Welling, ICML 2009): greedily the image that brings the mean of the chosen closest to the mean of all,
+    argmin || mu - (sum of the chosen + f) / (k + 1) ||_2; of equals the first.
+
+    features [n, d] -> distinct indices [count], in the order of choice. ValueError unless 0 < count <= n, as below.
+    """
+    _require(count, len(features))
+    mean, total, chosen = features.mean(0), torch.zeros_like(features[0]), []
+    while len(chosen) < count:
+        distance = torch.linalg.vector_norm(mean - (total + features) / (len(chosen) + 1), dim=1)
+        distance[chosen] = torch.inf
+        chosen.append(int(distance.argmin()))
+        total = total + features[chosen[-1]]
+    return torch.tensor(chosen, device=features.device)
+
+
+def k_center(features, count):
+    """Greedy k-center (Sener & Savarese, ICLR 2018): first the image nearest to the mean, then always the one farthest
+    from its nearest chosen; of equals the first.   features [n, d] -> distinct indices [count], in the order of choice"""
+    _require(count, len(features))
+    chosen = [int(torch.linalg.vector_norm(features - features.mean(0), dim=1).argmin())]
+    distance = torch.full_like(features[:, 0], torch.inf)
+    while len(chosen) < count:
+        distance = distance.minimum(torch.linalg.vector_norm(features - features[chosen[-1]], dim=1))
+        distance[chosen[-1]] = -1                           # behind a copy of a chosen image, which is at 0
+        chosen.append(int(distance.argmax()))
+    return torch.tensor(chosen, device=features.device)
+
+
+def count_forgetting(events, learned, before, right):
+    """One epoch of forgetting events (Toneva et al., ICLR 2019): an image right the last time and wrong now.
+
+    events [N] integers, learned [N] whether the image was ever right; before, right [N]: right the last time, now. All
+    start from 0 and False.   -> new events, new learned
+    """
+    return events + (before & ~right), learned | right
+
+
+def most_forgotten(events, learned, count):
+    """The most events first, an image that was never learned before all others, as if forgotten infinitely often; of
+    equals the first.   events, learned [n], see `count_forgetting` -> indices [count]"""
+    _require(count, len(events))
+    return torch.where(learned, events, events.max() + 1).argsort(descending=True, stable=True)[:count]
+
+
+def last_epoch_weights(epochs, sigma=3.0):
+    """BiLP (arXiv:2305.18381), Suppl. 6.4: weights [epochs], float64, such that (weights * losses).sum() is the last value
+    of the loss curve smoothed by a Gaussian of `sigma` epochs. The filter ends at 4 sigma and the curve goes on mirrored
+    (d c b a | a b c d | d c b a), scipy's defaults. With sigma 3 the last 8 epochs have 99 % of the weight."""
+    radius = int(4 * sigma + 0.5)
+    offset = torch.arange(-radius, radius + 1)
+    kernel = (-0.5 * (offset.double() / sigma).square()).softmax(0)
+    epoch = (epochs - 1 + offset) % (2 * epochs)
+    return kernel.new_zeros(epochs).index_add_(0, epoch.minimum(2 * epochs - 1 - epoch), kernel)
+
+
+def drop_largest(scores, labels, ratio):
+    """BiLP's preemptive pruning: of every class of n images the int(ratio * n) of largest score are dropped; of equals the
+    lower index first.   scores, labels [N] -> sorted indices of the kept"""
+    kept = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        order = scores[members].argsort(descending=True, stable=True)
+        kept.append(members[order[int(ratio * len(members)):]])
+    return torch.cat(kept).sort().values
+
+
+def _ranks(x):
+    """x [n] -> ranks [n] from 1, float64; equals share the mean of theirs."""
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]
+
+
+def rank_correlation(a, b):
+    """Spearman's: the correlation of the ranks of a and b, both [n], as a float; nan where one of them is constant."""
+    return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1].item()
+
+
+def surest_crops(losses, count):
+    """RDED (arXiv:2312.03526): of each image its crop of least loss, and of these the `count` of least loss, in ascending
+    order; of equals the first.   losses [images, crops] -> images [count], crops [count]"""
+    _require(count, len(losses))
+    crop = losses.argmin(1)
+    images = losses.amin(1).argsort(stable=True)[:count]
+    return images, crop[images]

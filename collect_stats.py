@@ -4,6 +4,7 @@ One pass over the training images, with the training augmentation and without gr
 mode. At the input of every Conv2d: mean and biased variance of each channel, and of each cell of a grid of patches. The
 value for the data set is the average over batches, weighted by their size: the mean of the batches' variances, which is
 smaller than the variance over the data set by the variance between batches. So Eq. 9 has it, and so has Eq. 10.
+--class-statistics adds the moments of each class alone, there and at the input of every BatchNorm2d (Teddy, Eq. 11).
 
 reads   data/<dataset>/...                                           the training images
         runs/<dataset>/teachers/<teachers>/<backbone>.pt             squeeze.py
@@ -14,11 +15,13 @@ python collect_stats.py --dataset cifar100                             # paper s
 python collect_stats.py --dataset cifar100 --teachers e20              # of other weights
 python collect_stats.py --dataset shapes                               # smoke run: seconds, no download
 """
+import argparse
 import json
 import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
@@ -29,28 +32,48 @@ from utils.presets import Parser, crop_name, identity_flags, number, parse_args
 from utils.run import (AGAIN, Progress, Work, begin, channels_last, check_classes, check_same, dealt, fingerprint, fingerprints,
                        finish, finished_before, generator, is_there, load_teachers, load_torch, rank, relevant, save_torch, script, send,
                        wait_for_all, world)
-from utils.stats import conv_stats, layer_inputs, matched_layers
+from utils.stats import conv_stats, layer_inputs, matched_layers, whole_patches
 
 
 @torch.inference_mode()
-def sum_statistics(model, batches, patch, start=None, keep=lambda state: None):
-    """The sums of Eq. 9 over batches of images [B, C, H, W], an iterable.   keep: takes, after every batch, a function that
-    gives the state; start: a state to go on from.
-    -> state {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]}, float64, "seen": images, "batches"}"""
-    convolutions = [name for name, layer in matched_layers(model).items() if isinstance(layer, nn.Conv2d)]
-    state = start or {"sums": {}, "seen": 0, "batches": 0}
-    for images in batches:
-        with layer_inputs(model, convolutions) as inputs:
+def sum_statistics(model, batches, patch, classes=0, start=None, keep=lambda state: None):
+    """The sums of Eq. 9 over batches of images [B, C, H, W] and labels [B], an iterable; with `classes` those of each class
+    too.   keep: takes, after every batch, a function that gives the state; start: a state to go on from.
+    -> state {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]}, float64, "seen": images, "batches",
+    "class_sums": {layer: [moments [classes, n] of `image_moments`]}, "class_seen": [classes]}"""
+    layers = matched_layers(model)
+    convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+    state = start or {"sums": {}, "seen": 0, "batches": 0, "class_sums": {}, "class_seen": torch.zeros(classes)}
+    for images, labels in batches:
+        with layer_inputs(model, layers if classes else convolutions) as inputs:
             model(images)
-        shared = {id(x): conv_stats(x.float(), patch) for x in {id(x): x for x in inputs.values()}.values()}
-        sums = {name: [vector[0].double() * len(images) for vector in shared[id(x)]] for name, x in inputs.items()}
-        state = {"sums": add(state["sums"], sums), "seen": state["seen"] + len(images), "batches": state["batches"] + 1}
+        shared = {id(inputs[name]): inputs[name] for name in convolutions}
+        shared = {key: conv_stats(x.float(), patch) for key, x in shared.items()}
+        sums = {name: [vector[0].double() * len(images) for vector in shared[id(inputs[name])]] for name in convolutions}
+        state = state | {"sums": add(state["sums"], sums), "seen": state["seen"] + len(images), "batches": state["batches"] + 1}
+        if classes:
+            members = F.one_hot(labels.to(images.device), classes).double()
+            sums = {name: [members.T @ moment.double() for moment in image_moments(x, patch if name in convolutions else None)]
+                    for name, x in inputs.items()}
+            state["class_sums"] = add(state["class_sums"], sums)
+            state["class_seen"] = state["class_seen"] + members.sum(0).cpu()
         keep(lambda: state)
     return state
 
 
+def image_moments(x, patch=None):
+    """First and second moment of each image of x [B, C, H, W]: of its channels over (H, W), [B, C], and with `patch` of its
+    cells over (C, h, w), [B, cells].   -> list of them"""
+    x = x.float()
+    moments = [x.mean((2, 3)), x.square().mean((2, 3))]
+    if patch:
+        whole = whole_patches(x, patch)
+        moments += [F.avg_pool2d(power.mean(1), patch).flatten(1) for power in (whole, whole.square())]
+    return moments
+
+
 def add(*sums):
-    """Of sums by convolution; those over no batches are empty."""
+    """Of sums by layer; those over no batches are empty."""
     first, *others = [part for part in sums if part] or [{}]
     return {name: [sum(vectors) for vectors in zip(first[name], *(part[name] for part in others))] for name in first}
 
@@ -63,18 +86,30 @@ def dataset_statistics(states):
             for name, vectors in add(*(state["sums"] for state in states)).items()}
 
 
-def training_views(split, data, args, device, progress, done):
-    """The training images once, augmented and normalised, in batches: this process's, but for those that are `done`."""
+def class_statistics(states):
+    """Mean and biased variance over all pixels of all images of each class, of the same states.
+    -> {layer: [channel_mean, channel_var] of a BatchNorm2d, and [.., patch_mean, patch_var] of a convolution, each
+    [classes, n]}, float64"""
+    seen = sum(state["class_seen"] for state in states)[:, None]
+    moments = {name: [total.cpu() / seen for total in vectors]
+               for name, vectors in add(*(state["class_sums"] for state in states)).items()}
+    return {name: [value for mean, square in zip(pairs[::2], pairs[1::2]) for value in (mean, square - mean.square())]
+            for name, pairs in moments.items()}
+
+
+def training_views(split, kept, data, args, device, progress, done):
+    """The training images `kept` once, augmented and normalised, and their labels, in batches: this process's, but for those
+    that are `done`."""
     draw, units = generator("collect_stats", args.seed), torch.tensor([data["mean"], data["std"]], device=device)
-    order = torch.randperm(len(split), generator=draw)       # batches of mixed classes: their variances are averaged
+    order = kept[torch.randperm(len(kept), generator=draw)]       # batches of mixed classes: their variances are averaged
     batches = order.split(args.batch_size)
     views = [draw_view(len(batch), data["image_size"], args.crop, True, 0, draw) for batch in batches if not split.streamed]
     todo = dealt(range(len(batches)))[done:]
-    for i, (images, _) in zip(todo, split.batches([batches[i] for i in todo], crop_seed=args.seed)):
+    for i, (images, labels) in zip(todo, split.batches([batches[i] for i in todo], crop_seed=args.seed)):
         images = send(images, device)
         if not split.streamed:
             images = apply_view(images.float(), send(views[i], device))
-        yield normalize(images, *units)
+        yield normalize(images, *units), labels
         progress.step(count=len(images))
 
 
@@ -86,6 +121,8 @@ def get_parser():
     method.add_argument("--crop", type=crop_name, default="pad4",
                         help="augmentation beside flips: none, resized, pad<pixels>")
     method.add_argument("--batch-size", type=number(int, 2), default=64, help="images of one term of Eq. 9")
+    method.add_argument("--class-statistics", action=argparse.BooleanOptionalAction, default=False,
+                        help="also those of each class alone, for recover.py --class-statistics")
     return parser
 
 
@@ -105,6 +142,8 @@ def main(argv=None):
             if stored["checkpoint"] != records[name]["fingerprint"]:
                 fail(f"{path} belongs to other weights than {name}.pt; collect again with --overwrite")
             check_same(stored["args"], settings, path)
+            if args.class_statistics and "class_statistics" not in stored:
+                fail(f"{path} holds no statistics of single classes; collect again with --overwrite")
         else:
             todo.append(name)
     if not todo and finished_before(result, settings | {"backbones": args.backbones}, made_from=fingerprints(records)):
@@ -113,21 +152,24 @@ def main(argv=None):
         split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers).to(device)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
         split.check_crop(args.crop)
+    classes = len(data["classes"]) if args.class_statistics else 0
     for name in todo:
-        path = paths.teachers / f"{name}.stats.pt"
+        path, kept = paths.teachers / f"{name}.stats.pt", records[name].get("kept", torch.arange(len(split)))
         seen = {"data": fingerprint(json.dumps([data, len(split)]))}
-        with Work(path, args, fingerprints({name: records[name]}) | seen, settings) as work:
-            state, progress = send(work.read(piece), device), Progress(f"collect_stats {name}", math.ceil(len(split) / world()))
+        with Work(path, args, fingerprints({name: records[name]}) | seen, settings | {"class_statistics": classes > 0}) as work:
+            state, progress = send(work.read(piece), device), Progress(f"collect_stats {name}", math.ceil(len(kept) / world()))
             progress.skip(state["seen"] if state else 0)
-            views = training_views(split, data, args, device, progress, state["batches"] if state else 0)
-            state = sum_statistics(channels_last(models[name]), views, args.patch, state, partial(work.keep, piece=piece))
+            views = training_views(split, kept, data, args, device, progress, state["batches"] if state else 0)
+            state = sum_statistics(channels_last(models[name]), views, args.patch, classes, state, partial(work.keep, piece=piece))
             work.save(state, piece)
             wait_for_all()
             if rank() == 0:
-                statistics = dataset_statistics([work.read(f"{other} of {world()}") for other in range(world())])
+                states = [work.read(f"{other} of {world()}") for other in range(world())]
+                statistics = dataset_statistics(states)
                 check_finite(statistics, path)
-                save_torch(path, {"statistics": statistics, "patch": args.patch, "checkpoint": records[name]["fingerprint"],
-                                  "classes": data["classes"], "args": relevant(args)})
+                more = {"class_statistics": class_statistics(states)} if classes else {}
+                save_torch(path, more | {"statistics": statistics, "patch": args.patch, "checkpoint": records[name]["fingerprint"],
+                                         "classes": data["classes"], "args": relevant(args)})
             seconds += work.seconds()
     upstream = {"squeeze": {name: record["args"] for name, record in records.items()}}
     return finish(result, "collect_stats", args,

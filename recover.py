@@ -2,9 +2,11 @@
 
 Pixels start as noise and are all that is optimised. An iteration augments the batch, draws one backbone (Eq. 7), and takes
 an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; Eq. 2 is the same without the last two terms).
---method random writes random real training images into the same layout instead.
+--method sre2l, cda, scdd and teddy are other settings of the same; random, herding, kcenter and forgetting write real
+training images into the same layout instead.
 
-reads   runs/<dataset>/teachers/<teachers>/<backbone>.pt              squeeze.py
+reads   data/<dataset>/...                                            the training images, for --init and selections
+        runs/<dataset>/teachers/<teachers>/<backbone>.pt              squeeze.py
         runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt        collect_stats.py
 writes  runs/<dataset>/<run>/images/<class>/<id>.png                  an ImageFolder
         runs/<dataset>/<run>/grid.png, log.jsonl, result.json
@@ -18,7 +20,7 @@ import json
 import math
 import sys
 from contextlib import suppress
-from functools import partial
+from functools import partial, reduce
 from itertools import groupby
 from pathlib import Path
 
@@ -30,14 +32,16 @@ from torchvision.utils import save_image
 
 from models import build_model
 from utils import fail
-from utils.augment import apply_view, draw_view, to_uint8
+from utils.augment import apply_resized_crop, apply_view, draw_resized_crop, draw_view, normalize, to_uint8
 from utils.data import describe, folder_name, load_split, preset_column, read_images
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
-from utils.presets import Parser, crop_name, identity_flags, number, number_or_auto, parse_args
-from utils.run import (Finite, Graphed, Progress, Work, begin, dealt, fingerprint, fingerprints, finish, finished, generator,
+from utils.presets import SELECTIONS, Parser, crop_name, identity_flags, number, number_or_auto, parse_args
+from utils.run import (Finite, Graphed, Progress, Work, begin, check_classes, dealt, fingerprint, fingerprints, finish, finished, generator,
                        image_set, load_teachers, load_torch, need_files, rank, relevant, script, send, wait_for_all, whole_file, world,
                        writable)
-from utils.stats import ClosedFormMatching, channel_stats, freeze, layer_inputs, matched_layers, patch_stats
+from utils.selection import herding, k_center, most_forgotten, surest_crops
+from utils.stats import (ClosedFormMatching, channel_stats, freeze, layer_inputs, layer_target, matched_layers, mixed_moments,
+                         patch_stats)
 
 
 FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 83 batches of 50 at 32x32; an estimate
@@ -61,11 +65,12 @@ def make_batches(num_classes, ipc, batch_size, loop):
 
 
 def layer_weights(model, bn_weight, conv_weight, first_multiplier):
-    """{layer name: weight of its statistics}; the first layer, whose input is the image, counts first_multiplier times
-    (the release; there as here it is a convolution)."""
+    """{layer name: weight of its statistics}; the first layer that is matched counts first_multiplier times: a convolution,
+    whose input is the image, as in the release, or without convolutions the first BatchNorm, as in SRe2L."""
     weights = {name: bn_weight if isinstance(layer, nn.BatchNorm2d) else conv_weight
                for name, layer in matched_layers(model).items()}
-    weights[next(iter(weights))] *= first_multiplier
+    if first := [name for name, weight in weights.items() if weight][:1]:
+        weights[first[0]] *= first_multiplier
     return weights
 
 
@@ -74,7 +79,7 @@ class PlainMatching:
 
     def __init__(self, model, targets, weights, alpha, patch):
         self.model, self.weights, self.alpha, self.patch = model, weights, alpha, patch
-        self.targets = {name: (layer.running_mean, layer.running_var) if isinstance(layer, nn.BatchNorm2d) else targets[name]
+        self.targets = {name: layer_target(layer, targets.get(name))
                         for name, layer in matched_layers(model).items() if weights[name]}
 
     def start(self, groups):
@@ -99,21 +104,37 @@ class PlainMatching:
         return bn, conv, state
 
 
-def draw_iterations(args, matchings, numbers, size):
+def crop_floor(curriculum, iterations):
+    """The smallest share of the area that a crop of each iteration t of T takes: 0.08, or with CDA's curriculum (its
+    Sec. 3.2) 0.08 + 0.92 (1 - t / T), linear, or 0.08 + 0.92 (1 + cos(pi t / T)) / 2, cosine.   -> number, or [T, 1]"""
+    if curriculum == "none":
+        return 0.08
+    done = torch.arange(iterations)[:, None] / iterations
+    return 0.08 + 0.92 * ((1 + torch.cos(math.pi * done)) / 2 if curriculum == "cosine" else 1 - done)
+
+
+def subset(args, count, slot):
+    """Teddy: which --subset of `count` backbones all act on the images of a slot, a function of (seed, slot)."""
+    return tuple(sorted(torch.randperm(count, generator=generator("subset", args.seed, slot))[:args.subset].tolist()))
+
+
+def draw_iterations(args, matchings, numbers, size, slot=0):
     """What is random in the T iterations: a function of (seed, T), a batch's views of its number too.
-    -> backbones [T]; kept, of each backbone bool [T, layers], false where a convolution is dropped; views, tensors
+    -> backbones, T tuples; kept, of each backbone bool [T, layers], false where a convolution is dropped; views, tensors
     [T, batches, ...], one view for a whole batch"""
     draw, T = generator("iterations", args.seed, args.iterations), args.iterations
     uniform = torch.randint(len(matchings), (T,), generator=draw)                                           # Eq. 7
-    backbones = uniform if args.choice == "uniform" else torch.arange(T) % len(matchings)
+    backbones = [(k,) for k in (uniform if args.choice == "uniform" else torch.arange(T) % len(matchings)).tolist()]
+    if args.subset:
+        backbones = T * [subset(args, len(matchings), slot)]
     chance = torch.rand(T, max(len(matching.targets) for matching in matchings), generator=draw)
     kept = []
     for matching in matchings:
         is_bn = torch.tensor([len(target) == 2 for target in matching.targets.values()], dtype=torch.bool)
         kept.append((chance[:, :len(is_bn)] >= args.drop_rate) | is_bn)
-    views = [draw_view(T, size, args.crop, args.flip, args.roll, generator("views", args.seed, T, number))
-             for number in numbers]
-    return backbones.tolist(), kept, {key: torch.stack([view[key] for view in views], dim=1) for key in views[0]}
+    views = [draw_view(T, size, args.crop, args.flip, args.roll, generator("views", args.seed, T, number),
+                       crop_floor(args.crop_curriculum, T)) for number in numbers]
+    return backbones, kept, {key: torch.stack([view[key] for view in views], dim=1) for key in views[0]}
 
 
 def matching_gradient(matching, labels, ce_weight, pixels, view, kept, state, dropped=()):
@@ -163,18 +184,18 @@ def fitting_groups(matchings, batch_size, image_size, device):
 
 
 def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambda *_: None, start=None,
-                    keep=lambda state: None):
+                    keep=lambda state: None, slot=0):
     """Optimise the images of G batches at once; they move as if each batch were alone, up to rounding.
 
     pixels [G, B, 3, S, S] in normalised units, changed in place; labels [G, B]; numbers: the batches' numbers, on which
-    their augmentation depends; matchings: one for each backbone, with its model. report(iteration, losses, pixels).
+    their augmentation depends; slot: theirs; matchings: one for each backbone, with its model. report(iteration, losses, pixels).
     keep: takes, after every iteration, a function that gives the state; start: a state to go on from.
     """
     G, device = len(labels), pixels.device
     low, high = ((torch.tensor([bound - m for m in data["mean"]]) / torch.tensor(data["std"])).to(pixels)[:, None, None]
                  for bound in (0, 1))
     members = class_members((labels + len(data["classes"]) * torch.arange(G, device=device)[:, None]).flatten())
-    backbones, kept, views = draw_iterations(args, matchings, numbers, pixels.shape[-1])
+    backbones, kept, views = draw_iterations(args, matchings, numbers, pixels.shape[-1], slot)
     dropped = [[[name for name, keep in zip(matching.targets, row) if not keep] for row in rows.tolist()]
                for matching, rows in zip(matchings, kept)]
     kept, views = [send(rows, device) for rows in kept], send(views, device)         # nothing more is sent on the way
@@ -189,10 +210,13 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
         pool = torch.cuda.graph_pool_handle()
         gradients = [graphed_gradient(matching, labels, args.ce_weight, views, pool) for matching in matchings]
     for t in range(start["iterations"] if start else 0, args.iterations):
-        k = backbones[t]
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * t / args.iterations)) / 2
         view = {key: rows[t] for key, rows in views.items()}
-        pixels.grad, (ce, bn, conv), states[k] = gradients[k](pixels, view, kept[k][t], states[k], dropped[k][t])
+        terms = []
+        for k in backbones[t]:
+            gradient, losses, states[k] = gradients[k](pixels, view, kept[k][t], states[k], dropped[k][t])
+            terms.append((gradient, *losses))
+        pixels.grad, ce, bn, conv = (reduce(torch.add, term) for term in zip(*terms))
         dd = pixels.new_zeros(())
         if args.dd_weight and args.statistics == "plain":
             dd = args.dd_weight * sum(data_densification(x, y, args.tau, args.dd_scale) for x, y in zip(pixels, labels))
@@ -203,7 +227,7 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
         optimizer.step()
         with torch.no_grad():
             pixels.clamp_(low, high)
-        report(t, {"backbone": k, "ce": ce, "bn": bn, "conv": conv, "dd": dd}, pixels)
+        report(t, {"backbone": backbones[t], "ce": ce, "bn": bn, "conv": conv, "dd": dd}, pixels)
         keep(lambda: {"iterations": t + 1, "pixels": pixels.detach(), "adam": optimizer.state_dict(), "averages": states})
     return pixels.detach()
 
@@ -211,6 +235,36 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
 def noise(label, index, size, seed):
     """The start of an image, N(0, 1) in normalised units, a function of (seed, class, index) alone.   -> [3, S, S]"""
     return torch.randn(3, size, size, generator=generator("noise", seed, label, index))
+
+
+@torch.no_grad()
+def real_starts(args, split, data, model, kept, device):
+    """--init real, crops: random training images of each class; or (RDED, arXiv:2312.03526) of --init-images random ones
+    the surest of --init-crops random square crops each, of these the surest.   -> {(class, index): [3, S, S]}"""
+    starts = {}
+    for label, name in enumerate(data["classes"]):
+        members = class_images(args, split, label, name, kept)
+        draw = generator("init", args.seed, label)
+        chosen = members[torch.randperm(len(members), generator=draw)[:args.init_images if args.init == "crops" else args.ipc]]
+        images = normalize(split.read(chosen).to(device), data["mean"], data["std"])
+        if args.init == "crops":
+            S, count = data["image_size"], args.init_crops
+            boxes = draw_resized_crop(len(images) * count, S, draw, ratio=(1.0, 1.0)).view(len(images), count, 4).to(device)
+            losses = torch.stack([torch.cat([F.cross_entropy(model(crops), labels, reduction="none") for crops, labels in (
+                (apply_resized_crop(part, box), torch.full((len(part),), label, device=device))
+                for part, box in zip(images.split(100), boxes[:, i].split(100)))]) for i in range(count)], dim=1)
+            image, crop = surest_crops(losses, args.ipc)
+            images = apply_resized_crop(images[image], boxes[image, crop])
+        starts |= {(label, index): image for index, image in enumerate(images.cpu())}
+    return starts
+
+
+def class_images(args, split, label, name, kept):
+    """The training images of a class that may be taken, at least --ipc.   -> LongTensor"""
+    members = kept[split.labels.cpu()[kept] == label]
+    if len(members) < args.ipc:
+        fail(f"--ipc {args.ipc} is more than the {len(members)} training images of class {name}; use at most that many")
+    return members
 
 
 def image_path(folder, data, label, index):
@@ -283,21 +337,17 @@ class Log:
             temporary.write_text("".join(f"{line}\n" for line in lines))
 
 
-def synthesise(args, paths, device, models, statistics, data, work):
-    """--method gvbsm: write all images; the processes of torchrun deal the batches among them."""
-    matchings = []
-    for name, model in models.items():
-        targets = {layer: tuple(vector.to(device) for vector in vectors)
-                   for layer, vectors in statistics[name]["statistics"].items()}
-        settings = (targets, layer_weights(model, args.bn_weight, args.conv_weight, args.first_multiplier), args.alpha,
-                    statistics[name]["patch"])
-        matchings.append(PlainMatching(model, *settings) if args.statistics == "plain" else
-                         ClosedFormMatching(freeze(model), *settings))
+def synthesise(args, paths, device, models, statistics, data, starts, work):
+    """Write all images; the processes of torchrun deal the batches among them.   starts: {(class, index): [3, S, S]}, or
+    {} for noise"""
+    if args.statistics == "closed":
+        models = {name: freeze(model) for name, model in models.items()}
     log = Log(paths.run, {"args": relevant(args)})
     grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
     batches = make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)
     if rank() == 0 and (work.read("groups") or {}).get("asked") != args.groups_per_step:
-        work.save({"asked": args.groups_per_step, "groups": make_groups(batches, matchings, data, args, device)}, "groups")
+        work.save({"asked": args.groups_per_step, "groups": make_groups(batches, models, statistics, data, args, device)},
+                  "groups")
     wait_for_all()
     groups = [[(number, batches[number]) for number in numbers] for numbers in work.read("groups")["groups"]]
     files = [{one: image_path(paths.images, data, *one) for _, batch in group for one in batch} for group in groups]
@@ -308,7 +358,7 @@ def synthesise(args, paths, device, models, statistics, data, work):
     todo = dealt(todo)
     progress = Progress("recover", args.iterations * sum(len(batch) for group in todo for _, batch in group))
     for group in todo:
-        recover_group(group, matchings, list(models), data, args, paths, device, grid, log, progress, work)
+        recover_group(group, models, statistics, data, starts, args, paths, device, grid, log, progress, work)
     wait_for_all()
     if rank() == 0:
         log.merge()
@@ -317,36 +367,68 @@ def synthesise(args, paths, device, models, statistics, data, work):
         grid.save()
 
 
-def make_groups(batches, matchings, data, args, device):
-    """Numbers of the batches that share a pass, --groups-per-step of one size.   -> list of lists"""
+def make_matchings(models, statistics, labels, args, device):
+    """What each backbone's layers are matched to, for batches of labels [G, B]."""
+    matchings = []
+    for name, model in models.items():
+        targets = statistics[name]["statistics"]
+        if args.class_statistics:
+            share = F.one_hot(labels, len(statistics[name]["classes"])).double().mean(1).cpu()
+            targets = {layer: [moment.float() for pair in zip(*[iter(vectors)] * 2) for moment in mixed_moments(*pair, share)]
+                       for layer, vectors in statistics[name]["class_statistics"].items()}
+        targets = {layer: [vector.to(device) for vector in vectors] for layer, vectors in targets.items()}
+        weights = layer_weights(model, args.bn_weight, args.conv_weight, args.first_multiplier)
+        matching = PlainMatching if args.statistics == "plain" else ClosedFormMatching
+        matchings.append(matching(model, targets, weights, args.alpha, statistics[name]["patch"]))
+    return matchings
+
+
+def slot_of(number, batch, args):
+    """That of a batch, on which its --subset of backbones depends: the index of its images, or its number."""
+    return batch[0][1] if args.loop == "original" else number
+
+
+def make_groups(batches, models, statistics, data, args, device):
+    """Numbers of the batches that share a pass, --groups-per-step of one size and subset of backbones.   -> list of lists"""
     groups = []
-    for size, alike in groupby(range(len(batches)), key=lambda number: len(batches[number])):
+
+    def kind(number):
+        slot = slot_of(number, batches[number], args)
+        return len(batches[number]), args.subset and subset(args, len(models), slot)
+
+    for (size, _), alike in groupby(range(len(batches)), key=kind):
         alike, together = list(alike), args.groups_per_step
         if together == "auto":
+            matchings = make_matchings(models, statistics, torch.zeros(1, size, dtype=torch.long), args, device)
             together = min(fitting_groups(matchings, size, data["image_size"], device), math.ceil(len(alike) / world()))
         groups += [alike[first:first + together] for first in range(0, len(alike), together)]
     return groups
 
 
-def recover_group(group, matchings, names, data, args, paths, device, grid, log, progress, work):
+def recover_group(group, models, statistics, data, starts, args, paths, device, grid, log, progress, work):
     """Synthesise some batches, [(number, [(class, index)])], together; log, draw, keep and save them."""
     numbers, flat = [number for number, _ in group], [one for _, batch in group for one in batch]
     shape, piece = (len(group), -1, 3, data["image_size"], data["image_size"]), f"batch{numbers[0]}"
-    pixels = torch.stack([noise(*one, data["image_size"], args.seed) for one in flat]).view(shape).to(device)
-    labels = torch.tensor([label for label, _ in flat], device=device).view(len(group), -1)
+    pixels = [starts[one] if starts else noise(*one, data["image_size"], args.seed) for one in flat]
+    pixels = torch.stack(pixels).view(shape).to(device)
+    labels, slot = torch.tensor([label for label, _ in flat], device=device).view(len(group), -1), slot_of(*group[0], args)
+    matchings = make_matchings(models, statistics, labels, args, device)
     finite, start = Finite(["ce", "bn", "conv", "dd", "pixel"], device), work.read(piece)
     if start and start["numbers"] != numbers:                        # another --groups-per-step
         start = None
     progress.skip(len(flat) * start["iterations"] if start else 0)
 
+    def named(backbones):
+        return "+".join(list(models)[k] for k in backbones)
+
     def check():
         if found := finite.first():
             t, term = found
-            backbone = names[draw_iterations(args, matchings, numbers, data["image_size"])[0][t]]
-            fail(f"{term} is not finite in iteration {t}, backbone {backbone}, batches {numbers}; use a smaller --lr")
+            backbones = draw_iterations(args, matchings, numbers, data["image_size"], slot)[0][t]
+            fail(f"{term} is not finite in iteration {t}, backbone {named(backbones)}, batches {numbers}; use a smaller --lr")
 
     def report(t, losses, pixels):
-        backbone = names[losses.pop("backbone")]
+        backbone = named(losses.pop("backbone"))
         finite.see(t, *losses.values(), pixels.detach().sum())
         last = t + 1 == args.iterations
         if t % args.log_every == 0 or last:
@@ -364,7 +446,7 @@ def recover_group(group, matchings, names, data, args, paths, device, grid, log,
             return state() | {"numbers": numbers}
         work.keep(checked, piece)
 
-    images = recover_batches(pixels, labels, numbers, matchings, data, args, report, start, keep).flatten(0, 1)
+    images = recover_batches(pixels, labels, numbers, matchings, data, args, report, start, keep, slot).flatten(0, 1)
     images = to_uint8(images, data["mean"], data["std"])
     for one, image in zip(flat, images):
         save_png(image_path(paths.images, data, *one), image)
@@ -374,11 +456,14 @@ def recover_group(group, matchings, names, data, args, paths, device, grid, log,
 
 
 def load_statistics(args, paths, models, records):
-    """The files of Eq. 9, each checked to belong to its backbone's weights.   -> {backbone: file's dict, "fingerprint"}"""
+    """The files of Eq. 9, each checked to belong to its backbone's weights; none where only BatchNorms act.
+    -> {backbone: file's dict, "fingerprint"}"""
+    if not (args.conv_weight or args.class_statistics):
+        return {name: {"statistics": {}, "patch": 4} for name in models}
     stored, command = {}, need_files(args, paths.teachers, ".stats.pt", "collect_stats.py")
     for name, model in models.items():
         path, again = paths.teachers / f"{name}.stats.pt", f"{command} --backbones {name} --overwrite"
-        stored[name] = load_torch(path, again, ("statistics", "patch", "checkpoint", "args"))
+        stored[name] = load_torch(path, again, ("statistics", "patch", "checkpoint", "classes", "args"))
         stored[name]["fingerprint"] = fingerprint(path)
         convolutions = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)}
         if stored[name]["checkpoint"] != records[name]["fingerprint"]:
@@ -387,6 +472,8 @@ def load_statistics(args, paths, models, records):
             fail(f"{path} does not hold the convolutions of {name}; {again}")
         if stored[name]["patch"] != (patch := stored[args.backbones[0]]["patch"]):
             fail(f"{path} was collected with --patch {stored[name]['patch']}, {args.backbones[0]}'s with {patch}; {again}")
+        if args.class_statistics and "class_statistics" not in stored[name]:
+            fail(f"{path} holds no statistics of single classes; {again} --class-statistics")
     return stored
 
 
@@ -399,21 +486,36 @@ def warn_of_chance(records, num_classes):
                   f"({chance:.1f} %); train it longer with squeeze.py", file=sys.stderr)
 
 
-def load_random(args):
-    """--method random: the training images, and which of each class are taken, --ipc of them.
-    -> data dict, split, [LongTensor [ipc]]"""
-    data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
-    split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers)
+def features(model, split, data, device):
+    """What the last linear layer of a backbone is given for every training image.   -> [N, d]"""
+    last, found = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1], []
+    hook = last.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].cpu()))
+    with torch.inference_mode():
+        for images, _ in split.batches(500):
+            model(normalize(send(images, device), data["mean"], data["std"]))
+    hook.remove()
+    return torch.cat(found)
+
+
+def select(args, split, data, models, records, device):
+    """--method random, herding, kcenter, forgetting: which training images of each class.   -> [LongTensor [ipc]]"""
+    name = args.backbones[0]
+    known = features(models[name], split, data, device) if args.method in ("herding", "kcenter") else None
+    forgotten = records[name].get("forgetting") if args.method == "forgetting" else {}
+    if forgotten is None:
+        fail(f"--backbones {name} was not trained here (--pretrained), so nobody has counted what it forgot; train it with squeeze.py")
     chosen = []
-    for label, name in enumerate(data["classes"]):
-        members = (split.labels == label).nonzero().flatten()
-        if len(members) < args.ipc:
-            fail(f"--ipc {args.ipc} is more than the {len(members)} training images of class {name}; use at most that many")
-        chosen.append(members[torch.randperm(len(members), generator=generator("random", args.seed, label))[:args.ipc]])
-    return data, split, chosen
+    for label, title in enumerate(data["classes"]):
+        members = class_images(args, split, label, title, torch.arange(len(split)))
+        chosen.append(members[
+            torch.randperm(len(members), generator=generator("random", args.seed, label))[:args.ipc] if args.method == "random" else
+            herding(known[members], args.ipc) if args.method == "herding" else
+            k_center(known[members], args.ipc) if args.method == "kcenter" else
+            most_forgotten(forgotten["events"][members], forgotten["learned"][members], args.ipc)])
+    return chosen
 
 
-def write_random(args, paths, data, split, chosen, work):
+def write_selection(args, paths, data, split, chosen, work):
     grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
     progress = Progress("recover", len(data["classes"]))
     for label, name in enumerate(data["classes"]):
@@ -448,7 +550,17 @@ def get_parser():
     method.add_argument("--loop", choices=["reorder", "original"], default="reorder", help="grouping of images, Fig. 4")
     method.add_argument("--choice", choices=["uniform", "cycle"], default="uniform",
                         help="of the backbone of an iteration, Eq. 7")
+    method.add_argument("--subset", type=number(int, 0), default=0,
+                        help="so many backbones, drawn for each image slot, act in every iteration [S_i of Teddy]; 0 = one, Eq. 7")
+    method.add_argument("--class-statistics", action=argparse.BooleanOptionalAction, default=False,
+                        help="match those of the classes in a batch, for unbalanced data [Teddy]")
+    method.add_argument("--init", choices=["noise", "real", "crops"], default="noise",
+                        help="the pixels' start: noise, random training images, or the crops the first backbone is surest of")
+    method.add_argument("--init-images", type=number(int, 1), default=300, help="of a class that --init crops looks at")
+    method.add_argument("--init-crops", type=number(int, 1), default=5, help="of each of them")
     method.add_argument("--crop", type=crop_name, default="resized", help="augmentation: none, resized, pad<pixels>")
+    method.add_argument("--crop-curriculum", choices=["none", "linear", "cosine"], default="none",
+                        help="of --crop resized: its smallest area falls from 1 to 0.08 [CDA]")
     method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False,
                         help="augmentation: horizontal flips")
     method.add_argument("--roll", type=number(int, 0), default=0,
@@ -477,31 +589,45 @@ def main(argv=None):
     device, paths = begin(args)
     if args.cuda_graphs and (device.type != "cuda" or args.statistics == "plain"):
         fail("--cuda-graphs needs a GPU (--device cuda) and --statistics closed; leave it out")
-    result, upstream, made_from = paths.run / "result.json", {}, {}
+    selects = args.method in SELECTIONS
+    result, upstream, made_from, records, models = paths.run / "result.json", {}, {}, {}, {}
     if args.method != "random":
-        models, records, data = load_teachers(args, paths.teachers, build_model, device)
+        asked = argparse.Namespace(**vars(args) | {"backbones": args.backbones[:1] if selects else args.backbones})
+        models, records, data = load_teachers(asked, paths.teachers, build_model, device)
+        upstream["squeeze"] = {name: record["args"] for name, record in records.items()}
+        made_from = {"features": fingerprints(records)["weights"]} if selects else fingerprints(records)
+    if not selects:
+        if args.subset > len(models):
+            fail(f"--subset {args.subset} is more than the {len(models)} --backbones; use at most that many")
         statistics = load_statistics(args, paths, models, records)
-        upstream = {"squeeze": {name: record["args"] for name, record in records.items()},
-                    "collect_stats": {name: stored["args"] for name, stored in statistics.items()}}
-        made_from = fingerprints(records) | {"statistics": {name: stored["fingerprint"] for name, stored in statistics.items()}}
+        upstream["collect_stats"] = {name: stored.get("args") for name, stored in statistics.items()}
+        made_from["statistics"] = {name: stored.get("fingerprint") for name, stored in statistics.items()}
     if finished(result, args, made_from):
         return None
-    if args.method == "random":
-        data, split, chosen = load_random(args)
-    else:
+    if not selects:
         warn_of_chance(records, len(data["classes"]))
+    seen, starts = {}, {}
+    if selects or args.init != "noise":
+        data = data if records else describe(args.dataset, args.data_dir, args.image_size, args.workers)
+        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers)
+        check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
+        seen = {"data": fingerprint(json.dumps([data, len(split)]))}
+    if selects:
+        chosen = select(args, split, data, models, records, device)
+    elif args.init != "noise":
+        first = args.backbones[0]
+        starts = real_starts(args, split, data, models[first], records[first].get("kept", torch.arange(len(split))), device)
     old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
-    seen = {"data": fingerprint(json.dumps([data, len(split)]))} if args.method == "random" else {}
     with Work(result, args, made_from | seen, outputs=old) as work:
-        if args.method != "random":
-            synthesise(args, paths, device, models, statistics, data, work)
+        if not selects:
+            synthesise(args, paths, device, models, statistics, data, starts, work)
         elif rank() == 0:
-            write_random(args, paths, data, split, chosen, work)
+            write_selection(args, paths, data, split, chosen, work)
         if rank() == 0:
             files = [image_path(Path(), data, label, index).as_posix()
                      for label in range(len(data["classes"])) for index in range(args.ipc)]
             metrics = {"images": len(files), "classes": data["classes"], "image_set": image_set(paths.images, files)}
-            if args.method != "random":
+            if records:
                 metrics["teacher_top1"] = {name: record["top1"] for name, record in records.items()}
             return finish(result, "recover", args, metrics, work.seconds(), upstream, made_from)
 

@@ -162,7 +162,7 @@ def main(argv=None):
         recovered = load_json(paths.run / "result.json", f"run: python recover.py --dataset {args.dataset} --ipc {args.ipc} "
                               f"--method {args.method}", ("args", "upstream", "made_from", "image_set", "classes"))
         upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
-        check_recovered(recovered, paths, data, records)
+        check_recovered(recovered, args, paths, data, records)
     made_from, result = fingerprints(records) | {"images": images}, paths.labels / "result.json"
     if finished(result, args, made_from):
         return None

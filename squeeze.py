@@ -5,6 +5,8 @@ On ImageNet-1k torchvision's pretrained weights take its place (--pretrained).
 
 reads   data/<dataset>/...                                      the training and test images
 writes  runs/<dataset>/teachers/<teachers>/<backbone>.pt        weights, classes, test accuracy, arguments
+        runs/<dataset>/teachers/<teachers>/<backbone>@<epoch>.pt, <backbone>@pruned<i>.pt    weak teachers, when asked for
+        runs/<dataset>/teachers/<teachers>/scores.pt            losses of the training images, with --prune-ratio
         runs/<dataset>/teachers/<teachers>/squeeze.json         the RESULT line
 
 python squeeze.py --dataset cifar100                                       # paper setting, Table 9
@@ -13,7 +15,7 @@ python squeeze.py --dataset shapes                                         # smo
 """
 import argparse
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -22,38 +24,48 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model, pretrained_weights
+from models.pruning import random_channels, shrink, widths
 from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.data import describe, load_split, preset_column
-from utils.presets import Parser, crop_name, identity_flags, number, parse_args
+from utils.presets import Parser, crop_name, epoch_range, identity_flags, number, parse_args
 from utils.run import (AGAIN, TEACHER, Finite, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
-                       check_same, check_training, dealt, fingerprint, finish, finished_before, generator, is_there,
-                       load_torch, one_first, rank, reason, relevant, save_torch, say, script, send, with_precision, world)
+                       check_origin, check_same, check_training, dealt, fingerprint, finish, finished_before, generator, is_there,
+                       load_torch, one_first, rank, reason, relevant, save_torch, say, script, send, wait_for_all,
+                       with_precision, world)
+from utils.selection import count_forgetting, drop_largest, last_epoch_weights
+
+SCORES = ["score_trials", "score_epochs", "score_lr", "score_batch_size"]
 
 
-def train(model, split, data, args, device, progress, load=lambda: None, keep=lambda state: None):
-    """Train the model in place for --epochs epochs of cross-entropy.   keep: takes, after every step, a function that gives
-    the state; load: gives a state to go on from, or None."""
+def train(model, split, kept, data, args, device, progress, load=lambda: None, keep=lambda state: None,
+          after=lambda epoch: None):
+    """Train the model in place for --epochs epochs of cross-entropy on the images `kept` [N] of the split.   keep: takes,
+    after every step, a function that gives the state; load: gives a state to go on from, or None; after: called at the
+    end of every epoch with its number, from 1.   -> forgetting events and whether ever learned, of each image of the split"""
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
                                 fused=device.type == "cuda")
     units = torch.tensor([data["mean"], data["std"]], device=device)
-    schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else
-                torch.optim.lr_scheduler.ConstantLR(optimizer, 1))
+    schedule = learning_rates(optimizer, args)
     trained, finite, epoch, done = (model, optimizer, schedule), Finite(["loss"], device), 0, 0
+    right, before, learned = torch.zeros(3, len(split), dtype=torch.bool, device=device)
+    events = torch.zeros(len(split), dtype=torch.int16, device=device)
     if start := load():
         epoch, done = start["epoch"], start["done"]
         for part, saved in zip(trained, start["trained"]):
             part.load_state_dict(saved)
-        progress.skip(epoch * len(split) + min(done * args.batch_size, len(split)))
+        right, before, learned, events = send(start["forgetting"], device)
+        progress.skip(epoch * len(kept) + min(done * args.batch_size, len(kept)))
     network = in_parallel(model, device)
 
     def state():
         check_training(finite, model, progress.what)
-        return {"epoch": epoch, "done": done, "draw": draw.get_state(), "trained": [part.state_dict() for part in trained]}
+        return {"epoch": epoch, "done": done, "draw": draw.get_state(), "trained": [part.state_dict() for part in trained],
+                "forgetting": [right, before, learned, events]}
 
     for epoch in range(epoch, args.epochs):
         draw = generator("squeeze", args.seed, epoch)
-        batches = torch.randperm(len(split), generator=draw).split(args.batch_size)
+        batches = kept[torch.randperm(len(kept), generator=draw)].split(args.batch_size)
         if done:
             draw.set_state(start["draw"])
         model.train()
@@ -64,7 +76,9 @@ def train(model, split, data, args, device, progress, load=lambda: None, keep=la
                 view = draw_view(len(batch), data["image_size"], args.crop, True, 0, draw)
                 view = {key: share(rows) for key, rows in view.items()}
                 images = apply_view(images.float(), send(view, device))
-            loss = F.cross_entropy(network(normalize(images, *units)), labels) * share_weight(len(images), len(batch))
+            logits = network(normalize(images, *units))
+            loss = F.cross_entropy(logits, labels) * share_weight(len(images), len(batch))
+            right[send(batch, device)] = gathered(logits.argmax(1) == labels, len(batch))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -75,6 +89,81 @@ def train(model, split, data, args, device, progress, load=lambda: None, keep=la
         schedule.step()
         done = 0
         check_training(finite, model, progress.what)
+        events, learned = count_forgetting(events, learned, before, right)
+        before, right = right, torch.zeros_like(right)
+        after(epoch + 1)
+    return {"events": events.cpu(), "learned": learned.cpu()}
+
+
+def learning_rates(optimizer, args):
+    """The schedule per epoch of --schedule, behind --warmup-epochs that climb from a hundredth."""
+    rates, rest = torch.optim.lr_scheduler, args.epochs - args.warmup_epochs
+    schedule = (rates.CosineAnnealingLR(optimizer, rest) if args.schedule == "cosine" else
+                rates.StepLR(optimizer, args.step_epochs) if args.schedule == "step" else rates.ConstantLR(optimizer, 1))
+    if not args.warmup_epochs:
+        return schedule
+    warmup = rates.LinearLR(optimizer, 0.01, total_iters=args.warmup_epochs)
+    return rates.SequentialLR(optimizer, [warmup, schedule], [args.warmup_epochs])
+
+
+def score_images(split, data, args, device, trials, load, keep):
+    """BiLP, supplement Sec. 6.4: the loss of every training image for a small ConvNet, smoothed along the epochs of a
+    training; the sum over trainings `trials`.   -> [N]   It does not say: SGD with momentum 0.9, no augmentation, and an
+    image's loss is the one it is trained with."""
+    units, weights = torch.tensor([data["mean"], data["std"]], device=device), last_epoch_weights(args.score_epochs)
+    scores, progress = torch.zeros(len(split), device=device), Progress("squeeze scores", len(trials) * args.score_epochs)
+    first = {"trial": 0, "epoch": 0, "done": 0}
+    if start := load():
+        first, scores = start, send(start["scores"], device)
+        progress.skip(first["trial"] * args.score_epochs + first["epoch"])
+    for trial in range(first["trial"], len(trials)):
+        torch.manual_seed(generator("score", args.seed, trials[trial]).initial_seed())
+        model = build_model("convnet_w128", len(split.classes), split.image_size).to(device).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=args.score_lr, momentum=0.9, fused=device.type == "cuda")
+        if start:
+            model.load_state_dict(start["model"])
+            optimizer.load_state_dict(start["optimizer"])
+        for epoch in range(first["epoch"], args.score_epochs):
+            order = torch.randperm(len(split), generator=generator("score", args.seed, trials[trial], epoch))
+            batches, done = order.split(args.score_batch_size), first["done"]
+            for batch, (images, labels) in zip(batches[done:], split.batches(batches[done:])):
+                logits = model(normalize(send(images, device), *units))
+                losses = F.cross_entropy(logits, send(labels, device), reduction="none")
+                scores[send(batch, device)] += weights[epoch].item() * losses.detach()
+                optimizer.zero_grad()
+                losses.mean().backward()
+                optimizer.step()
+                done += 1
+                keep(lambda: {"trial": trial, "epoch": epoch, "done": done, "scores": scores, "model": model.state_dict(),
+                              "optimizer": optimizer.state_dict()})
+            first["done"] = 0
+            progress.step()
+        first, start = {"trial": 0, "epoch": 0, "done": 0}, None
+    return scores
+
+
+def kept_images(split, data, args, device, paths, seen):
+    """Which training images are trained on: of every class all but the --prune-ratio of largest losses.   -> sorted [n]"""
+    if not args.prune_ratio:
+        return torch.arange(len(split))
+    path, own = paths.teachers / "scores.pt", {key: relevant(args)[key] for key in ("seed", *SCORES)}
+    if is_there(path, args):
+        stored = load_torch(path, AGAIN, ("scores", "args"))
+        check_same(stored["args"], own, path)
+        check_origin(stored["made_from"], seen, path)
+        scores = stored["scores"]
+    else:
+        with Work(path, args, seen, own) as work:
+            piece = f"{rank()} of {world()}"
+            mine = score_images(split, data, args, device, dealt(list(range(args.score_trials))), partial(work.load, piece),
+                                partial(work.keep, piece=piece))
+            work.save({"scores": mine, "trial": args.score_trials}, piece)
+            wait_for_all()
+            scores = sum(work.read(f"{other} of {world()}")["scores"] for other in range(world())).cpu() / args.score_trials
+            wait_for_all()                                           # before the pieces go
+            if rank() == 0:
+                save_torch(path, {"scores": scores, "args": own, "made_from": seen})
+    return drop_largest(scores, split.labels.cpu(), args.prune_ratio)
 
 
 class JointSum(torch.autograd.Function):
@@ -135,6 +224,16 @@ def share(rows):
     return dealt(rows) if len(rows) >= world() else rows
 
 
+def gathered(mine, count):
+    """Bools of this process's `share` of a batch of `count` -> of the whole batch."""
+    if world() == 1:
+        return mine
+    whole = torch.zeros(count, dtype=torch.uint8, device=mine.device)
+    share(whole).copy_(mine)
+    dist.all_reduce(whole, dist.ReduceOp.MAX, nccl() if mine.is_cuda else None)
+    return whole.bool()
+
+
 def share_weight(mine, whole):
     """By which the mean loss of this process counts, so that the mean over processes is that of the batch."""
     return mine * world() / whole if whole >= world() else 1.0
@@ -165,14 +264,31 @@ def get_parser():
                         help="augmentation beside flips: none, resized, pad<pixels>")
     method.add_argument("--download", action="store_true",
                         help="fetch a named data set or pretrained weights when missing")
+    pool = parser.add_argument_group("weak teachers [Teddy]")
+    pool.add_argument("--save-epochs", type=epoch_range, metavar="FIRST:LAST:STEP",
+                      help="also keep the weights after these epochs, as <backbone>@<epoch>")
+    pool.add_argument("--pruned", type=number(int, 0, 1000), default=0,
+                      help="also make so many, <backbone>@pruned<i>: without random channels, fine-tuned a little")
+    pool.add_argument("--pruned-share", type=number(float, 0.05, 1), default=0.66, help="of the parameters they keep")
+    pool.add_argument("--pruned-epochs", type=number(int, 0), default=2, help="of fine-tuning for the last of them, 0 for the first")
+    pool.add_argument("--pruned-lr", type=number(float, 0), default=0.1, help="of fine-tuning, a tenth after every epoch")
+    pruning = parser.add_argument_group("pruning of the training images [BiLP]")
+    pruning.add_argument("--prune-ratio", type=number(float, 0, 0.999), default=0.0,
+                         help="of each class's images, those of largest loss, not trained on [alpha]")
+    pruning.add_argument("--score-trials", type=number(int, 1), default=50, help="trainings that an image's loss is averaged over")
+    pruning.add_argument("--score-epochs", type=number(int, 1), default=100, help="of each")
+    pruning.add_argument("--score-lr", type=number(float, 0), default=3e-3, help="SGD learning rate of each")
+    pruning.add_argument("--score-batch-size", type=number(int, 1), default=512, help="images per step of each")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training images")
     optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step")
     optimization.add_argument("--lr", type=number(float, 0), default=0.05, help="SGD learning rate")
     optimization.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum, 0 = off")
     optimization.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="SGD weight decay, 0 = off")
-    optimization.add_argument("--schedule", choices=["constant", "cosine"], default="constant",
+    optimization.add_argument("--schedule", choices=["constant", "cosine", "step"], default="constant",
                               help="of the learning rate")
+    optimization.add_argument("--step-epochs", type=number(int, 1), default=30, help="of step: a tenth after so many epochs")
+    optimization.add_argument("--warmup-epochs", type=number(int, 0), default=0, help="of a rising learning rate first, 0 = off")
     return parser
 
 
@@ -180,15 +296,22 @@ def main(argv=None):
     args = parse_args(get_parser(), "squeeze", argv, preset_column)
     device, paths = begin(args)
     check_models("--backbones", args.backbones, build_model)
-    accuracies, todo, seconds = {}, [], 0
-    for name in args.backbones:
+    if max(saved_epochs(args), default=1) > args.epochs or args.warmup_epochs >= args.epochs:
+        fail(f"--epochs {args.epochs} is too few for --save-epochs {args.save_epochs} or --warmup-epochs {args.warmup_epochs}; "
+             "use more")
+    names, accuracies, seconds = [one for name in args.backbones for one in teachers_of(name, args)], {}, 0
+    for name in names:
         path = paths.teachers / f"{name}.pt"
         if is_there(path, args):
             record = load_torch(path, AGAIN, TEACHER)
-            check_same(record["args"], settings(args), path)
+            check_same(record["args"], settings(args, name), path)
             accuracies[name] = record["top1"]
-        else:
-            todo.append(name)
+    todo = [name for name in names if name not in accuracies]
+    for name in todo:
+        backbone, _, kind = name.partition("@")
+        if kind.isdigit() and backbone not in todo:
+            fail(f"{paths.teachers / name}.pt is missing, and could be saved while {backbone}.pt was trained alone; {AGAIN}, "
+                 "or name another --teachers")
     result = paths.teachers / "squeeze.json"
     if not todo and finished_before(result, settings(args) | {"backbones": args.backbones}, top1=accuracies):
         return None
@@ -199,37 +322,83 @@ def main(argv=None):
         data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
         check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
         splits["train"].check_crop(args.crop)
-        check_models("--backbones", todo, build_model, len(data["classes"]), data["image_size"])
+        check_models("--backbones", args.backbones, build_model, len(data["classes"]), data["image_size"])
+        seen = {"data": fingerprint(json.dumps([data, len(splits["train"])]))}
+        kept = kept_images(splits["train"], data, args, device, paths, seen)
+
+    def save(name, model, **more):
+        """Test a model and write its checkpoint."""
+        units, test = torch.tensor([data["mean"], data["std"]], device=device), splits["test"]
+        accuracies[name] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(
+            dealt(torch.arange(len(test)).split(500)))), jointly=True)
+        say(f"{name}: {accuracies[name]:.2f} % of the test images")
+        if rank() == 0:
+            save_torch(paths.teachers / f"{name}.pt",
+                       {"backbone": name.partition("@")[0], "data": data, "top1": accuracies[name], "tested": len(test),
+                        "weights": {key: value.cpu() for key, value in model.state_dict().items()},
+                        "args": relevant(args), **more})
+
     for name in todo:
-        torch.manual_seed(generator("weights", args.seed, name).initial_seed())
-        model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
-        model = with_precision(channels_last(model), device, args.precision)
-        if args.pretrained:
+        backbone, _, kind = name.partition("@")
+        if kind.isdigit():
+            continue                                                 # saved while its backbone was trained
+        more = {"kept": kept} if args.prune_ratio else {}
+        early, how = [one for one in teachers_of(name, args) if one.partition("@")[2].isdigit()], args
+        torch.manual_seed(generator("weights", args.seed, backbone).initial_seed())
+        model = build_model(backbone, len(data["classes"]), data["image_size"])
+        if kind:
+            how, more["widths"] = post_generation(name, model, args, paths)
+        model = with_precision(channels_last(model.to(device)), device, args.precision)
+        if args.pretrained and not kind:
             with one_first():
                 load_pretrained(name, model, args.download)
-        seen = {"data": fingerprint(json.dumps([data, len(splits["train"])]))}
-        with Work(paths.teachers / f"{name}.pt", args, seen, settings(args) | {"backbone": name}) as work:
-            if not args.pretrained:
-                train(model, splits["train"], data, args, device,
-                      Progress(f"squeeze {name}", args.epochs * len(splits["train"])), work.load,
-                      work.keep if rank() == 0 else lambda state: None)                  # the state is everybody's
-            units, test = torch.tensor([data["mean"], data["std"]], device=device), splits["test"]
-            accuracies[name] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(
-                dealt(torch.arange(len(test)).split(500)))), jointly=True)
-            say(f"{name}: {accuracies[name]:.2f} % of the test images")
-            if rank() == 0:
-                save_torch(paths.teachers / f"{name}.pt",
-                           {"backbone": name, "weights": {key: value.cpu() for key, value in model.state_dict().items()},
-                            "data": data, "top1": accuracies[name], "tested": len(test), "args": relevant(args)})
+        files = [paths.teachers / f"{one}.pt" for one in (name, *early)]
+        with Work(files[0], args, seen, settings(args, name) | {"backbone": name}, files[1:]) as work:
+            if kind or not args.pretrained:
+                more["forgetting"] = train(
+                    model, splits["train"], kept, data, how, device, Progress(f"squeeze {name}", how.epochs * len(kept)),
+                    work.load, work.keep if rank() == 0 else lambda state: None,         # the state is everybody's
+                    lambda epoch: save(f"{name}@{epoch}", model, **more) if epoch in saved_epochs(args) and not kind else None)
+            save(name, model, **more)
             seconds += work.seconds()
-    return finish(result, "squeeze", args, {"top1": accuracies}, seconds)
+    return finish(result, "squeeze", args, {"top1": {name: accuracies[name] for name in names}}, seconds)
 
 
-def settings(args):
+def teachers_of(name, args):
+    """The names of a backbone and of the weak teachers made with it; of a pruned one its own."""
+    if "@" in name:
+        return [name]
+    return [name, *(f"{name}@{epoch}" for epoch in saved_epochs(args)), *(f"{name}@pruned{i + 1}" for i in range(args.pruned))]
+
+
+def saved_epochs(args):
+    """Those of --save-epochs."""
+    first, last, step = map(int, args.save_epochs.split(":")) if args.save_epochs else (1, 0, 1)
+    return range(first, last + 1, step)
+
+
+def post_generation(name, model, args, paths):
+    """Teddy, supplement Sec. D.1: remove random channels of a trained model, in place.   -> how to fine-tune it, for 0 to
+    --pruned-epochs epochs, more from one to the next; channels left, {layer: number}"""
+    backbone, _, number = name.partition("@pruned")
+    model.load_state_dict(load_torch(paths.teachers / f"{backbone}.pt", AGAIN, TEACHER)["weights"])
+    chosen = random_channels(model, args.pruned_share, generator("pruned", args.seed, name))
+    if not chosen:
+        fail(f"--pruned {args.pruned}: {backbone} has no channels that can be removed alone; name other --backbones")
+    shrink(model, chosen)
+    epochs = (int(number) - 1) * (args.pruned_epochs + 1) // args.pruned
+    tuning = {"epochs": epochs, "lr": args.pruned_lr, "batch_size": 32, "schedule": "step", "step_epochs": 1,
+              "warmup_epochs": 0, "weight_decay": 1e-4, "momentum": 0.9}
+    return argparse.Namespace(**vars(args) | tuning), widths(model, chosen)
+
+
+def settings(args, name=""):
     """The arguments that decide a backbone's weights."""
-    names = ["dataset", "image_size", "seed", "precision", "pretrained"]
+    names = ["dataset", "image_size", "seed", "precision", "pretrained", "prune_ratio", *SCORES * (args.prune_ratio > 0)]
     if not args.pretrained:
-        names += ["crop", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule"]
+        names += ["crop", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "step_epochs", "warmup_epochs"]
+    if "@pruned" in name:
+        names += ["crop", "pruned", "pruned_share", "pruned_epochs", "pruned_lr"]
     return {name: relevant(args)[name] for name in names}
 
 

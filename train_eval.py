@@ -94,8 +94,8 @@ def student_loss(args, logits, y, soft, partner_y, ratio):
     """The loss of --labels and --loss; soft [B, classes] is not read by hard labels."""
     if args.labels == "hard":
         return hard_loss(logits, y, partner_y, ratio)
-    if args.loss == "kl":
-        return kl_loss(logits, soft, args.temperature)
+    if args.loss != "mse_gt":
+        return kl_loss(logits, soft, args.temperature) * (args.temperature ** 2 if args.loss == "kl_t2" else 1)
     return mse_gt_loss(logits, soft, y, args.gamma)
 
 
@@ -178,10 +178,11 @@ def get_parser():
                         help="a folder <class>/<file> of any origin, instead of the run's images")
     method.add_argument("--labels", choices=["stored", "online", "hard"], default="stored",
                         help="of relabel.py, asked of the teachers while training, or the class alone")
-    method.add_argument("--loss", choices=["mse_gt", "kl"], default="mse_gt", help="Eq. 11, or SRe2L's divergence")
+    method.add_argument("--loss", choices=["mse_gt", "kl", "kl_t2"], default="mse_gt",
+                        help="Eq. 11, or SRe2L's divergence, or that times the squared temperature")
     method.add_argument("--gamma", type=number(float, 0), default=0.1,
                         help="weight of the class in mse_gt, 0 = off [gamma]")
-    method.add_argument("--temperature", type=number(float, 1e-3), default=20.0, help="of kl [tau, Eq. 3]")
+    method.add_argument("--temperature", type=number(float, 1e-3), default=20.0, help="of kl and kl_t2 [tau, Eq. 3]")
     method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
                         help="with --labels online [LN, Eq. 8]")
     method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",
@@ -224,7 +225,7 @@ def main(argv=None):
     if args.labels == "online":
         teachers, records, data = load_teachers(args, paths.teachers, build_model, device)
     if args.labels == "online" and before:
-        check_recovered(before, paths, data, records)
+        check_recovered(before, args, paths, data, records)
     made_from = origin(args, paths, before, records)
     results = {name: paths.eval / f"{name}{'' if args.labels == 'stored' else f'-{args.labels}'}.json" for name in args.students}
     alone = {name: argparse.Namespace(**{**vars(args), "students": [name]}) for name in args.students}
@@ -234,7 +235,7 @@ def main(argv=None):
     if args.labels == "hard":
         data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
     if args.labels == "hard" and before:
-        check_recovered(before, paths, data, {})
+        check_recovered(before, args, paths, data, {})
     images, classes, labels = load_distilled(args, paths, before, data, made_from, list(teachers.values()), device)
     check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
     with one_first():

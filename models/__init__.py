@@ -2,12 +2,14 @@
 import re
 from functools import partial
 
+import torch
 import torchvision
 
 from models.convnet import ConvNet
 from models.deit import deit_tiny
 from models.efficientnet import efficientnet_b0
 from models.mobilenetv2 import mobilenetv2
+from models.pruning import shrink
 from models.resnet import resnet
 from models.shufflenetv2 import shufflenetv2_05
 from models.swin import swin_t
@@ -49,15 +51,16 @@ def is_model_name(name):
     return _builder(name) is not None
 
 
-def build_model(name, num_classes, image_size):
+def build_model(name, num_classes, image_size, widths=None):
     """-> nn.Module: images [B, 3, image_size, image_size] -> logits [B, num_classes].
 
-    The weights are drawn from torch's global generator.
+    The weights are drawn from torch's global generator. widths: {convolution: channels that pruning left}.
     ValueError if the name is unknown or the network cannot take images of this size.
     """
     if not is_model_name(name):
         raise ValueError(f"unknown model {name!r}; known are {', '.join(NAMES + PATTERNS)}")
-    return _builder(name)(num_classes, image_size)
+    model = _builder(name)(num_classes, image_size)
+    return shrink(model, {layer: torch.arange(width) for layer, width in widths.items()}) if widths else model
 
 
 def pretrained_weights(name):

@@ -9,7 +9,7 @@ from torch import nn
 
 from models import build_model
 from tests.helpers import assert_near
-from utils.pruning import prunable, random_channels, shrink, widths
+from models.pruning import prunable, random_channels, shrink, widths
 
 PRUNED = "resnet18", "resnet50", "vgg11_bn", "wrn16_2", "convnet_w16", "mobilenetv2_05", "efficientnet_b0"
 

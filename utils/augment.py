@@ -9,11 +9,13 @@ import torch.nn.functional as F
 
 def draw_resized_crop(n, size, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     """n boxes of random area and aspect ratio in a square of `size` pixels, distributed as torchvision's
-    RandomResizedCrop: ten attempts, then the largest centred box (a square holds every ratio).   -> [n, 4]"""
+    RandomResizedCrop: ten attempts, then the largest centred box (a square holds every ratio).   -> [n, 4]
+    scale: smallest and largest share of the area, numbers, or [n, 1] where boxes differ"""
     def uniform(low, high, *shape):
         return torch.empty(*shape).uniform_(low, high, generator=generator)
 
-    area = uniform(*scale, n, 10) * size * size
+    low, high = scale
+    area = (uniform(0, 1, n, 10) * (high - low) + low if torch.is_tensor(low) else uniform(low, high, n, 10)) * size * size
     aspect = uniform(*torch.tensor(ratio).log().tolist(), n, 10).exp()
     height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     place = uniform(0, 1, n, 2)
@@ -86,12 +88,13 @@ def apply_shift(images, shift, wrap=False):
     return moved * inside.to(moved.dtype)
 
 
-def draw_view(n, size, crop, flip, roll, generator):
-    """One view of each of n images: crop none, resized (RandomResizedCrop) or pad<pixels> (RandomCrop with padding), then
-    flip (bool: half of them), then roll (a circular shift of 0 .. roll pixels on both axes).   -> dict"""
+def draw_view(n, size, crop, flip, roll, generator, smallest=0.08):
+    """One view of each of n images: crop none, resized (RandomResizedCrop, of `smallest` .. 1 of the area) or pad<pixels>
+    (RandomCrop with padding), then flip (bool: half of them), then roll (a circular shift of 0 .. roll pixels on both
+    axes).   -> dict"""
     draw = {}
     if crop == "resized":
-        draw["crop"] = draw_resized_crop(n, size, generator)
+        draw["crop"] = draw_resized_crop(n, size, generator, (smallest, 1.0))
     elif crop != "none":
         draw["shift"] = draw_shift(n, -int(crop[3:]), int(crop[3:]), generator)
     if flip:

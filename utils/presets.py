@@ -1,6 +1,7 @@
-"""The settings of the paper's Tables 7-9 as data, and the command line they are the defaults of.
+"""The settings of the paper's Tables 7-9 and of its neighbours as data, and the command line they are the defaults of.
 
-Precedence: parser default < preset of the data set < exception at its IPC < --method < command line.
+Precedence: parser default < preset of the data set < exception at its IPC < --method < command line; relabel.py and
+train_eval.py take --recipe, where it is given, in the place of --method.
 """
 import argparse
 import re
@@ -78,15 +79,117 @@ RELEASE = {     # where the release differs from the above; the same columns
 }
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER]}      # `best` equals `paper` so far
 AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}}}           # P, Appendix A
-METHODS = {"gvbsm": {}, "random": {}}                                           # what each method changes, by phase
+
+# What each method changes in the table PAPER, beside its sources, which FAMILY of the README names. A column of None keeps
+# the setting above; where a paper has no CIFAR-10 (or CIFAR) setting, that of the nearest data set stands. `shapes` is ours.
+R18 = (["resnet18"],) * 4 + (["wrn16_2"],)
+SRE2L = {       # arXiv:2306.13092 and its release
+    # phase, flag                   cifar10        cifar100       tiny           imagenet       shapes
+    ("*", "teachers"):              ("sre2l",       "sre2l",       "sre2l",       "sre2l",       None),
+    ("*", "backbones"):             R18,
+    ("squeeze", "lr"):              (0.1,           0.1,           0.2,           None,          None),
+    ("squeeze", "weight_decay"):    (5e-4,          5e-4,          1e-4,          None,          None),
+    ("squeeze", "schedule"):        ("cosine",      "cosine",      "cosine",      None,          None),
+    ("squeeze", "warmup_epochs"):   (0,             0,             5,             None,          None),
+    ("squeeze", "batch_size"):      (128,           128,           256,           None,          None),
+    ("squeeze", "epochs"):          (200,           200,           50,            None,          None),
+    ("squeeze", "crop"):            ("pad4",        "pad4",        "resized",     None,          None),
+    ("collect_stats", "batch_size"): (128,          128,           256,           None,          None),
+    ("collect_stats", "crop"):      ("pad4",        "pad4",        "resized",     None,          None),
+    ("recover", "lr"):              (0.25,          0.25,          0.1,           0.25,          0.25),
+    ("recover", "iterations"):      (1000,          1000,          4000,          4000,          None),
+    ("recover", "batch_size"):      (100,           100,           100,           100,           100),
+    ("recover", "loop"):            ("original",) * 5,
+    ("recover", "crop"):            ("none",        "none",        "resized",     "resized",     "none"),
+    ("recover", "flip"):            (False,         False,         True,          True,          False),
+    ("recover", "roll"):            (4,             4,             4,             32,            4),
+    ("recover", "alpha"):           (0.0,) * 5,
+    ("recover", "drop_rate"):       (0.0,) * 5,
+    ("recover", "bn_weight"):       (0.01,          0.01,          1.0,           0.01,          0.01),
+    ("recover", "conv_weight"):     (0.0,) * 5,
+    ("recover", "dd_weight"):       (0.0,) * 5,
+    ("relabel", "epochs"):          (400,           400,           100,           300,           None),
+    ("relabel", "batch_size"):      (128,           128,           256,           1024,          None),
+    ("relabel", "whole_up_to"):     (0,             0,             0,             0,             None),
+    ("relabel", "mix"):             ("mixup",       "mixup",       "none",        "cutmix",      "mixup"),
+    ("relabel", "logit_norm"):      (False,) * 5,
+    ("train_eval", "epochs"):       (400,           400,           100,           300,           None),
+    ("train_eval", "batch_size"):   (128,           128,           256,           1024,          None),
+    ("train_eval", "whole_up_to"):  (0,             0,             0,             0,             None),
+    ("train_eval", "mix"):          ("mixup",       "mixup",       "none",        "cutmix",      "mixup"),
+    ("train_eval", "optimizer"):    ("adamw",       "adamw",       "sgd",         "adamw",       None),
+    ("train_eval", "lr"):           (["0.001"],     ["0.001"],     ["0.2"],       ["0.001"],     None),
+    ("train_eval", "weight_decay"): (0.01,          0.01,          1e-4,          0.01,          None),
+    ("train_eval", "loss"):         ("kl",          "kl",          "kl_t2",       "kl",          "kl"),
+    ("train_eval", "temperature"):  (30.0,          30.0,          20.0,          20.0,          30.0),
+}
+CDA = SRE2L | {  # arXiv:2311.18838
+    ("recover", "lr"):              (0.25,          0.25,          0.4,           0.25,          0.25),
+    ("recover", "bn_weight"):       (0.01,          0.01,          0.05,          0.01,          0.01),
+    ("recover", "crop"):            ("resized",) * 5,
+    ("recover", "flip"):            (True,) * 5,
+    ("recover", "crop_curriculum"): ("cosine",) * 5,
+}
+SCDD = SRE2L | {  # arXiv:2404.07976, Tables 14-16, and the MoCo it names
+    ("*", "teachers"):              ("moco",) * 5,
+    ("squeeze", "pretrained"):      (False,) * 5,
+    ("squeeze", "objective"):       ("moco",) * 5,
+    ("squeeze", "lr"):              (0.06,) * 5,
+    ("squeeze", "weight_decay"):    (5e-4,) * 5,
+    ("squeeze", "schedule"):        ("cosine",) * 5,
+    ("squeeze", "warmup_epochs"):   (0,) * 5,
+    ("squeeze", "batch_size"):      (512,           512,           512,           512,           128),
+    ("squeeze", "epochs"):          (200,           200,           200,           200,           10),
+    ("squeeze", "probe_epochs"):    (100,           100,           100,           100,           10),
+    ("recover", "lr"):              (0.4,           0.4,           0.6,           0.25,          0.4),
+    ("recover", "iterations"):      (1000,          1000,          1000,          1000,          None),
+    ("recover", "batch_size"):      (100,           100,           100,           50,            100),
+    ("recover", "flip"):            (False,         False,         False,         True,          False),
+    ("recover", "roll"):            (4,             4,             0,             32,            4),
+    ("recover", "bn_weight"):       (0.005,         0.005,         0.1,           0.0005,        0.005),
+    ("relabel", "epochs"):          (200,           200,           500,           300,           None),
+    ("relabel", "batch_size"):      (64,            64,            64,            64,            None),
+    ("train_eval", "epochs"):       (200,           200,           500,           300,           None),
+    ("train_eval", "batch_size"):   (64,            64,            64,            64,            None),
+    ("train_eval", "lr"):           (["0.005"],     ["0.005"],     ["0.2"],       ["0.001"],     None),
+}
+TEDDY = SRE2L | {  # arXiv:2410.07579, Tables 4 and 5: prior generation
+    ("*", "teachers"):              ("teddy",) * 5,
+    ("*", "backbones"):             (*([f"resnet18@{epoch}" for epoch in range(11, 47, 5)],) * 3,
+                                     [f"resnet18@{epoch}" for epoch in range(21, 62, 5)], [f"wrn16_2@{epoch}" for epoch in range(1, 6)]),
+    ("squeeze", "backbones"):       R18,
+    ("squeeze", "pretrained"):      (False,) * 5,
+    ("squeeze", "save_epochs"):     ("11:46:5",     "11:46:5",     "11:46:5",     "21:61:5",     "1:5:1"),
+    ("squeeze", "epochs"):          (46,            46,            46,            61,            None),
+    ("squeeze", "schedule"):        ("cosine",      "cosine",      "cosine",      "step",        None),
+    ("squeeze", "warmup_epochs"):   (0,) * 5,
+    ("recover", "subset"):          (3,) * 5,
+    ("recover", "iterations"):      (1000,          1000,          4000,          6000,          None),
+    ("recover", "crop"):            ("none",        "none",        "resized",     "resized",     "none"),
+    ("relabel", "mix"):             ("cutmix",) * 5,
+    ("train_eval", "mix"):          ("cutmix",) * 5,
+    ("train_eval", "optimizer"):    ("adamw",) * 5,
+    ("train_eval", "lr"):           (["0.001"],) * 5,
+    ("train_eval", "weight_decay"): (0.01,) * 5,
+    ("train_eval", "loss"):         ("kl",) * 5,
+    ("train_eval", "temperature"):  (20.0,) * 5,
+}
+METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY,
+           "random": {}, "herding": {}, "kcenter": {}, "forgetting": {}}
+SELECTIONS = "random", "herding", "kcenter", "forgetting"                       # write real images
 
 
 def preset_values(preset, column, phase, ipc=None, method="gvbsm"):
     """{flag: value} that a preset sets in a phase for a column of the table."""
-    values = {flag: row[COLUMNS.index(column)] for table in PRESETS[preset] for (where, flag), row in table.items()
-              if where in (phase, "*") and row[COLUMNS.index(column)] is not None}
+    values = of_phase(PRESETS[preset], column, phase)
     exception = AT_IPC.get(("paper" if preset == "best" else preset, column, ipc), {})
-    return values | exception.get(phase, {}) | METHODS[method].get(phase, {})
+    return values | exception.get(phase, {}) | of_phase([METHODS[method]], column, phase)
+
+
+def of_phase(tables, column, phase):
+    """{flag: value} of the rows of a phase, behind those of every phase."""
+    return {flag: row[COLUMNS.index(column)] for places in ("*", phase) for table in tables
+            for (place, flag), row in table.items() if place == places and row[COLUMNS.index(column)] is not None}
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,8 +212,11 @@ def identity_flags(parser):
     group.add_argument("--dataset", default="shapes", metavar="NAME|FOLDER",
                        help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or test/")
     group.add_argument("--ipc", type=number(int, 1), default=10, help="distilled images per class [IPC]")
-    group.add_argument("--method", choices=sorted(METHODS), default="gvbsm",
-                       help="gvbsm synthesises; random takes random real images")
+    group.add_argument("--method", choices=METHODS, default="gvbsm",
+                       help=f"how images are made; {', '.join(SELECTIONS)} choose real ones")
+    group.add_argument("--recipe", choices=METHODS,
+                       help="whose labels and training: relabel.py and train_eval.py take their defaults, teachers "
+                       "too, from this method (default: --method)")
     group.add_argument("--tag", type=plain_name, help="a name for this variant, for ablations")
     group.add_argument("--teachers", type=plain_name, default="supervised", help="name of a set of squeezed backbones")
     group.add_argument("--backbones", nargs="+", metavar="NAME", help="networks to match and to label with [S, Eq. 7]")
@@ -140,9 +246,10 @@ def parse_args(parser, phase, argv, find_column):
     identity_flags(early)
     known, rest = early.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
     column = find_column(known.dataset, known.data_dir, known.image_size)
-    values = preset_values(known.preset, column, phase, known.ipc, known.method)
-    if known.dataset != "imagenet":
-        values.pop("pretrained", None)          # a folder with ImageNet's settings has other classes than the weights
+    method = known.recipe or known.method if phase in ("relabel", "train_eval") else known.method
+    values = preset_values(known.preset, column, phase, known.ipc, method)
+    if known.dataset != "imagenet" and values.get("pretrained"):
+        values["pretrained"] = False          # a folder with ImageNet's settings has other classes than the weights
     unread = set(values) - {action.dest for action in parser._actions}
     if unread:
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
@@ -180,6 +287,13 @@ def crop_name(text):
     """argparse type: none, resized (RandomResizedCrop), or pad<pixels> (RandomCrop with padding)."""
     if text not in ("none", "resized") and not (re.fullmatch(r"pad\d{1,3}", text, re.ASCII)):
         raise argparse.ArgumentTypeError(f"{text!r} is none of: none, resized, pad<pixels>, such as pad4")
+    return text
+
+
+def epoch_range(text):
+    """argparse type: first:last:step, epochs from 1 on, the last among them."""
+    if not re.fullmatch(r"[1-9]\d{0,5}:\d{1,6}:[1-9]\d{0,5}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form first:last:step, such as 11:46:5")
     return text
 
 

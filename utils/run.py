@@ -306,7 +306,8 @@ def load_teachers(args, folder, build_model, device):
         path = folder / f"{name}.pt"
         record = load_torch(path, f"{again} --backbones {name} --overwrite", TEACHER)
         try:
-            model = build_model(record["backbone"], len(record["data"]["classes"]), record["data"]["image_size"])
+            model = build_model(record["backbone"], len(record["data"]["classes"]), record["data"]["image_size"],
+                                record.get("widths"))
             model.load_state_dict(record.pop("weights"))
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             fail(f"{path} does not hold weights of {name} ({reason(error)}); train it again with squeeze.py --overwrite")
@@ -394,11 +395,11 @@ def unfinished(result):
     return result.with_name(f".{result.name}.unfinished")
 
 
-def check_recovered(recovered, paths, data, records):
-    """Stop unless recover.py's images are of these classes and, where it had any, of these teachers."""
+def check_recovered(recovered, args, paths, data, records):
+    """Stop unless recover.py's images are of these classes and, where it had teachers of this set, of these."""
     path = paths.run / "result.json"
     check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
-    if records and "weights" in recovered["made_from"]:
+    if records and "weights" in recovered["made_from"] and recovered["args"]["teachers"] == args.teachers:
         check_origin(recovered["made_from"], fingerprints(records), path, "name the same --backbones, run recover.py "
                      f"--overwrite, or name --images {paths.images} under another --tag")
 

@@ -77,6 +77,13 @@ def conv_stats(x, patch, groups=1):
     return *channel, *(m.flatten(1) for m in _joined(*cells, (2, 4)))
 
 
+def mixed_moments(mean, var, share):
+    """Moments of mixtures of classes, from the classes' own: the law of total variance.
+    mean, var [classes, n], share [groups, classes], each row's sum 1 -> mean, var, each [groups, n]"""
+    mixed = share @ mean
+    return mixed, share @ (var + mean.square()) - mixed.square()
+
+
 @torch.no_grad()
 def bn_stats(x, groups=1):
     """`channel_stats` of x, without a graph, in float32 at least."""
@@ -225,11 +232,17 @@ def freeze(model):
     return model
 
 
+def layer_target(layer, given):
+    """What a layer's statistics are matched to: those given, or a BatchNorm2d's own."""
+    return (layer.running_mean, layer.running_var) if given is None else tuple(given)
+
+
 class ClosedFormMatching:
     """Eqs. 6 and 10 for all layers of a frozen backbone, without a graph through any statistic.
 
     model: in eval mode, perhaps of `freeze`; targets: {conv name: (channel_mean, channel_var, patch_mean, patch_var)},
-    Eq. 9; BatchNorm's are its own running statistics. weights: {layer name: weight of its terms in the loss}; a layer of
+    Eq. 9, each [n], or [groups, n] where groups differ; BatchNorm's are its own running statistics unless (mean, var) are
+    given too. weights: {layer name: weight of its terms in the loss}; a layer of
     weight 0 is neither reduced nor hooked. alpha, patch: see `sds_match`, `patch_stats`.
 
         state = matching.start(groups)                             # once for each image batch
@@ -242,22 +255,22 @@ class ClosedFormMatching:
     def __init__(self, model, targets, weights, alpha, patch):
         self.model, self.alpha, self.patch = model, alpha, patch
         layers = {name: layer for name, layer in matched_layers(model).items() if weights[name]}
-        self.targets = {name: (layer.running_mean, layer.running_var) if isinstance(layer, nn.BatchNorm2d)
-                        else targets[name] for name, layer in layers.items()}
+        self.targets = {name: layer_target(layer, targets.get(name)) for name, layer in layers.items()}
         # All statistics stand in a row, segment after segment, a layer's channels (kind 0) or its patches (kind 2); there is
         # a row of means and one of variances.
         self.segments = [(name, kind) for name, target in self.targets.items() for kind in range(0, len(target), 2)]
-        self.sizes = [len(self.targets[name][kind]) for name, kind in self.segments]
-        nothing, names = next(model.parameters()).new_zeros(2, 0), list(self.targets)
-        self.target = torch.cat([nothing, *(torch.stack(self.targets[name][kind:kind + 2])
-                                            for name, kind in self.segments)], dim=1)
+        pairs = [torch.stack(self.targets[name][kind:kind + 2]) for name, kind in self.segments]
+        pairs = [pair if pair.dim() == 3 else pair[:, None] for pair in pairs]                      # [2, groups or 1, n]
+        self.sizes, names = [pair.shape[2] for pair in pairs], list(self.targets)
+        nothing = next(model.parameters()).new_zeros(2, pairs[0].shape[1] if pairs else 1, 0)
+        self.target = torch.cat([nothing, *pairs], dim=2)
         self.weight = nothing.new_tensor([weights[name] for name, _ in self.segments])
         device, segments = nothing.device, torch.arange(len(self.segments))
         self.segment = torch.repeat_interleave(segments, torch.tensor(self.sizes, dtype=torch.long)).to(device)
         self.owner = torch.tensor([names.index(name) for name, _ in self.segments], dtype=torch.long, device=device)
         self.is_bn = torch.tensor([len(self.targets[name]) == 2 for name, _ in self.segments], device=device)
         # a folded norm's input comes mapped: (input - offset) * unit is what it was
-        self.offset, self.unit = torch.zeros_like(self.target)[:, None], torch.ones_like(self.target)[:, None]
+        self.offset, self.unit = torch.zeros_like(self.target[:, :1]), torch.ones_like(self.target[:, :1])
         for i, (name, _) in enumerate(self.segments):
             if getattr(layers[name], "folded", False):
                 here = slice(sum(self.sizes[:i]), sum(self.sizes[:i + 1]))
@@ -266,7 +279,7 @@ class ClosedFormMatching:
 
     def start(self, groups):
         """Before the first batch: moving averages [2, groups, statistics], layers that have one [layers]."""
-        return (self.target.new_zeros(2, groups, self.target.shape[1]),
+        return (self.target.new_zeros(2, groups, self.target.shape[2]),
                 torch.zeros(len(self.targets), dtype=torch.bool, device=self.target.device))
 
     @contextmanager
@@ -300,7 +313,7 @@ class ClosedFormMatching:
         momentum = torch.where(kept, self.alpha * seen.to(ema), 1)[self.owner][self.segment]
         ema = torch.lerp((measured - self.offset) * self.unit, ema, momentum)
         weight = self.weight * kept[self.owner]
-        norms, slope = segment_norms((ema - self.target[:, None]).flatten(0, 1), self.segment, len(self.sizes), weight)
+        norms, slope = segment_norms((ema - self.target).flatten(0, 1), self.segment, len(self.sizes), weight)
         slope = slope.view_as(ema) * self.unit
         terms = affine_terms(measured[0], *slope).split(self.sizes, dim=2)
         for (name, kind), term in zip(self.segments, terms):

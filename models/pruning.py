@@ -1,11 +1,8 @@
 """Structured pruning: channels of convolutions removed, together with all that belongs to them.   Needs torch alone.
 
-    kept = random_channels(model, 0.66, generator)          # {conv name: indices of channels}
-    shrink(model, kept)
-    sizes, weights = widths(model, kept), model.state_dict()                                        # a checkpoint
-
-    model = shrink(build_model(...), {name: torch.arange(width) for name, width in sizes.items()})  # loaded again
-    model.load_state_dict(weights)
+    kept = random_channels(model, 0.66, generator)                     # {convolution: channels}
+    left = widths(shrink(model, kept), kept)                           # with model.state_dict() all there is to store
+    model = build_model(name, num_classes, image_size, left)           # models/__init__.py: shrink() again
 """
 from collections import Counter
 

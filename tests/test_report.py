@@ -13,7 +13,7 @@ def write(tmp_path):
         path = tmp_path / dataset / f"{method}-ipc{ipc}{f'-{tag}' if tag else ''}" / "eval" / f"{student}-{labels}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         identity = dict(method=method, labels=labels, ipc=ipc, tag=tag, student=student)
-        path.write_text(json.dumps(identity | dict(top1_std=0.0, seeds=[0], args={}, upstream={}) | metrics))
+        path.write_text(json.dumps(identity | dict(top1_std=0.0, seeds=[0], args={}, upstream={}, made_from={}) | metrics))
     return write
 
 

@@ -350,6 +350,8 @@ def loss_terms(project, args, passes, entries):
             inputs, logits = inputs_and_logits(models[name], step.images[0])
             terms = {"ce": args["ce_weight"] * nn.functional.cross_entropy(logits, labels).item(), "bn": 0, "conv": 0,
                      "dd": args["dd_weight"] * densification(step.pixels[0], labels, args["tau"], args["dd_scale"])}
+            matched = [layer for layer in inputs if args["conv_weight"] or not isinstance(
+                models[name].get_submodule(layer), nn.Conv2d)]
             for layer, x in inputs.items():
                 module, values = models[name].get_submodule(layer), moments(x, stored[name]["patch"])
                 if isinstance(module, nn.BatchNorm2d):
@@ -358,7 +360,7 @@ def loss_terms(project, args, passes, entries):
                     kind, targets = "conv", stored[name]["statistics"][layer]
                 if layer in step.dropped:
                     continue
-                weight = args[f"{kind}_weight"] * (args["first_multiplier"] if layer == next(iter(inputs)) else 1)
+                weight = args[f"{kind}_weight"] * (args["first_multiplier"] if [layer] == matched[:1] else 1)
                 for i, (value, target) in enumerate(zip(values, targets, strict=True)):
                     past = averages.get((name, layer, i), value)
                     average = averages[name, layer, i] = args["alpha"] * past + (1 - args["alpha"]) * value
@@ -564,7 +566,7 @@ def test_dataset_statistics_are_the_average_of_batches_by_their_size(name, sizes
     model = teachers(project, name)[name]
     batches = [torch.randn(size, 3, 16, 16) * (i + 1) for i, size in enumerate(sizes)]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    parts = [collect_stats.sum_statistics(model, iter(part), patch=4) for part in (batches[::2], [], batches[1::2])]
+    parts = [collect_stats.sum_statistics(model, ((x, None) for x in part), patch=4) for part in (batches[::2], [], batches[1::2])]
     found, total = collect_stats.dataset_statistics(parts), sum(sizes)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     inputs = [inputs_and_logits(model, batch)[0] for batch in batches]
@@ -593,7 +595,7 @@ def test_the_stored_statistics_are_of_the_augmented_training_images_in_eval_mode
     assert len(seen) == 48 and seen <= once | mirrored and seen & once and seen & mirrored
     stored = checkpoint(project.teachers / "wrn10_1.stats.pt")["statistics"]
     model = channels_last(teachers(project, "wrn10_1")["wrn10_1"])
-    again = collect_stats.dataset_statistics([collect_stats.sum_statistics(model, images, 4)])
+    again = collect_stats.dataset_statistics([collect_stats.sum_statistics(model, ((x, None) for x in images), 4)])
     for layer in again:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(stored[layer], again[layer], strict=True))
 

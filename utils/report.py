@@ -1,29 +1,66 @@
-"""The results of a data set as a table: synthetic images beside random real ones under the same recipe.
+"""The results of a data set as a table: every method beside random real images under the same recipe.
 
     python -m utils.report runs/cifar10
 
-A row for each IPC, student and run, under soft and under hard labels. Top-1 of the last epoch in %, mean over student
-seeds and standard deviation; margin = run minus random real. A tagged run is compared with the random images of its tag,
-or else with the untagged ones. "published" is what the paper's Tables 4 and 5 print for G-VBSM with soft labels.
+A row for each IPC, student, kind of labels and run. Top-1 of the last epoch in %, mean over student seeds and standard
+deviation; margin = run minus random real. A run is compared with random images that had the same labels and training (the
+same teachers and settings, whatever its tag), of its tag where there are several. "published" is what papers print for the
+method, under their own recipes.
 """
 import argparse
 from pathlib import Path
 
 from utils import fail
+from utils.presets import METHODS
 from utils.run import load_json
 
-PUBLISHED = {   # arXiv:2311.17950, Tables 4 and 5: data set -> (IPC, student) -> top-1
-    "cifar10": {(10, "convnet_w128"): "46.5 ± 0.7", (50, "convnet_w128"): "54.3 ± 0.3", (10, "resnet18"): "53.5 ± 0.6",
-                (50, "resnet18"): "59.2 ± 0.4"},
-    "cifar100": {(1, "convnet_w128"): "16.4 ± 0.7", (10, "convnet_w128"): "38.7 ± 0.2", (50, "convnet_w128"): "45.7 ± 0.4",
-                 (1, "resnet18"): "25.9 ± 0.5", (10, "resnet18"): "59.5 ± 0.4", (50, "resnet18"): "65.0 ± 0.5"},
-    "tiny": {(50, "resnet18"): "47.6 ± 0.3", (50, "resnet50"): "48.7 ± 0.2", (50, "resnet101"): "48.8 ± 0.4",
-             (100, "resnet18"): "51.0 ± 0.4", (100, "resnet50"): "52.1 ± 0.3", (100, "resnet101"): "52.3 ± 0.1"},
-    "imagenet": {(10, "resnet18"): "31.4 ± 0.5", (10, "resnet50"): "35.4 ± 0.8", (10, "resnet101"): "38.2 ± 0.4",
-                 (50, "resnet18"): "51.8 ± 0.4", (50, "resnet50"): "58.7 ± 0.4", (50, "resnet101"): "61.0 ± 0.4",
-                 (100, "resnet18"): "55.7 ± 0.4", (100, "resnet50"): "62.2 ± 0.3", (100, "resnet101"): "63.7 ± 0.2"},
+R18, R50, R101, CONVNET = "resnet18", "resnet50", "resnet101", "convnet_w128"
+PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
+    # arXiv:2311.17950, Tables 4 and 5; of SRe2L on CIFAR as run there, of the selections and DM as cited there
+    ("gvbsm", "cifar10", CONVNET, "stored"): {10: "46.5 ± 0.7", 50: "54.3 ± 0.3"},
+    ("gvbsm", "cifar10", R18, "stored"): {10: "53.5 ± 0.6", 50: "59.2 ± 0.4"},
+    ("gvbsm", "cifar100", CONVNET, "stored"): {1: "16.4 ± 0.7", 10: "38.7 ± 0.2", 50: "45.7 ± 0.4"},
+    ("gvbsm", "cifar100", R18, "stored"): {1: "25.9 ± 0.5", 10: "59.5 ± 0.4", 50: "65.0 ± 0.5"},
+    ("gvbsm", "tiny", R18, "stored"): {50: "47.6 ± 0.3", 100: "51.0 ± 0.4"},
+    ("gvbsm", "tiny", R50, "stored"): {50: "48.7 ± 0.2", 100: "52.1 ± 0.3"},
+    ("gvbsm", "tiny", R101, "stored"): {50: "48.8 ± 0.4", 100: "52.3 ± 0.1"},
+    ("gvbsm", "imagenet", R18, "stored"): {10: "31.4 ± 0.5", 50: "51.8 ± 0.4", 100: "55.7 ± 0.4"},
+    ("gvbsm", "imagenet", R50, "stored"): {10: "35.4 ± 0.8", 50: "58.7 ± 0.4", 100: "62.2 ± 0.3"},
+    ("gvbsm", "imagenet", R101, "stored"): {10: "38.2 ± 0.4", 50: "61.0 ± 0.4", 100: "63.7 ± 0.2"},
+    ("sre2l", "cifar10", R18, "stored"): {10: "27.2 ± 0.5", 50: "47.5 ± 0.6"},
+    ("sre2l", "cifar100", R18, "stored"): {1: "2.0 ± 0.2", 10: "31.6 ± 0.5", 50: "49.5 ± 0.3"},
+    ("herding", "cifar10", CONVNET, "hard"): {10: "31.6 ± 0.7", 50: "40.4 ± 0.6"},
+    ("herding", "cifar100", CONVNET, "hard"): {1: "8.3 ± 0.3", 10: "17.3 ± 0.3", 50: "33.7 ± 0.5"},
+    ("kcenter", "cifar10", CONVNET, "hard"): {10: "14.7 ± 0.9", 50: "27.0 ± 1.4"},
+    ("kcenter", "cifar100", CONVNET, "hard"): {1: "8.4 ± 0.3", 10: "17.3 ± 0.3", 50: "30.5 ± 0.3"},
+    ("forgetting", "cifar10", CONVNET, "hard"): {10: "23.3 ± 1.0", 50: "23.3 ± 1.1"},
+    ("forgetting", "cifar100", CONVNET, "hard"): {1: "4.5 ± 0.2", 10: "15.1 ± 0.3"},
+    ("dm", "cifar10", CONVNET, "hard"): {10: "48.9 ± 0.6", 50: "63.0 ± 0.4"},
+    ("dm", "cifar100", CONVNET, "hard"): {1: "11.4 ± 0.3", 10: "29.7 ± 0.3", 50: "43.6 ± 0.4"},
+    # arXiv:2306.13092
+    ("sre2l", "tiny", R18, "stored"): {50: "41.1", 100: "49.7"},
+    ("sre2l", "tiny", R50, "stored"): {50: "42.2", 100: "51.2"},
+    ("sre2l", "tiny", R101, "stored"): {50: "42.5", 100: "51.5"},
+    ("sre2l", "imagenet", R18, "stored"): {10: "21.3", 50: "46.8", 100: "52.8", 200: "57.0"},
+    ("sre2l", "imagenet", R50, "stored"): {10: "28.4", 50: "55.6", 100: "61.0", 200: "64.6"},
+    ("sre2l", "imagenet", R101, "stored"): {10: "30.9", 50: "60.8", 100: "62.8", 200: "65.9"},
+    # arXiv:2311.18838
+    ("cda", "tiny", R18, "stored"): {50: "48.7", 100: "53.2"},
+    ("cda", "imagenet", R18, "stored"): {50: "53.5", 100: "58.0", 200: "63.3"},
+    # arXiv:2404.07976, Table 1, and for ImageNet those of its release; its Table 7 has 56.6 for CIFAR-100
+    ("scdd", "cifar100", R18, "stored"): {50: "53.4 ± 1.1"},
+    ("scdd", "tiny", R18, "stored"): {10: "31.6 ± 0.1", 50: "45.9 ± 0.2"},
+    ("scdd", "imagenet", R18, "stored"): {10: "32.1", 50: "53.1", 100: "57.9", 200: "63.5"},
+    ("scdd", "imagenet", R50, "stored"): {10: "38.9", 50: "60.9", 100: "65.8", 200: "67.8"},
+    ("scdd", "imagenet", R101, "stored"): {10: "39.6", 50: "61.0", 100: "65.6", 200: "68.2"},
+    # arXiv:2410.07579
+    ("teddy", "imagenet", R18, "stored"): {10: "34.1 ± 0.1", 50: "52.5 ± 0.1", 100: "56.5 ± 0.0"},
 }
 HEADER = ("ipc", "student", "labels", "run", "top-1", "random real", "margin", "published")
+LABELS = {"stored": "soft", "online": "soft, online", "hard": "hard"}
+RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to", "optimizer", "lr", "momentum", "weight_decay",
+          "schedule")
+SOFT = ("loss", "gamma", "temperature", "logit_norm", "seed")                  # of soft labels alone
 
 
 def read_results(folder):
@@ -38,20 +75,40 @@ def read_results(folder):
     return results
 
 
+def recipe(result):
+    """What decides an accuracy but for the images: the settings of labels and training, and the teachers' weights."""
+    keys = RECIPE + SOFT * (result["labels"] != "hard")
+    return ([result["args"].get(key) for key in keys], [result["upstream"].get("relabel", {}).get(key) for key in keys],
+            result["made_from"].get("weights"))
+
+
+def random_beside(result, results):
+    """The result of random images under the same recipe, of the same tag if there is one; or None."""
+    ipc, student, labels, tag = (result[key] for key in ("ipc", "student", "labels", "tag"))
+    beside = {key[4]: other for key, other in results.items()
+              if key[:4] == (ipc, student, labels, "random") and recipe(other) == recipe(result)}
+    return beside.get(tag, next(iter(beside.values()), None))
+
+
 def rows(dataset, results):
-    """The cells of the table, a row for each run but the random ones, which are its comparison."""
-    runs = {key[:2] + key[3:] for key in results}                                      # ipc, student, method, tag
-    runs = {(ipc, student, "gvbsm" if method == "random" else method, tag) for ipc, student, method, tag in runs}
-    for ipc, student, method, tag in sorted(runs, key=lambda run: [run[0], run[1], run[2], run[3] or ""]):
-        for labels in ("stored", "online", "hard"):
-            ours = results.get((ipc, student, labels, method, tag))
-            real = results.get((ipc, student, labels, "random", tag)) or results.get((ipc, student, labels, "random", None))
-            if labels == "online" and not ours and not real:
+    """The cells of the table: a row for each run and kind of labels. Random ones are the comparison, and stand in a row
+    where there is none to compare."""
+    runs = {(ipc, student, method, tag) for ipc, student, _, method, tag in results if method != "random"}
+    compared = {run[:2] for run in runs}
+    runs |= {(ipc, student, "gvbsm", tag) for ipc, student, _, _, tag in results if (ipc, student) not in compared}
+    methods = list(METHODS)
+    for ipc, student in sorted({run[:2] for run in runs}):
+        mine = sorted((run for run in runs if run[:2] == (ipc, student)), key=lambda run: (methods.index(run[2]), run[3] or ""))
+        for labels in LABELS:
+            if labels == "online" and not any(key[:3] == (ipc, student, labels) for key in results):
                 continue
-            yield (str(ipc), student, {"stored": "soft", "online": "soft, online", "hard": "hard"}[labels],
-                   method + (f"-{tag}" if tag else ""), accuracy(ours), accuracy(real),
-                   f"{ours['top1'] - real['top1']:+.1f}" if ours and real else "",
-                   PUBLISHED.get(dataset, {}).get((ipc, student), "") if labels == "stored" and method == "gvbsm" else "")
+            for *_, method, tag in mine:
+                ours = results.get((ipc, student, labels, method, tag))
+                real = random_beside(ours, results) if ours else results.get((ipc, student, labels, "random", tag)) or results.get(
+                    (ipc, student, labels, "random", None))
+                yield (str(ipc), student, LABELS[labels], method + (f"-{tag}" if tag else ""), accuracy(ours), accuracy(real),
+                       f"{ours['top1'] - real['top1']:+.1f}" if ours and real else "",
+                       PUBLISHED.get((method, dataset, student, labels), {}).get(ipc, ""))
 
 
 def accuracy(result):

@@ -1,0 +1,510 @@
+"""The methods beside G-VBSM: what each of them changes, and all of them from end to end."""
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.datasets import ImageFolder
+
+import collect_stats
+import recover
+import relabel
+import squeeze
+import train_eval
+from models import build_model
+from tests.helpers import assert_near
+from utils.augment import apply_resized_crop, draw_resized_crop, draw_view, normalize
+from utils.data import Split, load_split
+from utils.presets import METHODS, SELECTIONS, preset_values
+from utils.run import generator
+from utils.selection import drop_largest, herding, k_center, last_epoch_weights, most_forgotten
+from utils.stats import ClosedFormMatching, freeze, layer_inputs, matched_layers, mixed_moments
+
+PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
+SMALL = {"squeeze": "--epochs 2", "relabel": "--epochs 2", "train_eval": "--epochs 2 --students convnet_w8",
+         "recover": "--iterations 3", "collect_stats": ""}
+POOL = "wrn10_1@1 wrn10_1@2"
+OWN = {  # what a method has beside, in small: flags of a phase, or of all
+    "scdd": {"squeeze": "--batch-size 256 --queue 512 --epochs 1 --probe-epochs 1"},
+    "teddy": {"squeeze": "--save-epochs 1:2:1", "recover": f"--subset 1 --backbones {POOL}",
+              **{phase: f"--backbones {POOL}" for phase in ("collect_stats", "relabel", "train_eval")}}}
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
+
+
+def training_images(project):
+    """Integers [N, S, S, 3] in the order of the data set, and their labels."""
+    train = ImageFolder(project.dataset / "train")
+    return np.stack([np.asarray(image) for image, _ in train]).astype(int), np.array(train.targets)
+
+
+# All of them
+
+@pytest.fixture(scope="module")
+def shapes(new_project):
+    return new_project("shapes")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_all_five_phases_on_shapes_by_the_same_loop(method, shapes):
+    for phase in PHASES:
+        own = OWN.get(method, {}).get(phase, "")
+        words = ["--dataset", "shapes", "--method", method, "--ipc", "2", "--device", "cpu", "--run-dir", str(shapes.root / "runs"),
+                 "--backbones", "wrn10_1", *SMALL[phase].split(), *own.split()]
+        if phase == "squeeze" and method != "scdd":
+            words += ["--batch-size", "256"]
+        __import__(phase).main(words)
+    run = shapes.run(f"{method}-ipc2")
+    result = json.loads((run / "eval/convnet_w8.json").read_text())
+    assert result["method"] == method and result["images"] == 20 and len(list(run.glob("images/*/*.png"))) == 20
+    real = {image.permute(1, 2, 0).numpy().tobytes() for image in load_split("shapes", "", "train", 32).images}
+    mine = {np.asarray(Image.open(path)).tobytes() for path in run.glob("images/*/*.png")}
+    assert len(mine) == 20 and (mine <= real if method in SELECTIONS else not mine & real or method == "dm")
+
+
+# SRe2L and CDA
+
+@pytest.mark.parametrize("method", ["sre2l", "cda", "scdd", "teddy"])
+def test_batch_norm_alone_acts_in_the_original_loop_and_its_first_layer_counts_ten_times(method):
+    for column in "cifar10", "cifar100", "tiny", "imagenet", "shapes":
+        values = preset_values("paper", column, "recover", 10, method)
+        assert (values["alpha"], values["conv_weight"], values["dd_weight"], values["loop"]) == (0, 0, 0, "original")
+        weights = recover.layer_weights(build_model("resnet18", 10, 32), values["bn_weight"], values["conv_weight"],
+                                        values["first_multiplier"])
+        acting = {name: weight for name, weight in weights.items() if weight}
+        assert next(iter(acting)) == "bn1" and len(acting) == 20
+        assert acting.pop("bn1") == 10 * values["bn_weight"] and set(acting.values()) == {values["bn_weight"]}
+
+
+def test_recover_needs_no_statistics_of_convolutions_where_none_acts(bare):
+    bare.call("squeeze")
+    bare.call("recover", "--conv-weight 0")
+    assert "collect_stats.py" in bare.mistake("recover", "--tag conv")
+
+
+@pytest.mark.parametrize("curriculum, expected", [
+    ("none", lambda t: 0.08), ("linear", lambda t: 0.08 + 0.92 * (1 - t / 8)),
+    ("cosine", lambda t: 0.08 + 0.92 * 0.5 * (1 + math.cos(math.pi * t / 8)))])
+def test_the_lower_bound_of_the_crop_falls_from_1_to_008(curriculum, expected):
+    floor = torch.as_tensor(recover.crop_floor(curriculum, 8)).expand(8, 1).flatten()
+    assert floor.tolist() == pytest.approx([expected(t) for t in range(8)])
+
+
+def test_crops_are_drawn_from_the_floor_of_their_iteration_up():
+    floor = torch.tensor([[1.0], [0.5], [0.08]]).repeat_interleave(400, 0)
+    boxes = draw_view(1200, 32, "resized", False, 0, torch.Generator().manual_seed(0), floor)["crop"]
+    area = (boxes[:, 2] * boxes[:, 3]).view(3, 400) / 32 ** 2
+    assert (area[0] > 0.9).all() and area[1].min() > 0.45 and area[2].min() < 0.15 and area[2].max() > 0.9
+    assert area[2].double().mean() < 0.6 < area[1].double().mean() < 0.78                      # of those that fit
+
+
+def test_the_kl_loss_of_tiny_imagenet_has_the_squared_temperature():
+    args = type("args", (), dict(labels="stored", loss="kl", temperature=20.0))
+    logits, soft, y = torch.randn(5, 3), torch.randn(5, 3), torch.zeros(5, dtype=torch.long)
+    plain = train_eval.student_loss(args, logits, y, soft, y, torch.ones(5))
+    args.loss = "kl_t2"
+    assert_near(train_eval.student_loss(args, logits, y, soft, y, torch.ones(5)), 400 * plain, 1e-6)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (dict(schedule="cosine", warmup_epochs=2, epochs=6), [0.01, 0.505, 1, 0.8536, 0.5, 0.1464]),
+    (dict(schedule="step", warmup_epochs=0, epochs=5, step_epochs=2), [1, 1, 0.1, 0.1, 0.01]),
+    (dict(schedule="constant", warmup_epochs=1, epochs=3), [0.01, 1, 1])])
+def test_learning_rates_warm_up_and_then_follow_their_schedule(flags, expected):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule, rates = squeeze.learning_rates(optimizer, type("args", (), dict(step_epochs=30) | flags)), []
+    for _ in expected:
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected, abs=1e-4)
+
+
+# Teddy
+
+def test_the_weak_teacher_of_an_epoch_is_what_a_shorter_training_gives(bare):
+    bare.call("squeeze", "--backbones wrn10_1 --epochs 3 --save-epochs 1:3:2 --schedule constant")
+    assert sorted(path.name for path in bare.teachers.glob("*.pt")) == ["wrn10_1.pt", "wrn10_1@1.pt", "wrn10_1@3.pt"]
+    result = bare.call("squeeze", "--backbones wrn10_1 --epochs 1 --schedule constant --teachers short")
+    early, whole, short = (checkpoint(bare.results / "teachers" / path)["weights"] for path in (
+        "supervised/wrn10_1@1.pt", "supervised/wrn10_1.pt", "short/wrn10_1.pt"))
+    assert all(torch.equal(early[key], short[key]) for key in short) and list(result["top1"]) == ["wrn10_1"]
+    last = checkpoint(bare.teachers / "wrn10_1@3.pt")
+    assert all(torch.equal(last["weights"][key], whole[key]) for key in whole) and last["backbone"] == "wrn10_1"
+    assert any(not torch.equal(early[key], whole[key]) for key in whole)
+
+
+def test_weak_teachers_are_done_when_all_are_there_and_missed_when_one_is_not(bare):
+    flags = "--backbones wrn10_1 --save-epochs 1:2:1 --pruned 2"
+    result = bare.call("squeeze", flags)
+    names = ["wrn10_1", "wrn10_1@1", "wrn10_1@2", "wrn10_1@pruned1", "wrn10_1@pruned2"]
+    assert list(result["top1"]) == names
+    before = bare.files()
+    bare.call("squeeze", flags)
+    assert "already done" in bare.printed and bare.files() == before
+    assert list(bare.call("squeeze", "--backbones wrn10_1")["top1"]) == ["wrn10_1"]
+    (bare.teachers / "wrn10_1@pruned2.pt").unlink()
+    pruned = bare.call("squeeze", flags)["top1"]
+    assert pruned == result["top1"] and "wrn10_1@pruned1:" not in bare.printed                 # that one alone
+    (bare.teachers / "wrn10_1@1.pt").unlink()
+    assert "wrn10_1@1.pt is missing" in bare.mistake("squeeze", flags)
+
+
+def test_a_pruned_teacher_has_two_thirds_of_the_parameters_and_comes_from_the_trained_one(bare):
+    bare.call("squeeze", "--backbones wrn10_1 --pruned 3")
+    whole, *pruned = (checkpoint(bare.teachers / f"wrn10_1{kind}.pt") for kind in ("", "@pruned1", "@pruned2", "@pruned3"))
+    for record in pruned:
+        model = build_model("wrn10_1", 4, 16, record["widths"])
+        model.load_state_dict(record["weights"])
+        share = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in build_model("wrn10_1", 4, 16).parameters())
+        assert 0.66 <= share < 0.75
+    layer = next(iter(pruned[0]["widths"])) + ".weight"
+    kept, rows, tuned = ({row.numpy().tobytes() for row in record["weights"][layer]} for record in (pruned[0], whole, pruned[2]))
+    assert kept < rows and not tuned & rows                                                    # 0 epochs of fine-tuning, and 2
+    pool = "--backbones wrn10_1@pruned1 wrn10_1@pruned2 wrn10_1@pruned3"
+    bare.call("collect_stats", pool)
+    for phase in "recover", "relabel", "train_eval":
+        bare.call(phase, pool, "--subset 2 --loop original" * (phase == "recover"))
+
+
+def test_the_later_a_pruned_teacher_the_more_fine_tuning_it_has(bare):
+    bare.call("squeeze", "--backbones convnet_w8")
+    paths = type("paths", (), dict(teachers=bare.teachers))
+    how = []
+    for i in range(1, 10):
+        args = squeeze.get_parser().parse_args(["--pruned", "9", "--backbones", "convnet_w8"])
+        how.append(squeeze.post_generation(f"convnet_w8@pruned{i}", build_model("convnet_w8", 4, 16), args, paths)[0])
+    assert [one.epochs for one in how] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert {(one.lr, one.batch_size, one.schedule, one.step_epochs, one.weight_decay) for one in how} == {(0.1, 32, "step", 1, 1e-4)}
+
+
+def subset_args(**changes):
+    return type("args", (), dict(seed=0, subset=2, iterations=4, choice="uniform", drop_rate=0.0, crop="none", flip=False, roll=0,
+                                 crop_curriculum="none", lr=0.1, ce_weight=1.0, dd_weight=0.0, statistics="closed",
+                                 cuda_graphs=False) | changes)
+
+
+def test_a_subset_of_the_pool_belongs_to_a_slot_and_all_slots_together_use_the_pool():
+    args = subset_args(subset=3)
+    drawn = [recover.subset(args, 8, slot) for slot in range(50)]
+    assert drawn == [recover.subset(args, 8, slot) for slot in range(50)] and len(set(drawn)) > 20
+    assert all(len(set(one)) == 3 and one == tuple(sorted(one)) for one in drawn)
+    counts = np.bincount(np.concatenate(drawn), minlength=8)
+    assert counts.min() > 8 and counts.max() < 32
+    assert recover.subset(subset_args(subset=3, seed=1), 8, 0) != drawn[0] or recover.subset(
+        subset_args(subset=3, seed=1), 8, 1) != drawn[1]
+
+
+def test_the_losses_of_a_subset_are_summed_in_every_iteration():
+    torch.manual_seed(0)
+    models = [freeze(build_model("wrn10_1", 4, 16).eval().requires_grad_(False)) for _ in range(3)]
+    matchings = [ClosedFormMatching(model, {}, recover.layer_weights(model, 0.1, 0.0, 10.0), 0.0, 4) for model in models]
+    pixels, labels = torch.randn(1, 4, 3, 16, 16), torch.arange(4)[None]
+    data = dict(mean=[0.5] * 3, std=[0.25] * 3, classes=list("abcd"))
+    args, seen = subset_args(iterations=2), []
+    recover.recover_batches(pixels.clone(), labels, [0], matchings, data, args, lambda t, losses, x: seen.append(losses), slot=5)
+    chosen = recover.subset(args, 3, 5)
+    assert [losses["backbone"] for losses in seen] == [chosen, chosen]
+    alone = [recover.matching_gradient(matchings[k], labels, 1.0, pixels, {}, None, matchings[k].start(1)) for k in chosen]
+    for i, term in enumerate(("ce", "bn")):
+        assert_near(seen[0][term], sum(losses[i] for _, losses, _ in alone), 1e-5)
+    step = (pixels - 0.1 * sum(gradient for gradient, _, _ in alone).sign()).clamp(-2, 2)       # Adam's first
+    once = recover.recover_batches(pixels.clone(), labels, [0], matchings, data, subset_args(iterations=1), slot=5)
+    assert ((once - step).abs() < 1e-3).double().mean() > 0.99
+
+
+def test_batches_of_other_subsets_share_no_pass(project):
+    project.call("squeeze", "--teachers pool --backbones wrn10_1 --epochs 3 --save-epochs 1:3:1")
+    flags = ["--teachers pool --backbones", *(f"wrn10_1@{i}" for i in (1, 2, 3)),
+             "--subset 1 --loop original --conv-weight 0 --ipc 4 --batch-size 2 --dd-weight 0"]
+    project.call("recover", *flags, "--groups-per-step 1")
+    alone, log = project.images("gvbsm-ipc4"), project.log("gvbsm-ipc4")[1:]
+    assert len({entry["backbone"] for entry in log}) > 1
+    for slot in range(4):
+        of_slot = {entry["backbone"] for entry in log if entry["batches"][0] // 2 == slot}
+        assert len(of_slot) == 1                                    # whatever the classes
+    project.call("recover", *flags, "--groups-per-step 8 --overwrite")
+    assert abs(project.images("gvbsm-ipc4") - alone).max() <= 1
+
+
+def test_class_statistics_are_the_moments_of_each_class_over_all_its_pixels(project, monkeypatch):
+    views = []
+    monkeypatch.setattr(collect_stats, "normalize", lambda *args: views.append(normalize(*args)) or views[-1])
+    project.call("collect_stats", "--class-statistics --overwrite --backbones wrn10_1")
+    pixels, order = torch.cat(views), torch.randperm(48, generator=generator("collect_stats", 0))
+    labels, record = training_images(project)[1][order], checkpoint(project.teachers / "wrn10_1.pt")
+    stored = checkpoint(project.teachers / "wrn10_1.stats.pt")["class_statistics"]
+    model = build_model("wrn10_1", 4, 16).eval()
+    model.load_state_dict(record["weights"])
+    assert list(stored) == list(matched_layers(model))
+    for label in range(4):
+        with layer_inputs(model) as inputs, torch.no_grad():
+            model(pixels[labels == label])
+        for layer, x in inputs.items():
+            is_conv = isinstance(model.get_submodule(layer), nn.Conv2d)
+            rows = [x.double().transpose(0, 1).flatten(1)]
+            if is_conv:
+                cells = x.double().unflatten(3, (-1, 4)).unflatten(2, (-1, 4))
+                rows.append(cells.permute(2, 4, 0, 1, 3, 5).flatten(0, 1).flatten(1))
+            expected = [moment for row in rows for moment in (row.mean(1), row.var(1, correction=0))]
+            for mine, moment in zip(stored[layer], expected, strict=True):
+                torch.testing.assert_close(mine[label], moment, rtol=1e-4, atol=1e-5)
+
+
+def test_image_moments_are_those_of_slow_loops():
+    x = torch.randn(3, 5, 6, 6, dtype=torch.float64).float()
+    mean, square, cell_mean, cell_square = collect_stats.image_moments(x, 4)                   # 6 pixels: resized to 8
+    whole = F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False)
+    for image in range(3):
+        for channel in range(5):
+            assert_near(mean[image, channel], x[image, channel].mean(), 1e-5)
+            assert_near(square[image, channel], (x[image, channel] ** 2).mean(), 1e-5)
+        for cell, (row, column) in enumerate(itertools.product(range(2), range(2))):
+            patch = whole[image, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4]
+            torch.testing.assert_close(cell_mean[image, cell], patch.mean(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(cell_square[image, cell], (patch ** 2).mean(), rtol=1e-4, atol=1e-6)
+    assert len(collect_stats.image_moments(x)) == 2
+
+
+def test_the_moments_of_a_mixture_are_those_of_all_its_values():
+    values = torch.randn(3, 40, 5, dtype=torch.float64) * torch.tensor([1.0, 2, 3])[:, None, None] + torch.arange(3)[:, None, None]
+    mean, var = values.mean(1), values.var(1, correction=0)
+    mixed_mean, mixed_var = mixed_moments(mean, var, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.75, 0, 0.25]], dtype=torch.float64))
+    for row, together in enumerate([values.flatten(0, 1), torch.cat([*3 * [values[0]], values[2]])]):
+        torch.testing.assert_close(mixed_mean[row], together.mean(0))
+        torch.testing.assert_close(mixed_var[row], together.var(0, correction=0))
+
+
+@pytest.mark.parametrize("loop", ["reorder", "original"])
+def test_class_statistics_aim_each_batch_at_its_own_classes_in_both_gradients(loop, project):
+    project.call("collect_stats", "--class-statistics --overwrite")
+    flags = f"--class-statistics --loop {loop} --dd-weight 0 --drop-rate 0"
+    project.call("recover", flags)
+    project.call("recover", flags, "--statistics plain --tag plain")
+    project.call("recover", flags, "--groups-per-step 2 --tag pair")
+    project.call("recover", flags.replace("--class-statistics", ""), "--tag global")
+    closed, plain, pair, other = (project.images(f"gvbsm-ipc2{tag}") for tag in ("", "-plain", "-pair", "-global"))
+    assert abs(closed - plain).max() <= 1 and abs(closed - pair).max() <= 1 and abs(closed - other).max() > 1
+    for entry, again in zip(project.log()[1:], project.log("gvbsm-ipc2-plain")[1:], strict=True):
+        assert [entry[term] for term in ("bn", "conv")] == pytest.approx([again[term] for term in ("bn", "conv")], rel=1e-3)
+
+
+def test_class_statistics_that_nobody_collected_are_missed(project):
+    assert "--class-statistics" in project.mistake("recover", "--class-statistics")
+    assert "--overwrite" in project.mistake("collect_stats", "--class-statistics")
+    project.call("collect_stats", "--class-statistics --overwrite")
+    project.call("collect_stats")                                        # more than is asked for is no mistake
+    assert "already done" in project.printed
+
+
+# BiLP
+
+def test_scores_are_smoothed_losses_of_a_small_convnet_averaged_over_trainings(bare, monkeypatch):
+    bare.call("squeeze", "--backbones convnet_w8 --prune-ratio 0.25 --score-trials 2 --score-epochs 3 --score-batch-size 20 --score-lr 0.01")
+    stored, record = checkpoint(bare.teachers / "scores.pt"), checkpoint(bare.teachers / "convnet_w8.pt")
+    images, labels = training_images(bare)
+    pixels = normalize(torch.from_numpy(images).permute(0, 3, 1, 2), record["data"]["mean"], record["data"]["std"])
+    labels, curves = torch.from_numpy(labels), torch.zeros(2, 3, 48)
+    for trial in range(2):
+        torch.manual_seed(generator("score", 0, trial).initial_seed())
+        model = build_model("convnet_w128", 4, 16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        for epoch in range(3):
+            for batch in torch.randperm(48, generator=generator("score", 0, trial, epoch)).split(20):
+                losses = F.cross_entropy(model(pixels[batch]), labels[batch], reduction="none")
+                curves[trial, epoch, batch] = losses.detach()
+                optimizer.zero_grad()
+                losses.mean().backward()
+                optimizer.step()
+    expected = (curves.mean(0) * last_epoch_weights(3).float()[:, None]).sum(0)
+    assert_near(stored["scores"], expected, 1e-4)
+    assert record["kept"].tolist() == drop_largest(stored["scores"], labels, 0.25).tolist() and len(record["kept"]) == 36
+
+
+def test_a_pruned_image_is_neither_trained_on_nor_collected_nor_a_start(bare, monkeypatch):
+    asked, batches = {"train": [], "score": []}, Split.batches
+
+    def watched(split, index, crop_seed=None):
+        if len(split) == 48 and not isinstance(index, int):         # not the test images, nor a pass for mean and deviation
+            asked["score" if crop_seed is None else "train"] += torch.cat(list(index)).tolist()
+        return batches(split, index, crop_seed)
+
+    monkeypatch.setattr(Split, "batches", watched)
+    bare.call("squeeze", "--prune-ratio 0.5 --score-trials 1 --score-epochs 1")
+    kept, trained = checkpoint(bare.teachers / "convnet_w8.pt")["kept"].tolist(), asked["train"]
+    asked["train"] = []
+    bare.call("collect_stats")
+    assert sorted(asked["score"]) == list(range(48)) and len(kept) == 24
+    assert sorted(trained) == sorted(4 * kept) and sorted(asked["train"]) == sorted(2 * kept)  # two backbones, two epochs
+    bare.call("recover", "--init real --lr 0 --ipc 6 --iterations 1")
+    images, _ = training_images(bare)
+    starts = {image.tobytes() for image in bare.images("gvbsm-ipc6")}
+    assert starts == {images[i].tobytes() for i in kept}
+    assert "6 training images" in bare.mistake("recover", "--init real --ipc 7")
+
+
+def test_the_scores_are_made_once_and_another_ratio_takes_them_as_they_are(bare):
+    pruning = "--score-trials 1 --score-epochs 2"
+    bare.call("squeeze", pruning, "--prune-ratio 0.5 --backbones convnet_w8")
+    before = (bare.teachers / "scores.pt").stat().st_mtime_ns
+    bare.call("squeeze", pruning, "--prune-ratio 0.5 --backbones wrn10_1")
+    assert (bare.teachers / "scores.pt").stat().st_mtime_ns == before
+    assert "--prune-ratio" in bare.mistake("squeeze", pruning, "--prune-ratio 0.25")
+    assert "--score-epochs" in bare.mistake("squeeze", "--score-trials 1 --score-epochs 3 --prune-ratio 0.5")
+
+
+# Selections
+
+@pytest.mark.parametrize("method", ["herding", "kcenter", "forgetting"])
+def test_a_selection_is_that_of_its_function_class_by_class(method, project):
+    project.call("recover", f"--method {method} --ipc 3")
+    images, labels = training_images(project)
+    record = checkpoint(project.teachers / "convnet_w8.pt")
+    model = build_model("convnet_w8", 4, 16)
+    model.load_state_dict(record["weights"])
+    pixels = normalize(torch.from_numpy(images).permute(0, 3, 1, 2), record["data"]["mean"], record["data"]["std"])
+    with torch.no_grad():
+        features = nn.Sequential(*list(model)[:-1])(pixels)                                   # all but the linear layer
+    expected = []
+    for label in range(4):
+        members = torch.from_numpy(np.flatnonzero(labels == label))
+        chosen = (herding(features[members], 3) if method == "herding" else k_center(features[members], 3) if method == "kcenter"
+                  else most_forgotten(record["forgetting"]["events"][members], record["forgetting"]["learned"][members], 3))
+        expected += members[chosen].tolist()
+    assert (project.images(f"{method}-ipc3") == images[expected]).all()
+    project.chain(f"--method {method} --ipc 3", first="relabel")
+    assert f"--ipc 13" in project.mistake("recover", f"--method {method} --ipc 13")
+
+
+def test_forgetting_events_are_those_counted_by_hand_while_training(bare, monkeypatch):
+    steps, gathered = [], squeeze.gathered
+    monkeypatch.setattr(squeeze, "gathered", lambda right, count: steps.append(right) or gathered(right, count))
+    bare.call("squeeze", "--backbones convnet_w8 --epochs 12 --lr 0.3 --batch-size 16")
+    events, learned, right = np.zeros(48, int), np.zeros(48, bool), np.zeros(48, bool)
+    for epoch in range(12):
+        order = torch.randperm(48, generator=generator("squeeze", 0, epoch))
+        now = dict(zip(order.tolist(), torch.cat(steps[3 * epoch:3 * epoch + 3]).tolist(), strict=True))
+        for image in range(48):
+            events[image] += right[image] and not now[image]
+            learned[image] |= now[image]
+            right[image] = now[image]
+    stored = checkpoint(bare.teachers / "convnet_w8.pt")["forgetting"]
+    assert stored["events"].tolist() == events.tolist() and stored["learned"].tolist() == learned.tolist()
+    assert events.sum() > 0
+
+
+def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
+    path = project.teachers / "convnet_w8.pt"
+    record = checkpoint(path)
+    del record["forgetting"]
+    torch.save(record, path)
+    assert "--pretrained" in project.mistake("recover", "--method forgetting")
+
+
+# Starts
+
+@pytest.mark.parametrize("method", ["gvbsm", "sre2l", "teddy"])
+def test_real_starts_are_random_training_images_of_the_class(method, project):
+    project.call("recover", f"--method {method} --teachers supervised --init real --lr 0 --iterations 1 --ipc 3 --subset 0")
+    images, labels = training_images(project)
+    mine = project.images(f"{method}-ipc3").reshape(4, 3, 16, 16, 3)
+    for label in range(4):
+        assert {image.tobytes() for image in mine[label]} < {image.tobytes() for image in images[labels == label]}
+        assert len({image.tobytes() for image in mine[label]}) == 3
+
+
+def test_the_surest_crops_are_those_of_least_loss_of_the_first_backbone(project):
+    project.call("recover", "--init crops --lr 0 --iterations 1 --init-images 7 --init-crops 4")
+    images, labels = training_images(project)
+    record = checkpoint(project.teachers / "convnet_w8.pt")
+    model = build_model("convnet_w8", 4, 16).eval()
+    model.load_state_dict(record["weights"])
+    mean, std = record["data"]["mean"], record["data"]["std"]
+    for label in range(4):
+        draw, members = generator("init", 0, label), np.flatnonzero(labels == label)
+        chosen = members[torch.randperm(12, generator=draw)[:7].numpy()]
+        boxes = draw_resized_crop(28, 16, draw, ratio=(1.0, 1.0)).view(7, 4, 4)
+        assert (boxes[..., 2] == boxes[..., 3]).all()
+        best = []
+        for i, image in enumerate(chosen):
+            pixels = normalize(torch.from_numpy(images[image]).permute(2, 0, 1)[None], mean, std)
+            crops = [apply_resized_crop(pixels, boxes[i, k][None]) for k in range(4)]
+            with torch.no_grad():
+                losses = [F.cross_entropy(model(crop), torch.tensor([label])).item() for crop in crops]
+            best.append((min(losses), crops[int(np.argmin(losses))]))
+        best = [crop for _, crop in sorted(best, key=lambda pair: pair[0])][:2]
+        for mine, crop in zip(project.images()[2 * label:2 * label + 2], best, strict=True):
+            exact = ((crop[0] * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]) * 255).permute(1, 2, 0)
+            assert abs(mine - exact.numpy()).max() <= 1
+
+
+# One recipe
+
+def test_a_recipe_brings_labels_and_training_of_another_method():
+    for column, method, recipe in itertools.product(("cifar100", "tiny", "shapes"), METHODS, METHODS):
+        flags = ["--dataset", column, "--data-dir", "nowhere", "--method", method, "--recipe", recipe]
+        for module in relabel, train_eval, recover:
+            parsed = vars(module.parse_args(module.get_parser(), module.__name__, flags, lambda *_: column))
+            expected = preset_values("paper", column, module.__name__, 10, method if module is recover else recipe)
+            assert {flag: parsed[flag] for flag in expected} == expected
+
+
+def test_images_of_one_set_of_teachers_take_labels_of_another(project):
+    project.call("squeeze", "--teachers other --seed 1")
+    project.call("recover")
+    line = project.mistake("relabel", "--backbones wrn10_1")
+    assert "other weights" in line
+    project.call("relabel", "--teachers other")
+    project.call("train_eval", "--teachers other")
+
+
+# Interrupted
+
+WORKS = {
+    "scores": ("squeeze", "--prune-ratio 0.25 --score-trials 2 --score-epochs 3 --score-batch-size 20", "normalize", 8),
+    "the training behind them": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 1 --epochs 4", "gathered", 7),
+    "weak teachers": ("squeeze", "--epochs 4 --save-epochs 1:4:1", "gathered", 10),
+    "pruned teachers": ("squeeze", "--pruned 3 --backbones wrn10_1", "gathered", 12),
+    "class statistics": ("collect_stats", "--class-statistics --batch-size 4 --overwrite", "normalize", 17),
+    "a subset's images": ("recover", "--subset 2 --init real --iterations 9", "matching_gradient", 23)}
+
+
+@pytest.mark.parametrize("what", WORKS)
+def test_interrupted_work_goes_on_to_the_same_bytes(what, request, beasts, new_project, monkeypatch):
+    phase, flags, function, call = WORKS[what]
+    results = []
+    for broken in False, True:
+        project = new_project(beasts)
+        if phase != "squeeze":
+            project.call("squeeze")
+            project.call("collect_stats")
+        if broken:
+            calls, original = itertools.count(1), getattr(globals()[phase], function)
+
+            def interrupting(*args, **kwargs):
+                if next(calls) == call:
+                    raise InterruptedError
+                return original(*args, **kwargs)
+
+            with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+                patch.setattr(globals()[phase], function, interrupting)
+                project.call(phase, flags, "--checkpoint-minutes 0")
+        project.call(phase, flags.replace("--overwrite", "" if broken else "--overwrite"), "--checkpoint-minutes 0")
+        files = [path for path in project.results.rglob("*") if path.suffix in (".pt", ".png")]
+        results.append({path.relative_to(project.results): plain(checkpoint(path)) if path.suffix == ".pt" else path.read_bytes()
+                        for path in files})
+    assert results[0] == results[1] and len(results[0]) > 1
+
+
+def plain(value):
+    """What a checkpoint holds beside its arguments, comparable."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items() if key not in ("args", "made_from", "checkpoint")}
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value.tolist() if torch.is_tensor(value) else value

@@ -465,6 +465,14 @@ def test_images_of_one_set_of_teachers_take_labels_of_another(project):
     project.call("train_eval", "--teachers other")
 
 
+def test_a_recipe_may_bring_other_backbones_of_the_same_set_but_none_trained_anew(project):
+    project.call("recover", "--backbones wrn10_1")
+    project.call("relabel", "--recipe random")
+    project.call("train_eval", "--recipe random")
+    project.call("squeeze", "--backbones wrn10_1 --seed 1 --overwrite")
+    assert "wrn10_1" in project.mistake("relabel", "--recipe random --overwrite")
+
+
 # Interrupted
 
 WORKS = {

@@ -396,12 +396,15 @@ def unfinished(result):
 
 
 def check_recovered(recovered, args, paths, data, records):
-    """Stop unless recover.py's images are of these classes and, where it had teachers of this set, of these."""
-    path = paths.run / "result.json"
+    """Stop unless recover.py's images are of these classes and, where it had teachers of this set, of these. With --recipe
+    there may be others, but none of those it had may have changed."""
+    path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
     check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
-    if records and "weights" in recovered["made_from"] and recovered["args"]["teachers"] == args.teachers:
-        check_origin(recovered["made_from"], fingerprints(records), path, "name the same --backbones, run recover.py "
-                     f"--overwrite, or name --images {paths.images} under another --tag")
+    if records and had and recovered["args"]["teachers"] == args.teachers:
+        names = had.keys() & records.keys() if args.recipe else had.keys() | records.keys()
+        check_origin({"weights": {name: had.get(name) for name in names}},
+                     fingerprints({name: records[name] for name in names & records.keys()}), path, "name the same --backbones, "
+                     f"run recover.py --overwrite, or name --images {paths.images} under another --tag")
 
 
 def finished(path, args, made_from):

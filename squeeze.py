@@ -381,6 +381,7 @@ def post_generation(name, model, args, paths):
     """Teddy, supplement Sec. D.1: remove random channels of a trained model, in place.   -> how to fine-tune it, for 0 to
     --pruned-epochs epochs, more from one to the next; channels left, {layer: number}"""
     backbone, _, number = name.partition("@pruned")
+    wait_for_all()                                                   # until it is written
     model.load_state_dict(load_torch(paths.teachers / f"{backbone}.pt", AGAIN, TEACHER)["weights"])
     chosen = random_channels(model, args.pruned_share, generator("pruned", args.seed, name))
     if not chosen:

@@ -58,13 +58,17 @@ def copy(project, new_project):
 
 
 def test_squeeze_trains_as_one_process_up_to_rounding(alone, new_project):
-    """At a small learning rate, at which rounding does not grow; batches of 5, 5, 5 and 1 images."""
-    flags = "--epochs 2 --batch-size 5 --lr 0.001 --overwrite"
+    """At a small learning rate, at which rounding does not grow; batches of 5 images, and a last one of 2."""
+    flags = ("--epochs 2 --batch-size 5 --lr 0.001 --overwrite --save-epochs 1:1:1 --pruned 1 --prune-ratio 0.34 "
+             "--score-trials 3 --score-epochs 2 --score-batch-size 20")
     alone.call("squeeze", flags)
     both = new_project(alone.dataset)
     result, = ended(torchrun(both, "squeeze", flags))
-    for name in "convnet_w8", "wrn10_1":
+    for name in (name + kind for name in ("convnet_w8", "wrn10_1") for kind in ("", "@1", "@pruned1")):
         one, two = (torch.load(project.teachers / f"{name}.pt", weights_only=True) for project in (alone, both))
+        assert torch.equal(one["kept"], two["kept"]) and len(one["kept"]) == 32
+        if "@1" not in name:
+            assert all(torch.equal(one["forgetting"][key], two["forgetting"][key]) for key in ("events", "learned"))
         assert two["top1"] == result["top1"][name] == pytest.approx(one["top1"], abs=100 / 24 + 1e-6)
         for key, value in one["weights"].items():
             torch.testing.assert_close(two["weights"][key], value, rtol=2e-3, atol=2e-4)
@@ -72,14 +76,15 @@ def test_squeeze_trains_as_one_process_up_to_rounding(alone, new_project):
 
 def test_statistics_are_those_of_one_process(alone, new_project):
     both = copy(alone, new_project)
-    alone.call("collect_stats", "--overwrite --batch-size 7")
-    ended(torchrun(both, "collect_stats", "--overwrite --batch-size 7"))
+    flags = "--overwrite --batch-size 7 --class-statistics"
+    alone.call("collect_stats", flags)
+    ended(torchrun(both, "collect_stats", flags))
     for name in "convnet_w8", "wrn10_1":
-        one, two = (torch.load(project.teachers / f"{name}.stats.pt", weights_only=True)["statistics"]
-                    for project in (alone, both))
-        for layer in one:
-            for mine, theirs in zip(one[layer], two[layer], strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        one, two = (torch.load(project.teachers / f"{name}.stats.pt", weights_only=True) for project in (alone, both))
+        for kind in "statistics", "class_statistics":
+            for layer in one[kind]:
+                for mine, theirs in zip(one[kind][layer], two[kind][layer], strict=True):
+                    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_images_labels_and_accuracies_have_the_bytes_of_one_process(alone, new_project):

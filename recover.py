@@ -3,7 +3,8 @@
 Pixels start as noise and are all that is optimised. An iteration augments the batch, draws one backbone (Eq. 7), and takes
 an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; Eq. 2 is the same without the last two terms).
 --method sre2l, cda, scdd and teddy are other settings of the same; random, herding, kcenter and forgetting write real
-training images into the same layout instead.
+training images into the same layout instead. dm matches the mean features of the training images in random networks (DM,
+arXiv:2110.04181), and BiLP (arXiv:2305.18381) prunes these images.
 
 reads   data/<dataset>/...                                            the training images, for --init and selections
         runs/<dataset>/teachers/<teachers>/<backbone>.pt              squeeze.py
@@ -32,8 +33,10 @@ from torchvision.utils import save_image
 
 from models import build_model
 from utils import fail
-from utils.augment import apply_resized_crop, apply_view, draw_resized_crop, draw_view, normalize, to_uint8
+from utils.augment import (apply_resized_crop, apply_siamese, apply_view, draw_resized_crop, draw_siamese, draw_view, normalize,
+                           to_uint8)
 from utils.data import describe, folder_name, load_split, preset_column, read_images
+from utils.dm import dm_loss, ite_norms, new_pruning, prune
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import SELECTIONS, Parser, crop_name, identity_flags, number, number_or_auto, parse_args
 from utils.run import (Finite, Graphed, Progress, Work, begin, check_classes, dealt, fingerprint, fingerprints, finish, finished, generator,
@@ -528,6 +531,96 @@ def write_selection(args, paths, data, split, chosen, work):
     grid.save()
 
 
+def random_embedding(data, key, device):
+    """A ConvNet as deep as is usual at this image size, random weights of `generator(*key)`: images -> its last features."""
+    size = data["image_size"]
+    with torch.random.fork_rng(devices=[]):                          # build_model draws from torch's global generator
+        torch.default_generator.manual_seed(int(torch.randint(1 << 62, (), generator=generator(*key))))
+        model = build_model(f"convnet_w128_d{max(3, math.ceil(math.log2(size)) - 2)}", len(data["classes"]), size)
+    layers = [nn.AvgPool2d(2) if isinstance(layer, nn.AvgPool2d) else layer for layer in list(model.children())[:-1]]
+    return nn.Sequential(*layers).requires_grad_(False).to(device)   # not `Halve`, whose second derivative takes a CPU long
+
+
+def match_distributions(pixels, split, data, args, report=lambda *_: None, start=None, keep=lambda state: None):
+    """Optimise the images of all classes by DM.   pixels [classes, ipc, 3, S, S] in normalised units, changed in place and,
+    as in the original, not clamped; report(iteration, loss, share of real images kept, pixels); keep, start as in
+    `recover_batches`. An iteration's network is a function of (seed, iteration), a class's real images and augmentation of
+    the class too. Every --adaptive-period iterations the real images are drawn from all, scored, and those that fall out are
+    left out; otherwise they are drawn from those kept, so that none is lost for ever.
+    """
+    members = [(split.labels.cpu() == label).nonzero().flatten() for label in range(len(data["classes"]))]
+    optimizer = torch.optim.SGD([pixels.requires_grad_()], lr=args.lr, momentum=0.5)
+    pixels.grad, pruning = torch.zeros_like(pixels), new_pruning(len(members), len(split))
+    if start:
+        pixels.data.copy_(start["pixels"])
+        optimizer.load_state_dict(start["sgd"])
+        pruning = start["pruning"]
+    for t in range(start["iterations"] if start else 0, args.iterations):
+        model, total = random_embedding(data, ("dm network", args.seed, t), pixels.device), 0
+        renewing = args.adaptive_ratio > 0 and t % args.adaptive_period == 0
+        for label, pool in enumerate(members):
+            draw = generator("dm", args.seed, t, label)
+            view, synthetic = draw_siamese(data["image_size"], draw), pixels[label].detach().requires_grad_()
+            pool = pool if renewing else pool[pruning["keep"][pool]]
+            index = pool[torch.randperm(len(pool), generator=draw)[:args.real_batch]]
+
+            def embed(images):
+                return model(apply_siamese(images, view))
+
+            with torch.no_grad():
+                real = embed(normalize(split.read(index).to(pixels.device), data["mean"], data["std"]))
+            if renewing:
+                norms = ite_norms(embed, synthetic, real, args.adaptive_products)
+                real = real[prune(pruning, label, index, norms, args.adaptive_ratio).to(real.device)]
+            loss = dm_loss(real, embed(synthetic))
+            pixels.grad[label], = torch.autograd.grad(loss, synthetic)
+            total = total + loss.detach()
+        optimizer.step()
+        report(t, total, pruning["keep"].double().mean().item(), pixels)
+        keep(lambda: {"iterations": t + 1, "pixels": pixels.detach(), "sgd": optimizer.state_dict(), "pruning": pruning})
+    return pixels.detach()
+
+
+def write_matched(args, paths, device, split, data, starts, work):
+    """--method dm: synthesise all images; log, draw, keep and save them."""
+    one_by_one = [(label, index) for label in range(len(data["classes"])) for index in range(args.ipc)]
+    pixels = [starts[one] if starts else noise(*one, data["image_size"], args.seed) for one in one_by_one]
+    pixels = torch.stack(pixels).unflatten(0, (-1, args.ipc)).to(device)
+    log = Log(paths.run, {"args": relevant(args)})
+    grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
+    finite, start, progress = Finite(["loss", "pixel"], device), work.read(), Progress("recover", args.iterations)
+    progress.skip(start["iterations"] if start else 0)
+
+    def check():
+        if found := finite.first():
+            fail(f"{found[1]} is not finite in iteration {found[0]}; use a smaller --lr")
+
+    def draw(images):
+        grid.add(one_by_one, images)
+        grid.save()
+
+    def report(t, loss, kept, pixels):
+        finite.see(t, loss, pixels.detach().sum())
+        if t % args.log_every == 0 or t + 1 == args.iterations:
+            check()
+            log.write({"iteration": t, "batches": [0], "dm": loss.item(), "kept": kept})
+        if args.grid_every and t % args.grid_every == 0:
+            draw(to_uint8(pixels.flatten(0, 1), data["mean"], data["std"]))
+        progress.step(lambda: f"dm {loss.item():.3f}  kept {100 * kept:.0f} %")
+
+    def keep(state):
+        def checked():
+            check()
+            return state()
+        work.keep(checked)
+
+    pixels = match_distributions(pixels, split.to(device), data, args, report, start, keep)
+    images = to_uint8(pixels.flatten(0, 1), data["mean"], data["std"])
+    for one, image in zip(one_by_one, images):
+        save_png(image_path(paths.images, data, *one), image)
+    draw(images)
+
+
 def get_parser():
     parser = identity_flags(Parser(__doc__))
     method = parser.add_argument_group("method")
@@ -565,11 +658,18 @@ def get_parser():
                         help="augmentation: horizontal flips")
     method.add_argument("--roll", type=number(int, 0), default=0,
                         help="augmentation: circular shift of up to so many pixels, 0 = off")
+    matching = parser.add_argument_group("distribution matching, --method dm")
+    matching.add_argument("--real-batch", type=number(int, 1), default=256, help="real images of a class in an iteration")
+    matching.add_argument("--adaptive-ratio", type=number(float, 0, 0.9), default=0.0,
+                          help="share of real images that adaptive pruning leaves out, 0 = off [beta]")
+    matching.add_argument("--adaptive-period", type=number(int, 1), default=10, help="iterations between two prunings")
+    matching.add_argument("--adaptive-products", type=number(int, 1), default=16,
+                          help="directions in which effects are measured; 16 err by 6 %% in rank, 32 by 3 %%")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--iterations", type=number(int, 1), default=4000,
-                              help="Adam steps for each batch of images")
+                              help="Adam steps for each batch of images; SGD steps of dm")
     optimization.add_argument("--batch-size", type=number(int, 1), default=50, help="images optimised together")
-    optimization.add_argument("--lr", type=number(float, 0), default=0.05, help="Adam learning rate, cosine to 0")
+    optimization.add_argument("--lr", type=number(float, 0), default=0.05, help="Adam learning rate, cosine to 0; of dm constant")
     optimization.add_argument("--groups-per-step", type=number_or_auto(int, 1), default="auto",
                               help="batches in one pass, auto: as many as fill a GPU; 1 is the paper's loop, and the images "
                               "are the same up to rounding")
@@ -589,14 +689,17 @@ def main(argv=None):
     device, paths = begin(args)
     if args.cuda_graphs and (device.type != "cuda" or args.statistics == "plain"):
         fail("--cuda-graphs needs a GPU (--device cuda) and --statistics closed; leave it out")
-    selects = args.method in SELECTIONS
+    selects, matches = args.method in SELECTIONS, args.method == "dm"
+    taught = not selects and not matches
+    if matches and args.init == "crops":
+        fail("--init crops asks a backbone, and --method dm has none; use --init real or noise")
     result, upstream, made_from, records, models = paths.run / "result.json", {}, {}, {}, {}
-    if args.method != "random":
+    if args.method != "random" and not matches:
         asked = argparse.Namespace(**vars(args) | {"backbones": args.backbones[:1] if selects else args.backbones})
         models, records, data = load_teachers(asked, paths.teachers, build_model, device)
         upstream["squeeze"] = {name: record["args"] for name, record in records.items()}
         made_from = {"features": fingerprints(records)["weights"]} if selects else fingerprints(records)
-    if not selects:
+    if taught:
         if args.subset > len(models):
             fail(f"--subset {args.subset} is more than the {len(models)} --backbones; use at most that many")
         statistics = load_statistics(args, paths, models, records)
@@ -604,10 +707,10 @@ def main(argv=None):
         made_from["statistics"] = {name: stored.get("fingerprint") for name, stored in statistics.items()}
     if finished(result, args, made_from):
         return None
-    if not selects:
+    if taught:
         warn_of_chance(records, len(data["classes"]))
     seen, starts = {}, {}
-    if selects or args.init != "noise":
+    if not taught or args.init != "noise":
         data = data if records else describe(args.dataset, args.data_dir, args.image_size, args.workers)
         split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
@@ -616,11 +719,14 @@ def main(argv=None):
         chosen = select(args, split, data, models, records, device)
     elif args.init != "noise":
         first = args.backbones[0]
-        starts = real_starts(args, split, data, models[first], records[first].get("kept", torch.arange(len(split))), device)
+        kept = records.get(first, {}).get("kept", torch.arange(len(split)))
+        starts = real_starts(args, split, data, models.get(first), kept, device)
     old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
     with Work(result, args, made_from | seen, outputs=old) as work:
-        if not selects:
+        if taught:
             synthesise(args, paths, device, models, statistics, data, starts, work)
+        elif matches and rank() == 0:
+            write_matched(args, paths, device, split, data, starts, work)
         elif rank() == 0:
             write_selection(args, paths, data, split, chosen, work)
         if rank() == 0:

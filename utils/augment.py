@@ -190,3 +190,70 @@ def to_uint8(images, mean, std):
 
 def _channel(values, images):
     return torch.as_tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+
+
+SIAMESE = "colour", "crop", "cutout", "flip", "scale", "rotate"
+
+
+def draw_siamese(size, generator):
+    """One of the families of differentiable siamese augmentation (DSA, arXiv:2102.08259; one strategy at a time),
+    and its parameters at the strengths of the authors' code: brightness 1, saturation 2, contrast 0.5, crop 1/8, cutout 1/2,
+    flip 1/2, scale 1.2, rotate 15 degrees.   -> dict of one entry, a tensor, for all images alike"""
+    family = SIAMESE[torch.randint(len(SIAMESE), (), generator=generator)]
+    u = torch.rand(3, generator=generator)
+    if family == "colour":
+        draw = torch.stack([u[0] - 0.5, 2 * u[1], u[2] + 0.5])       # added to pixels, factors of saturation and contrast
+    elif family == "crop":
+        reach = int(size / 8 + 0.5)
+        draw = draw_shift(1, -reach, reach, generator)
+    elif family == "cutout":                                         # the box may reach over the border
+        side = int(size / 2 + 0.5)
+        low = torch.randint(size + 1 - side % 2, (2,), generator=generator) - side // 2
+        draw = torch.cat([low.clamp(min=0), (low + side).clamp(max=size)])       # top, left, bottom, right
+    elif family == "flip":
+        draw = u[:1] < 0.5
+    elif family == "scale":
+        draw = torch.diag(1 / 1.2 + (1.2 - 1 / 1.2) * u[:2])
+    else:
+        angle = torch.deg2rad(15 * (2 * u[0] - 1))
+        draw = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+    return {family: draw}
+
+
+def apply_siamese(images, draw):
+    """Images [N, C, S, S] in normalised units, all with the parameters of a draw of `draw_siamese`; differentiable twice.
+    What enters is 0, the mean."""
+    (family, draw), = draw.items()
+    if family == "crop":
+        return apply_shift(images, draw)
+    if family == "flip":
+        return apply_flip(images, draw)
+    if family == "cutout":
+        top, left, bottom, right = draw.tolist()
+        kept = torch.ones_like(images[0, 0])
+        kept[top:bottom, left:right] = 0
+        return images * kept
+    if family == "colour":
+        shift, saturation, contrast = draw.to(images)
+        images = images + shift
+        grey = images.mean(1, keepdim=True)
+        images = grey + saturation * (images - grey)
+        mean = images.mean((1, 2, 3), keepdim=True)
+        return mean + contrast * (images - mean)
+    return apply_linear_map(images, draw)
+
+
+def apply_linear_map(images, matrix):
+    """Each pixel reads, bilinearly and 0 outside, at matrix [2, 2] times its place (x, y) from the centre: what grid_sample
+    gives on affine_grid's grid, with derivatives of every order."""
+    S = images.shape[-1]
+    place = torch.arange(S, device=images.device, dtype=images.dtype) - (S - 1) / 2
+    grid = torch.stack(torch.meshgrid(place, place, indexing="xy"))                                  # x, y: [2, S, S]
+    columns, rows = torch.einsum("ij,jyx->iyx", matrix.to(images), grid) + (S - 1) / 2
+    moved = torch.zeros_like(images)
+    for row in rows.floor(), rows.floor() + 1:
+        for column in columns.floor(), columns.floor() + 1:
+            inside = (row >= 0) & (row < S) & (column >= 0) & (column < S)
+            weight = (1 - (rows - row).abs()) * (1 - (columns - column).abs()) * inside
+            moved = moved + weight * images[:, :, row.clamp(0, S - 1).long(), column.clamp(0, S - 1).long()]
+    return moved

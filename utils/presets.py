@@ -78,7 +78,8 @@ RELEASE = {     # where the release differs from the above; the same columns
     ("train_eval", "lr"):           (["0.001"],     ["0.1"],       ["0.1"],       ["0.001"],     None,          "R"),
 }
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER]}      # `best` equals `paper` so far
-AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}}}           # P, Appendix A
+AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           # P, Appendix A
+          ("dm", "cifar10", 1): {"recover": {"adaptive_period": 10}}}           # a method's, of its own table
 
 # What each method changes in the table PAPER, beside its sources, which FAMILY of the README names. A column of None keeps
 # the setting above; where a paper has no CIFAR-10 (or CIFAR) setting, that of the nearest data set stands. `shapes` is ours.
@@ -174,7 +175,16 @@ TEDDY = SRE2L | {  # arXiv:2410.07579, Tables 4 and 5: prior generation
     ("train_eval", "loss"):         ("kl",) * 5,
     ("train_eval", "temperature"):  (20.0,) * 5,
 }
-METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY,
+DM = {  # BiLP's supplement (arXiv:2305.18381), Sec. 6.3 and Table 12, at IPC 10; it has no adaptive pruning beyond CIFAR
+    ("recover", "init"):            ("real",) * 5,
+    ("recover", "lr"):              (1.0,) * 5,
+    ("recover", "iterations"):      (20000,         20000,         10000,         10000,         None),
+    ("recover", "real_batch"):      (256,           256,           256,           256,           64),
+    ("recover", "adaptive_ratio"):  (0.3,           0.3,           0.3,           0.3,           0.3),
+    ("recover", "adaptive_period"): (5,             10,            10,            10,            10),
+    ("train_eval", "labels"):       ("hard",) * 5,
+}
+METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY, "dm": DM,
            "random": {}, "herding": {}, "kcenter": {}, "forgetting": {}}
 SELECTIONS = "random", "herding", "kcenter", "forgetting"                       # write real images
 
@@ -183,7 +193,8 @@ def preset_values(preset, column, phase, ipc=None, method="gvbsm"):
     """{flag: value} that a preset sets in a phase for a column of the table."""
     values = of_phase(PRESETS[preset], column, phase)
     exception = AT_IPC.get(("paper" if preset == "best" else preset, column, ipc), {})
-    return values | exception.get(phase, {}) | of_phase([METHODS[method]], column, phase)
+    values |= exception.get(phase, {}) | of_phase([METHODS[method]], column, phase)
+    return values | AT_IPC.get((method, column, ipc), {}).get(phase, {})
 
 
 def of_phase(tables, column, phase):

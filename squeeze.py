@@ -1,7 +1,8 @@
 """Squeeze: train the backbones on the whole data set (phase 1 of 5).   G-VBSM, arXiv:2311.17950, Sec. 2, Tables 7-9.
 
 Plain supervised training, the last epoch is kept; BatchNorm's running mean and variance become the statistics of Eq. 1.
-On ImageNet-1k torchvision's pretrained weights take its place (--pretrained).
+On ImageNet-1k torchvision's pretrained weights take its place (--pretrained). --objective moco is SC-DD's squeeze instead
+(arXiv:2404.07976, Sec. 2.4): MoCo, which sees no labels, and then a linear probe as the classifier.
 
 reads   data/<dataset>/...                                      the training and test images
 writes  runs/<dataset>/teachers/<teachers>/<backbone>.pt        weights, classes, test accuracy, arguments
@@ -26,8 +27,9 @@ from torch import nn
 from models import build_model, pretrained_weights
 from models.pruning import random_channels, shrink, widths
 from utils import fail
-from utils.augment import apply_view, draw_view, normalize
+from utils.augment import apply_colour, apply_view, draw_colour, draw_view, normalize
 from utils.data import describe, load_split, preset_column
+from utils.moco import MoCo, Probe, as_encoder, join_norms, knn_top1
 from utils.presets import Parser, crop_name, epoch_range, identity_flags, number, parse_args
 from utils.run import (AGAIN, TEACHER, Finite, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
                        check_origin, check_same, check_training, dealt, fingerprint, finish, finished_before, generator, is_there,
@@ -35,6 +37,7 @@ from utils.run import (AGAIN, TEACHER, Finite, Progress, Work, accuracy, begin, 
                        with_precision, world)
 from utils.selection import count_forgetting, drop_largest, last_epoch_weights
 
+MOCO = ["objective", "queue", "key_momentum", "moco_temperature", "probe_epochs", "probe_lr"]
 SCORES = ["score_trials", "score_epochs", "score_lr", "score_batch_size"]
 
 
@@ -166,6 +169,110 @@ def kept_images(split, data, args, device, paths, seen):
     return drop_largest(scores, split.labels.cpu(), args.prune_ratio)
 
 
+def train_moco(moco, splits, kept, data, args, device, progress, load, keep):
+    """Train the encoders in place for --epochs epochs of whole batches, without labels; these serve the nearest neighbours
+    that are told about ten times.   splits: {"train", "test"}; the rest as in `train`"""
+    split, units = splits["train"], torch.tensor([data["mean"], data["std"]], device=device)
+    optimizer = torch.optim.SGD(moco.query.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+                                fused=device.type == "cuda")
+    schedule = learning_rates(optimizer, args)
+    schedule.step()                                                  # MoCo counts epochs from 1
+    trained, finite, epoch, done = (moco, optimizer, schedule), Finite(["loss"], device), 0, 0
+    steps = len(kept) // args.batch_size
+    if start := load():
+        epoch, done = start["epoch"], start["done"]
+        for part, saved in zip(trained, start["trained"]):
+            part.load_state_dict(saved)
+        progress.skip((epoch * steps + done) * args.batch_size)
+
+    def state():
+        check_training(finite, moco, progress.what)
+        return {"epoch": epoch, "done": done, "draw": draw.get_state(), "trained": [part.state_dict() for part in trained]}
+
+    def view(images):
+        crop = draw_view(len(images), data["image_size"], "resized", True, 0, draw)
+        colour = draw_colour(len(images), draw)
+        images = apply_view(images.float() / 255, send(crop, device))
+        return normalize(255 * apply_colour(images, send(colour, device)), *units)
+
+    for epoch in range(epoch, args.epochs):
+        draw = generator("moco", args.seed, epoch)
+        batches = kept[torch.randperm(len(kept), generator=draw)].split(args.batch_size)[:steps]
+        if done:
+            draw.set_state(start["draw"])
+        moco.train()
+        for images, _ in split.batches(batches[done:]):
+            images = send(images, device)
+            query, key = view(images), view(images)
+            loss = moco(query, key, send(torch.randperm(len(images), generator=draw), device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            done += 1
+            finite.see(epoch * steps + done, loss.detach())
+            keep(state)
+            progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", len(images))
+        schedule.step()
+        done = 0
+        check_training(finite, moco, progress.what)
+        if (epoch + 1) % max(1, args.epochs // 10) == 0 or epoch + 1 == args.epochs:
+            bank = outputs(moco.query, split, kept, units, device)
+            queries = outputs(moco.query, splits["test"], torch.arange(len(splits["test"])), units, device)
+            say(f"{progress.what}  epoch {epoch + 1}: {knn_top1(*bank, *queries, len(data['classes'])):.2f} % of the test "
+                "images by their nearest neighbours")
+
+
+@torch.inference_mode()
+def outputs(model, split, index, units, device):
+    """What the model in eval mode gives for the images of a split at index [n], never augmented, and their labels."""
+    model.eval()
+    found = [(model(normalize(send(images, device), *units)), send(labels, device))
+             for images, labels in split.batches(index.split(500))]
+    return [torch.cat(parts) for parts in zip(*found)]
+
+
+def train_without_labels(model, key, splits, kept, data, args, device, work):
+    """Make the model a classifier whose last layer alone has seen labels (SC-DD), in place: MoCo with `key`, another model
+    of its kind, then a linear probe. Either goes on from what `work` has kept."""
+    name, count = work.result.stem, len(kept)
+    if work.read() is None:                                          # of the probe, which holds the features too
+        moco = MoCo(as_encoder(model), as_encoder(key), size=args.queue, momentum=args.key_momentum,
+                    temperature=args.moco_temperature).to(device)
+        train_moco(moco, splits, kept, data, args, device,
+                   Progress(f"moco {name}", args.epochs * (count - count % args.batch_size)),
+                   lambda: work.load("moco"), lambda state: work.keep(state, "moco"))
+        join_norms(model)
+    settings = dict(epochs=args.probe_epochs, lr=args.probe_lr, momentum=0.9, weight_decay=0.0, schedule="cosine",
+                    warmup_epochs=0, batch_size=256, crop="resized")
+    probe = Probe(model, len(data["classes"]))
+    train(probe, splits["train"], kept, data, argparse.Namespace(**vars(args) | settings), device,
+          Progress(f"probe {name}", args.probe_epochs * count), work.load, work.keep)
+    return probe.classifier()
+
+
+def check_moco(args):
+    """Stop where MoCo cannot be trained, whatever the data."""
+    if args.pretrained:
+        fail("--objective moco trains the weights that --pretrained would take from torchvision; add --no-pretrained")
+    if args.save_epochs or args.pruned:
+        fail("--objective moco makes no weak teachers; leave out --save-epochs and --pruned")
+    if world() > 1:
+        fail("--objective moco trains in one process; run it without torchrun")
+    if args.batch_size % 8 or args.batch_size < 16:
+        fail(f"--batch-size {args.batch_size}: MoCo normalises 8 parts of a batch, each of at least 2 images; "
+             "use a multiple of 8 from 16 on")
+
+
+def check_moco_data(split, kept, args):
+    """The same, for these training images."""
+    if split.streamed:
+        fail(f"--objective moco is for images in memory, which those of {split.image_size} pixels are not; "
+             "use a smaller --image-size")
+    if len(kept) < args.batch_size:
+        fail(f"--batch-size {args.batch_size} is more than the {len(kept)} training images, and MoCo takes whole batches "
+             "alone; use a smaller one")
+
+
 class JointSum(torch.autograd.Function):
     """Of a tensor over all processes; its gradient comes from all of them too."""
 
@@ -264,6 +371,15 @@ def get_parser():
                         help="augmentation beside flips: none, resized, pad<pixels>")
     method.add_argument("--download", action="store_true",
                         help="fetch a named data set or pretrained weights when missing")
+    method.add_argument("--objective", choices=["supervised", "moco"], default="supervised",
+                        help="moco trains without labels, and a linear probe with them [SC-DD]")
+    moco = parser.add_argument_group("MoCo [SC-DD]")
+    moco.add_argument("--queue", type=number(int, 1), default=4096, help="keys that MoCo contrasts with [K]")
+    moco.add_argument("--key-momentum", type=number(float, 0, 1), default=0.99,
+                      help="of MoCo's key encoder, 0 = a copy of the query encoder [m]")
+    moco.add_argument("--moco-temperature", type=number(float, 1e-6), default=0.1, help="of MoCo's softmax")
+    moco.add_argument("--probe-epochs", type=number(int, 1), default=100, help="of MoCo's linear probe")
+    moco.add_argument("--probe-lr", type=number(float, 0), default=30.0, help="SGD learning rate of the probe, cosine")
     pool = parser.add_argument_group("weak teachers [Teddy]")
     pool.add_argument("--save-epochs", type=epoch_range, metavar="FIRST:LAST:STEP",
                       help="also keep the weights after these epochs, as <backbone>@<epoch>")
@@ -296,16 +412,19 @@ def main(argv=None):
     args = parse_args(get_parser(), "squeeze", argv, preset_column)
     device, paths = begin(args)
     check_models("--backbones", args.backbones, build_model)
+    if args.objective == "moco":
+        check_moco(args)
     if max(saved_epochs(args), default=1) > args.epochs or args.warmup_epochs >= args.epochs:
         fail(f"--epochs {args.epochs} is too few for --save-epochs {args.save_epochs} or --warmup-epochs {args.warmup_epochs}; "
              "use more")
     names, accuracies, seconds = [one for name in args.backbones for one in teachers_of(name, args)], {}, 0
+    variances, objective = {}, {"objective": args.objective}
     for name in names:
         path = paths.teachers / f"{name}.pt"
         if is_there(path, args):
             record = load_torch(path, AGAIN, TEACHER)
-            check_same(record["args"], settings(args, name), path)
-            accuracies[name] = record["top1"]
+            check_same({"objective": "supervised"} | record["args"], settings(args, name) | objective, path)
+            accuracies[name], variances[name] = record["top1"], first_bn_variance(name, record["weights"])
     todo = [name for name in names if name not in accuracies]
     for name in todo:
         backbone, _, kind = name.partition("@")
@@ -321,10 +440,13 @@ def main(argv=None):
                                         args.download).to(device) for split in ("train", "test")}
         data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
         check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
-        splits["train"].check_crop(args.crop)
+        if args.objective == "supervised":
+            splits["train"].check_crop(args.crop)
         check_models("--backbones", args.backbones, build_model, len(data["classes"]), data["image_size"])
         seen = {"data": fingerprint(json.dumps([data, len(splits["train"])]))}
         kept = kept_images(splits["train"], data, args, device, paths, seen)
+        if args.objective == "moco":
+            check_moco_data(splits["train"], kept, args)
 
     def save(name, model, **more):
         """Test a model and write its checkpoint."""
@@ -332,6 +454,7 @@ def main(argv=None):
         accuracies[name] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(
             dealt(torch.arange(len(test)).split(500)))), jointly=True)
         say(f"{name}: {accuracies[name]:.2f} % of the test images")
+        variances[name] = first_bn_variance(name, model.state_dict())
         if rank() == 0:
             save_torch(paths.teachers / f"{name}.pt",
                        {"backbone": name.partition("@")[0], "data": data, "top1": accuracies[name], "tested": len(test),
@@ -353,15 +476,20 @@ def main(argv=None):
             with one_first():
                 load_pretrained(name, model, args.download)
         files = [paths.teachers / f"{one}.pt" for one in (name, *early)]
-        with Work(files[0], args, seen, settings(args, name) | {"backbone": name}, files[1:]) as work:
-            if kind or not args.pretrained:
+        with Work(files[0], args, seen, settings(args, name) | objective | {"backbone": name}, files[1:]) as work:
+            if args.objective == "moco":
+                key = build_model(backbone, len(data["classes"]), data["image_size"])
+                key = with_precision(channels_last(key.to(device)), device, args.precision)
+                train_without_labels(model, key, splits, kept, data, args, device, work)
+            elif kind or not args.pretrained:
                 more["forgetting"] = train(
                     model, splits["train"], kept, data, how, device, Progress(f"squeeze {name}", how.epochs * len(kept)),
                     work.load, work.keep if rank() == 0 else lambda state: None,         # the state is everybody's
                     lambda epoch: save(f"{name}@{epoch}", model, **more) if epoch in saved_epochs(args) and not kind else None)
             save(name, model, **more)
             seconds += work.seconds()
-    return finish(result, "squeeze", args, {"top1": {name: accuracies[name] for name in names}}, seconds)
+    return finish(result, "squeeze", args, {"top1": {name: accuracies[name] for name in names},
+                                            "first_bn_variance": {name: variances[name] for name in names}}, seconds)
 
 
 def teachers_of(name, args):
@@ -393,11 +521,22 @@ def post_generation(name, model, args, paths):
     return argparse.Namespace(**vars(args) | tuning), widths(model, chosen)
 
 
+def first_bn_variance(name, weights):
+    """Variance over the channels of the first BatchNorm's running means (SC-DD, Table 2: the larger, the more a squeezed
+    backbone tells), of a state_dict; None without BatchNorm. It is told."""
+    means = next((value for key, value in weights.items() if key.endswith("running_mean")), None)
+    variance = None if means is None else means.float().var(correction=0).item()
+    if means is not None:
+        say(f"{name}: the running means of its first BatchNorm vary by {variance:.5f} over the channels")
+    return variance
+
+
 def settings(args, name=""):
     """The arguments that decide a backbone's weights."""
     names = ["dataset", "image_size", "seed", "precision", "pretrained", "prune_ratio", *SCORES * (args.prune_ratio > 0)]
     if not args.pretrained:
-        names += ["crop", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "step_epochs", "warmup_epochs"]
+        names += ["epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "step_epochs", "warmup_epochs"]
+        names += MOCO if args.objective == "moco" else ["crop"]
     if "@pruned" in name:
         names += ["crop", "pruned", "pruned_share", "pruned_epochs", "pruned_lr"]
     return {name: relevant(args)[name] for name in names}

@@ -1,15 +1,18 @@
 """What is drawn has the published distributions; applying it equals torchvision, or a loop over samples."""
+import colorsys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
+from torchvision.transforms.v2 import functional as v2
 
 from tests.helpers import assert_near
-from utils.augment import (apply_epoch, apply_flip, apply_resized_crop, apply_shift, apply_view, draw_beta,
-                           draw_cutmix_box, draw_epoch, draw_flip, draw_resized_crop, draw_shift, draw_view, normalize,
-                           to_uint8)
+from utils.augment import (apply_colour, apply_epoch, apply_flip, apply_resized_crop, apply_shift, apply_view, draw_beta,
+                           draw_colour, draw_cutmix_box, draw_epoch, draw_flip, draw_resized_crop, draw_shift, draw_view,
+                           normalize, to_uint8, turn_hue)
 
 UNITS = [  # mean and standard deviation of CIFAR-10, of ImageNet, and none
     ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -314,3 +317,50 @@ def test_to_uint8_rounds_and_clamps(dtype):
     mean, std = UNITS[0]
     images = torch.stack([(pixels / 255 - m) / s for m, s in zip(mean, std)])[None, :, None]
     assert to_uint8(images, mean, std)[0, :, 0].tolist() == [[0, 0, 1, 99, 100, 255, 255, 255]] * 3
+
+
+# Colour
+
+ADJUST = v2.adjust_brightness, v2.adjust_contrast, v2.adjust_saturation, v2.adjust_hue
+
+
+@pytest.mark.parametrize("size", [16, 1])
+def test_colours_change_as_torchvisions_image_by_image(size, draw):
+    images = torch.rand(200, 3, size, size, dtype=torch.float64)
+    images[:40] = images[:40].round()                                # pure colours, black and white
+    images[40:60] = images[40:60, :1]                                # grey ones
+    colour = draw_colour(200, draw)
+    assert all(colour[key].any() and not colour[key].all() for key in ("jitter", "gray"))
+    changed = apply_colour(images, colour)
+    for number, image in enumerate(images):
+        for operation in colour["order"][number].tolist() if colour["jitter"][number] else ():
+            image = ADJUST[operation](image, colour["factor"][number, operation].item())
+        if colour["gray"][number]:
+            image = v2.rgb_to_grayscale(image, num_output_channels=3)
+        assert (changed[number] - image).abs().max() <= 5e-6         # torchvision turns hues in float32
+    assert changed.min() >= 0 and changed.max() <= 1
+
+
+def test_a_turned_hue_is_that_of_hsv():
+    images, turns = torch.rand(20, 3, 4, 4, dtype=torch.float64), torch.rand(20, 1, 1, 1, dtype=torch.float64) - 0.5
+    images[:10] = images[:10].round()
+    for before, turn, after in zip(images, turns, turn_hue(images, turns)):
+        for old, new in zip(before.flatten(1).T.tolist(), after.flatten(1).T):
+            hue, saturation, value = colorsys.rgb_to_hsv(*old)
+            assert_near(new, colorsys.hsv_to_rgb((hue + turn.item()) % 1, saturation, value), 1e-12)
+
+
+def test_colours_are_drawn_as_moco_does(draw):
+    colour = draw_colour(20_000, draw)
+    for key, share in ("jitter", 0.8), ("gray", 0.2):
+        assert_same_mean(colour[key], share)
+    for operation, (low, high) in enumerate([(0.6, 1.4)] * 3 + [(-0.1, 0.1)]):
+        factor = colour["factor"][:, operation]
+        assert low <= factor.min() < low + 1e-3 and high - 1e-3 < factor.max() <= high
+        assert_same_mean(factor, (low + high) / 2)
+        assert_same_mean((factor - (low + high) / 2) ** 2, (high - low) ** 2 / 12)
+    places = colour["order"].argsort(1)
+    assert (colour["order"].sort(1)[0] == torch.arange(4)).all()
+    orders, counts = places.unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and ((counts - 20_000 / 24).abs() < 5 * (20_000 / 24) ** 0.5).all()
+    assert_same_mean((colour["jitter"] & colour["gray"]), 0.16)

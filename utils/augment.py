@@ -176,6 +176,48 @@ def apply_epoch(images, draw, index, mix, units=None):
     return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], partner, base)
 
 
+def draw_colour(n, generator):
+    """MoCo's change of colours for each of n images: with probability 0.8 torchvision's ColorJitter(0.4, 0.4, 0.4, 0.1),
+    then with 0.2 its Grayscale.   -> dict: jitter, gray [n] booleans; order [n, 4], a permutation of the four operations;
+    factor [n, 4] of brightness, contrast and saturation (0.6 .. 1.4), and the turn of the hue (-0.1 .. 0.1)"""
+    jitter, gray = torch.rand(2, n, generator=generator)
+    spread = (2 * torch.rand(n, 4, generator=generator) - 1) * torch.tensor([0.4, 0.4, 0.4, 0.1])
+    return {"jitter": jitter < 0.8, "gray": gray < 0.2, "order": torch.rand(n, 4, generator=generator).argsort(1),
+            "factor": torch.tensor([1.0, 1.0, 1.0, 0.0]) + spread}
+
+
+def apply_colour(images, draw):
+    """RGB images [N, 3, H, W] of 0 .. 1 under a draw of `draw_colour`."""
+    draw = {key: rows.to(images.device) for key, rows in draw.items()}
+    changed = images
+    for operation in draw["order"][:, :, None, None, None].unbind(1):
+        factor = draw["factor"].gather(1, operation[:, :, 0, 0]).to(images)[:, :, None, None]
+        grey = luma(changed)
+        other = torch.where(operation == 1, grey.mean((2, 3), keepdim=True), grey * (operation == 2))      # 0: black
+        blend = (factor * changed + (1 - factor) * other).clamp(0, 1)
+        changed = torch.where(operation == 3, turn_hue(changed, factor), blend)
+    changed = torch.where(draw["jitter"][:, None, None, None], changed, images)
+    return torch.where(draw["gray"][:, None, None, None], luma(changed), changed)
+
+
+def luma(images):
+    """Grey of RGB images, ITU-R 601.   -> [N, 1, H, W]"""
+    red, green, blue = images.split(1, 1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def turn_hue(images, turn):
+    """Turn the hue of RGB images of 0 .. 1 by `turn` [N, 1, 1, 1] of the circle; HSV's saturation and value stay."""
+    red, green, blue = images.split(1, 1)
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    safe = torch.where(chroma == 0, 1, chroma)
+    sixths = torch.where(value == red, (green - blue) / safe,
+                         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
+    place = (torch.tensor([5, 3, 1], device=images.device)[:, None, None] + sixths + 6 * turn) % 6   # of each channel
+    return value - chroma * place.minimum(4 - place).clamp(0, 1)
+
+
 def normalize(images, mean, std):
     """uint8 images [N, 3, S, S] -> float32 in the units the networks see.   mean, std: three numbers each; as tensors on
     the images' device they cost no transfer."""

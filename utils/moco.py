@@ -1,0 +1,136 @@
+"""MoCo on small images, as the squeeze of SC-DD: contrast of two views, a monitor, and a linear probe.   SC-DD, Sec. 2.4.
+
+MoCo v2's CIFAR-10 recipe: no MLP head, BatchNorm in splits instead of several GPUs, asymmetric loss. Needs torch alone.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that in training normalises `splits` parts of the batch by their own statistics, as so many GPUs would.
+    Part j are the samples j, j + splits, j + 2 splits, ...: x [N, C, H, W] is read as [N / splits, splits * C, H, W].
+    The running statistics become the mean over the parts of what each would have made of them."""
+    splits = 8
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        parts = x.reshape(len(x) // self.splits, self.splits * x.shape[1], *x.shape[2:])
+        running = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
+        affine = self.weight.repeat(self.splits), self.bias.repeat(self.splits)
+        parts = F.batch_norm(parts, *running, *affine, True, self.momentum, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            for mine, theirs in zip((self.running_mean, self.running_var), running):
+                mine.copy_(theirs.view(self.splits, -1).mean(0))
+        return parts.reshape(x.shape)
+
+
+def split_norms(model):
+    """Its BatchNorm2d layers become SplitBatchNorm, in place.   -> the model"""
+    return _change(model, nn.BatchNorm2d, SplitBatchNorm)
+
+
+def join_norms(model):
+    """The inverse of `split_norms`."""
+    return _change(model, SplitBatchNorm, nn.BatchNorm2d)
+
+
+def _change(model, old, new):
+    for layer in model.modules():
+        if isinstance(layer, old):
+            layer.__class__ = new
+    return model
+
+
+def last_linear(model):
+    """Name of the model's last nn.Linear, its classifier."""
+    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+
+
+def as_encoder(model, dim=128):
+    """Make a classifier one of MoCo's encoders, in place: its last nn.Linear gives `dim` numbers, its BatchNorms are split.
+    -> the model"""
+    name = last_linear(model)
+    old = model.get_submodule(name)
+    model.set_submodule(name, nn.Linear(old.in_features, dim).to(old.weight))
+    return split_norms(model)
+
+
+class MoCo(nn.Module):
+    """Momentum contrast of two encoders: images -> [N, dim], of any length.
+
+    query is trained; key, of the same architecture, starts as its copy, follows its parameters and keeps buffers of its
+    own. queue [dim, size]: unit columns, random at first; pointer: the column that is replaced next. The state_dict holds
+    all that a next step depends on.
+    """
+
+    def __init__(self, query, key, dim=128, size=4096, momentum=0.99, temperature=0.1):
+        super().__init__()
+        key.load_state_dict(query.state_dict())
+        self.query, self.key = query, key.requires_grad_(False)
+        self.momentum, self.temperature = momentum, temperature
+        self.register_buffer("queue", F.normalize(torch.randn(dim, size), dim=0))
+        self.register_buffer("pointer", torch.tensor(0))
+
+    def forward(self, query_images, key_images, order):
+        """InfoNCE of two views [N, 3, S, S] of the same images: the mean cross-entropy of (query . its key, query . queue) /
+        temperature against the former. The key encoder moves before, the queue takes the N keys after.
+        order: a permutation of the N keys, in which their encoder sees them (ShuffleBN)."""
+        query = F.normalize(self.query(query_images))
+        with torch.no_grad():
+            for mine, theirs in zip(self.key.parameters(), self.query.parameters()):
+                mine.lerp_(theirs, 1 - self.momentum)
+            key = F.normalize(self.key(key_images[order]))[order.argsort()]
+        negative = query @ self.queue.clone()                        # the backward pass needs it as it was
+        logits = torch.cat([(query * key).sum(1, keepdim=True), negative], 1) / self.temperature
+        self.enqueue(key)
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """The oldest columns become keys [N, dim]; behind the last column comes the first."""
+        size = self.queue.shape[1]
+        columns = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
+        self.queue[:, columns[-size:]] = keys[-size:].T
+        self.pointer.copy_((self.pointer + len(keys)) % size)
+
+
+@torch.inference_mode()
+def knn_top1(bank, bank_labels, queries, labels, classes, k=200, temperature=0.1, chunk=512):
+    """Top-1 in % of queries [M, D] by a vote of the k nearest of bank [N, D] in cosine similarity, each with the weight
+    exp(similarity / temperature)."""
+    bank, queries, right = F.normalize(bank), F.normalize(queries), 0
+    for rows, truth in zip(queries.split(chunk), labels.split(chunk)):
+        similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)))
+        votes = rows.new_zeros(len(rows), classes).scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+        right += (votes.argmax(1) == truth).sum()
+    return 100 * right.item() / len(labels)
+
+
+class Probe(nn.Module):
+    """A linear classifier on the features of a model, which takes the place of its last nn.Linear. Only it is trained:
+    all below stays in eval mode and as it is."""
+
+    def __init__(self, model, classes):
+        super().__init__()
+        self.name = last_linear(model)
+        old = model.get_submodule(self.name)
+        model.set_submodule(self.name, nn.Identity())
+        self.features, self.linear = model.requires_grad_(False), nn.Linear(old.in_features, classes).to(old.weight)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.features.eval()
+        return self
+
+    def forward(self, images):
+        with torch.no_grad():
+            features = self.features(images)
+        return self.linear(features)
+
+    def classifier(self):
+        """The model with the trained layer in it, an ordinary one again."""
+        self.features.set_submodule(self.name, self.linear)
+        return self.features

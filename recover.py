@@ -541,14 +541,14 @@ def random_embedding(data, key, device):
     return nn.Sequential(*layers).requires_grad_(False).to(device)   # not `Halve`, whose second derivative takes a CPU long
 
 
-def match_distributions(pixels, split, data, args, report=lambda *_: None, start=None, keep=lambda state: None):
+def match_distributions(pixels, split, kept, data, args, report=lambda *_: None, start=None, keep=lambda state: None):
     """Optimise the images of all classes by DM.   pixels [classes, ipc, 3, S, S] in normalised units, changed in place and,
-    as in the original, not clamped; report(iteration, loss, share of real images kept, pixels); keep, start as in
+    as in the original, not clamped; kept [n]: the real images, of the split; report(iteration, loss, share of real images kept, pixels); keep, start as in
     `recover_batches`. An iteration's network is a function of (seed, iteration), a class's real images and augmentation of
     the class too. Every --adaptive-period iterations the real images are drawn from all, scored, and those that fall out are
     left out; otherwise they are drawn from those kept, so that none is lost for ever.
     """
-    members = [(split.labels.cpu() == label).nonzero().flatten() for label in range(len(data["classes"]))]
+    members = [kept[split.labels.cpu()[kept] == label] for label in range(len(data["classes"]))]
     optimizer = torch.optim.SGD([pixels.requires_grad_()], lr=args.lr, momentum=0.5)
     pixels.grad, pruning = torch.zeros_like(pixels), new_pruning(len(members), len(split))
     if start:
@@ -581,7 +581,7 @@ def match_distributions(pixels, split, data, args, report=lambda *_: None, start
     return pixels.detach()
 
 
-def write_matched(args, paths, device, split, data, starts, work):
+def write_matched(args, paths, device, split, kept, data, starts, work):
     """--method dm: synthesise all images; log, draw, keep and save them."""
     one_by_one = [(label, index) for label in range(len(data["classes"])) for index in range(args.ipc)]
     pixels = [starts[one] if starts else noise(*one, data["image_size"], args.seed) for one in one_by_one]
@@ -614,7 +614,7 @@ def write_matched(args, paths, device, split, data, starts, work):
             return state()
         work.keep(checked)
 
-    pixels = match_distributions(pixels, split.to(device), data, args, report, start, keep)
+    pixels = match_distributions(pixels, split.to(device), kept, data, args, report, start, keep)
     images = to_uint8(pixels.flatten(0, 1), data["mean"], data["std"])
     for one, image in zip(one_by_one, images):
         save_png(image_path(paths.images, data, *one), image)
@@ -689,16 +689,13 @@ def main(argv=None):
     device, paths = begin(args)
     if args.cuda_graphs and (device.type != "cuda" or args.statistics == "plain"):
         fail("--cuda-graphs needs a GPU (--device cuda) and --statistics closed; leave it out")
-    selects, matches = args.method in SELECTIONS, args.method == "dm"
-    taught = not selects and not matches
-    if matches and args.init == "crops":
-        fail("--init crops asks a backbone, and --method dm has none; use --init real or noise")
+    selects, taught = args.method in SELECTIONS, args.method not in (*SELECTIONS, "dm")
     result, upstream, made_from, records, models = paths.run / "result.json", {}, {}, {}, {}
-    if args.method != "random" and not matches:
-        asked = argparse.Namespace(**vars(args) | {"backbones": args.backbones[:1] if selects else args.backbones})
+    if args.method != "random":
+        asked = argparse.Namespace(**vars(args) | {"backbones": args.backbones if taught else args.backbones[:1]})
         models, records, data = load_teachers(asked, paths.teachers, build_model, device)
         upstream["squeeze"] = {name: record["args"] for name, record in records.items()}
-        made_from = {"features": fingerprints(records)["weights"]} if selects else fingerprints(records)
+        made_from = fingerprints(records) if taught else {"first backbone": fingerprints(records)["weights"]}
     if taught:
         if args.subset > len(models):
             fail(f"--subset {args.subset} is more than the {len(models)} --backbones; use at most that many")
@@ -715,18 +712,17 @@ def main(argv=None):
         split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
         seen = {"data": fingerprint(json.dumps([data, len(split)]))}
+        kept = records.get(args.backbones[0], {}).get("kept", torch.arange(len(split)))
     if selects:
         chosen = select(args, split, data, models, records, device)
     elif args.init != "noise":
-        first = args.backbones[0]
-        kept = records.get(first, {}).get("kept", torch.arange(len(split)))
-        starts = real_starts(args, split, data, models.get(first), kept, device)
+        starts = real_starts(args, split, data, models[args.backbones[0]], kept, device)
     old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
     with Work(result, args, made_from | seen, outputs=old) as work:
         if taught:
             synthesise(args, paths, device, models, statistics, data, starts, work)
-        elif matches and rank() == 0:
-            write_matched(args, paths, device, split, data, starts, work)
+        elif rank() == 0 and not selects:
+            write_matched(args, paths, device, split, kept, data, starts, work)
         elif rank() == 0:
             write_selection(args, paths, data, split, chosen, work)
         if rank() == 0:

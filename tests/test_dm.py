@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from statistics import NormalDist, fmean
 
@@ -17,6 +18,7 @@ from models import build_model
 from tests.helpers import assert_near
 from tests.test_continue import one_thread, outputs                                      # noqa: F401
 from utils.augment import SIAMESE, apply_siamese, draw_siamese
+from utils.data import Split
 from utils.dm import dm_loss, ite_norms, leave_one_out_norms, new_pruning, prune, rank_error
 from utils.presets import preset_values
 from utils.run import generator
@@ -263,25 +265,25 @@ def test_where_none_would_be_kept_all_are_and_what_fell_out_can_return():
 DM = "--method dm --iterations 6 --lr 1 --real-batch 8 --ipc 2 --adaptive-period 2"
 
 
-def test_the_loss_falls_below_that_of_the_real_images_and_no_teacher_is_asked(bare):
+def test_the_loss_falls_below_that_of_the_real_images_and_writes_a_grid(project):
     losses = {}
     for lr in 0, 1:
-        result = bare.call("recover", DM, f"--iterations 25 --lr {lr} --tag lr{lr} --adaptive-ratio 0 --real-batch 12")
-        lines = bare.log(f"dm-ipc2-lr{lr}")[1:]
+        result = project.call("recover", DM, f"--iterations 25 --lr {lr} --tag lr{lr} --adaptive-ratio 0 --real-batch 12")
+        lines = project.log(f"dm-ipc2-lr{lr}")[1:]
         losses[lr] = [line["dm"] for line in lines]
         assert len(lines) == 25 and all(line["kept"] == 1 for line in lines)
     assert losses[0][0] == losses[1][0] and fmean(losses[1][10:]) < 0.9 * fmean(losses[0][10:])      # the same networks
-    assert result["images"] == 8 and "teacher_top1" not in result and (bare.run("dm-ipc2-lr1") / "grid.png").exists()
+    assert result["images"] == 8 and list(result["teacher_top1"]) == ["convnet_w8"] and (project.run("dm-ipc2-lr1") / "grid.png").exists()
 
 
-def test_the_images_of_one_step_are_the_real_ones_less_the_gradient(bare, monkeypatch):
+def test_the_images_of_one_step_are_the_real_ones_less_the_gradient(project, monkeypatch):
     """Written down again: class by class, through autograd, from the same draws."""
     seen, make = [], recover.random_embedding
     monkeypatch.setattr(recover, "random_embedding", lambda *args: seen.append(make(*args)) or seen[-1])
-    bare.call("recover", DM, "--iterations 1 --lr 3 --adaptive-ratio 0 --real-batch 100")
-    data = recover.describe(str(bare.dataset), None)
+    project.call("recover", DM, "--iterations 1 --lr 3 --adaptive-ratio 0 --real-batch 100")
+    data = recover.describe(str(project.dataset), None)
     mean, std = (torch.tensor(data[key])[:, None, None] for key in ("mean", "std"))
-    train = recover.load_split(str(bare.dataset), None, "train")
+    train = recover.load_split(str(project.dataset), None, "train")
     for label in range(4):
         draw = generator("dm", 0, 0, label)
         view = draw_siamese(16, draw)
@@ -290,7 +292,7 @@ def test_the_images_of_one_step_are_the_real_ones_less_the_gradient(bare, monkey
         loss = dm_loss(seen[0](apply_siamese(real, view)), seen[0](apply_siamese(synthetic, view)))
         loss.backward()
         expected = ((synthetic - 3 * synthetic.grad) * std + mean).clamp(0, 1).detach() * 255
-        found = torch.tensor(bare.images("dm-ipc2")[2 * label:2 * label + 2]).permute(0, 3, 1, 2)
+        found = torch.tensor(project.images("dm-ipc2")[2 * label:2 * label + 2]).permute(0, 3, 1, 2)
         assert (found - expected).abs().max() < 0.51 and synthetic.grad.abs().max() > 0.01
 
 
@@ -308,8 +310,10 @@ def test_networks_are_fresh_in_every_iteration_and_leave_torchs_generator_alone(
 
 @pytest.mark.parametrize("at", [3, 4, 6])
 @pytest.mark.parametrize("ratio", [0, 0.3])
-def test_interrupted_matching_goes_on_to_the_same_bytes(at, ratio, beasts, new_project, monkeypatch, one_thread):     # noqa: F811
-    flags, whole, stopped = f"{DM} --adaptive-ratio {ratio} --adaptive-period 3", new_project(beasts), new_project(beasts)
+def test_interrupted_matching_goes_on_to_the_same_bytes(at, ratio, squeezed, new_project, monkeypatch, one_thread):   # noqa: F811
+    flags, (whole, stopped) = f"{DM} --adaptive-ratio {ratio} --adaptive-period 3", (new_project(squeezed.dataset) for _ in "ab")
+    for one in whole, stopped:
+        shutil.copytree(squeezed.root / "runs", one.root / "runs")
     whole.call("recover", flags)
     make, calls = recover.random_embedding, []
 
@@ -327,14 +331,14 @@ def test_interrupted_matching_goes_on_to_the_same_bytes(at, ratio, beasts, new_p
     assert len(calls) == 6 and outputs(stopped) == outputs(whole)
 
 
-def test_pruning_changes_what_is_matched_and_is_lazy(bare, monkeypatch):
+def test_pruning_changes_what_is_matched_and_is_lazy(project, monkeypatch):
     read, scored = [], []
-    score, split_read = recover.prune, recover.load_split(str(bare.dataset), None, "train").__class__.read
+    score, split_read = recover.prune, recover.load_split(str(project.dataset), None, "train").__class__.read
     monkeypatch.setattr(recover, "prune", lambda state, label, index, *rest: (
         scored.append((len(read), label, index)), score(state, label, index, *rest))[1])
     monkeypatch.setattr("utils.data.Split.read", lambda self, index: (
         read.append(index.tolist()), split_read(self, index))[1])
-    bare.call("recover", DM, "--iterations 5 --adaptive-period 3 --adaptive-ratio 0.5 --real-batch 100")
+    project.call("recover", DM, "--iterations 5 --adaptive-period 3 --adaptive-ratio 0.5 --real-batch 100")
     assert len(read) == 4 + 5 * 4 and [label for _, label, _ in scored] == 2 * [0, 1, 2, 3]
     batches = [read[4 + 4 * t:8 + 4 * t] for t in range(5)]
     for label in range(4):
@@ -342,11 +346,11 @@ def test_pruning_changes_what_is_matched_and_is_lazy(bare, monkeypatch):
         assert set(batches[0][label]) == set(batches[3][label]) == everything            # scored: of all
         kept = set(batches[1][label])
         assert kept == set(batches[2][label]) and kept < everything                      # in between: of those kept
-    shares = [line["kept"] for line in bare.log("dm-ipc2")[1:]]
+    shares = [line["kept"] for line in project.log("dm-ipc2")[1:]]
     assert shares[0] == shares[1] == shares[2] == fmean(len(batches[1][label]) / 12 for label in range(4)) < 1
-    pruned = bare.images("dm-ipc2")
-    bare.call("recover", DM, "--iterations 5 --adaptive-ratio 0 --real-batch 100 --tag all")
-    plain = bare.images("dm-ipc2-all")
+    pruned = project.images("dm-ipc2")
+    project.call("recover", DM, "--iterations 5 --adaptive-ratio 0 --real-batch 100 --tag all")
+    plain = project.images("dm-ipc2-all")
     assert (pruned != plain).any()
 
 
@@ -359,31 +363,40 @@ def test_a_state_is_plain_and_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("flags, told", [("--ipc 13", "--ipc 13 is more than the 12"), ("--adaptive-ratio 1", "--adaptive-ratio"),
-                                         ("--lr 1e30 --iterations 3", "not finite"), ("--init crops", "--init crops")])
-def test_mistakes_end_in_a_line(flags, told, bare, capsys):
+                                         ("--lr 1e30 --iterations 3", "not finite")])
+def test_mistakes_end_in_a_line(flags, told, project, capsys):
     with pytest.raises(SystemExit) as end:
-        bare.call("recover", DM, flags)
+        project.call("recover", DM, flags)
     assert end.value.code == 2 and told in capsys.readouterr().err
 
 
-def test_distilled_images_train_a_student_by_their_classes(bare):
-    bare.call("recover", DM)
-    result = bare.call("train_eval", "--method dm --labels hard")
+def test_distilled_images_train_a_student_by_their_classes(project):
+    project.call("recover", DM)
+    result = project.call("train_eval", "--method dm --labels hard")
     assert result["method"] == "dm" and result["labels"] == "hard"
-    assert json.loads((bare.run("dm-ipc2") / "eval/convnet_w8-hard.json").read_text())["top1"] == result["top1"]
+    assert json.loads((project.run("dm-ipc2") / "eval/convnet_w8-hard.json").read_text())["top1"] == result["top1"]
 
 
 def test_streamed_images_are_matched_too(bare):
+    bare.call("squeeze", "--image-size 72 --crop resized --epochs 1 --backbones convnet_w8")
     bare.call("recover", DM, "--iterations 2 --image-size 72 --real-batch 3 --adaptive-ratio 0.3 --adaptive-products 2")
     assert bare.images("dm-ipc2").shape == (8, 72, 72, 3)
 
 
-def test_matching_may_start_from_noise_and_then_shows_it(bare):
-    bare.call("recover", DM, "--init noise --iterations 1 --lr 0")
-    data = recover.describe(str(bare.dataset), None)
+def test_images_that_squeezing_pruned_are_never_matched(bare, monkeypatch):
+    bare.call("squeeze", "--prune-ratio 0.5 --score-trials 1 --score-epochs 1")
+    read, split_read = set(), Split.read
+    monkeypatch.setattr(Split, "read", lambda split, index: (read.update(index.tolist()), split_read(split, index))[1])
+    bare.call("recover", DM, "--real-batch 100")
+    assert read == set(torch.load(bare.teachers / "convnet_w8.pt", weights_only=True)["kept"].tolist()) and len(read) == 24
+
+
+def test_matching_may_start_from_noise_and_then_shows_it(project):
+    project.call("recover", DM, "--init noise --iterations 1 --lr 0")
+    data = recover.describe(str(project.dataset), None)
     expected = recover.to_uint8(torch.stack([recover.noise(label, index, 16, 0) for label in range(4) for index in range(2)]),
                                 data["mean"], data["std"])
-    assert torch.equal(expected.permute(0, 2, 3, 1).long(), torch.tensor(bare.images("dm-ipc2")))
+    assert torch.equal(expected.permute(0, 2, 3, 1).long(), torch.tensor(project.images("dm-ipc2")))
 
 
 def test_the_settings_are_those_of_table_12():

@@ -31,6 +31,7 @@ SMALL = {"squeeze": "--epochs 2", "relabel": "--epochs 2", "train_eval": "--epoc
 POOL = "wrn10_1@1 wrn10_1@2"
 OWN = {  # what a method has beside, in small: flags of a phase, or of all
     "scdd": {"squeeze": "--batch-size 256 --queue 512 --epochs 1 --probe-epochs 1"},
+    "dm": {"recover": "--iterations 2 --real-batch 16"},
     "teddy": {"squeeze": "--save-epochs 1:2:1", "recover": f"--subset 1 --backbones {POOL}",
               **{phase: f"--backbones {POOL}" for phase in ("collect_stats", "relabel", "train_eval")}}}
 

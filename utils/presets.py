@@ -140,8 +140,9 @@ SCDD = SRE2L | {  # arXiv:2404.07976, Tables 14-16, and the MoCo it names
     ("squeeze", "schedule"):        ("cosine",) * 5,
     ("squeeze", "warmup_epochs"):   (0,) * 5,
     ("squeeze", "batch_size"):      (512,           512,           512,           512,           128),
-    ("squeeze", "epochs"):          (200,           200,           200,           200,           10),
-    ("squeeze", "probe_epochs"):    (100,           100,           100,           100,           10),
+    ("squeeze", "epochs"):          (200,           200,           200,           200,           5),
+    ("squeeze", "queue"):           (4096,          4096,          4096,          4096,          1024),
+    ("squeeze", "probe_epochs"):    (100,           100,           100,           100,           5),
     ("recover", "lr"):              (0.4,           0.4,           0.6,           0.25,          0.4),
     ("recover", "iterations"):      (1000,          1000,          1000,          1000,          None),
     ("recover", "batch_size"):      (100,           100,           100,           50,            100),
@@ -182,7 +183,6 @@ DM = {  # BiLP's supplement (arXiv:2305.18381), Sec. 6.3 and Table 12, at IPC 10
     ("recover", "real_batch"):      (256,           256,           256,           256,           64),
     ("recover", "adaptive_ratio"):  (0.3,           0.3,           0.3,           0.3,           0.3),
     ("recover", "adaptive_period"): (5,             10,            10,            10,            10),
-    ("train_eval", "labels"):       ("hard",) * 5,
 }
 METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY, "dm": DM,
            "random": {}, "herding": {}, "kcenter": {}, "forgetting": {}}

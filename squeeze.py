@@ -417,6 +417,8 @@ def main(argv=None):
     if max(saved_epochs(args), default=1) > args.epochs or args.warmup_epochs >= args.epochs:
         fail(f"--epochs {args.epochs} is too few for --save-epochs {args.save_epochs} or --warmup-epochs {args.warmup_epochs}; "
              "use more")
+    if args.pretrained and args.save_epochs:
+        fail(f"--save-epochs {args.save_epochs}: pretrained weights have no epochs; add --no-pretrained")
     names, accuracies, seconds = [one for name in args.backbones for one in teachers_of(name, args)], {}, 0
     variances, objective = {}, {"objective": args.objective}
     for name in names:

@@ -70,6 +70,63 @@ def test_every_method_runs_all_five_phases_on_shapes_by_the_same_loop(method, sh
     assert len(mine) == 20 and (mine <= real if method in SELECTIONS else not mine & real or method == "dm")
 
 
+SETTINGS = {  # what the papers and releases print; a row: cifar10, cifar100, tiny, imagenet, "-" where there is nothing
+    "sre2l squeeze lr":            ("-", 0.1, 0.2, "-"),
+    "sre2l squeeze weight_decay":  ("-", 5e-4, 1e-4, "-"),
+    "sre2l squeeze batch_size":    ("-", 128, 256, "-"),
+    "sre2l squeeze epochs":        ("-", 200, 50, "-"),
+    "sre2l squeeze warmup_epochs": ("-", 0, 5, "-"),
+    "sre2l recover lr":            ("-", 0.25, 0.1, 0.25),
+    "sre2l recover bn_weight":     ("-", 0.01, 1.0, 0.01),
+    "sre2l recover iterations":    ("-", 1000, 4000, 4000),
+    "sre2l recover batch_size":    ("-", 100, 100, 100),
+    "sre2l recover first_multiplier": ("-", 10, 10, 10),
+    "sre2l recover crop":          ("-", "none", "resized", "resized"),
+    "sre2l recover roll":          ("-", 4, 4, 32),
+    "sre2l train_eval temperature": ("-", 30, 20, 20),
+    "sre2l train_eval loss":       ("-", "kl", "kl_t2", "kl"),
+    "sre2l train_eval epochs":     ("-", 400, 100, 300),
+    "sre2l train_eval optimizer":  ("-", "adamw", "sgd", "adamw"),
+    "cda recover lr":              ("-", "-", 0.4, 0.25),
+    "cda recover bn_weight":       ("-", "-", 0.05, 0.01),
+    "cda recover crop_curriculum": ("-", "-", "cosine", "cosine"),
+    "scdd squeeze lr":             ("-", 0.06, 0.06, "-"),
+    "scdd squeeze batch_size":     ("-", 512, 512, "-"),
+    "scdd squeeze epochs":         ("-", 200, 200, "-"),
+    "scdd recover bn_weight":      ("-", 0.005, 0.1, 0.0005),
+    "scdd recover lr":             ("-", 0.4, 0.6, 0.25),
+    "scdd recover iterations":     ("-", 1000, 1000, 1000),
+    "scdd train_eval lr":          ("-", ["0.005"], ["0.2"], ["0.001"]),
+    "scdd train_eval batch_size":  ("-", 64, 64, 64),
+    "scdd train_eval epochs":      ("-", 200, 500, 300),
+    "teddy squeeze save_epochs":   ("-", "-", "11:46:5", "21:61:5"),
+    "teddy recover bn_weight":     ("-", "-", 1.0, 0.01),
+    "teddy recover lr":            ("-", "-", 0.1, 0.25),
+    "teddy recover iterations":    ("-", "-", 4000, 6000),
+    "teddy recover subset":        ("-", "-", 3, 3),
+    "teddy train_eval batch_size": ("-", "-", 256, 1024),
+    "teddy train_eval epochs":     ("-", "-", 100, 300),
+    "dm recover lr":               (1.0, 1.0, 1.0, "-"),
+    "dm recover iterations":       (20000, 20000, 10000, "-"),
+    "dm recover adaptive_ratio":   (0.3, 0.3, "-", "-"),
+}
+
+
+@pytest.mark.parametrize("row", SETTINGS)
+def test_the_settings_are_those_that_were_published(row):
+    method, phase, flag = row.split()
+    for dataset, value in zip(("cifar10", "cifar100", "tiny", "imagenet"), SETTINGS[row], strict=True):
+        assert value == "-" or preset_values("paper", dataset, phase, 10, method)[flag] == value
+
+
+def test_the_pool_of_a_method_is_what_its_squeeze_saves():
+    for column in "cifar10", "cifar100", "tiny", "imagenet", "shapes":
+        args = type("args", (), preset_values("paper", column, "squeeze", 10, "teddy") | dict(pruned=0))
+        names = [one for name in args.backbones for one in squeeze.teachers_of(name, args)]
+        for phase in PHASES[1:]:
+            assert preset_values("paper", column, phase, 10, "teddy")["backbones"] == names[1:]
+
+
 # SRe2L and CDA
 
 @pytest.mark.parametrize("method", ["sre2l", "cda", "scdd", "teddy"])

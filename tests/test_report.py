@@ -56,6 +56,38 @@ def test_a_tagged_run_is_compared_with_the_random_images_of_its_tag_or_else_with
                     ["gvbsm-sgd", "52.0", "40.0", "+12.0"]]
 
 
+@pytest.mark.parametrize("labels, other, same", [
+    ("stored", dict(args={"epochs": 9}), False), ("stored", dict(args={"loss": "kl"}), False),
+    ("stored", dict(upstream={"relabel": {"mix": "mixup"}}), False), ("stored", dict(made_from={"weights": {"a": "0"}}), False),
+    ("stored", dict(args={"student_seeds": [1]}, upstream={"recover": {"lr": 1}}, made_from={"images": "0"}), True),
+    ("hard", dict(args={"lr": ["1"]}), False), ("hard", dict(args={"loss": "kl", "seed": 1}), True),
+    ("online", dict(args={"logit_norm": False}), False)])
+def test_only_random_images_of_the_same_labels_and_training_are_compared(labels, other, same, write, tmp_path, capsys):
+    write(top1=50, labels=labels, method="sre2l")
+    write(top1=40, labels=labels, method="random", **other)
+    line, = [line for line in cells(tmp_path, capsys) if line[3:5] == ["sre2l", "50.0"]]
+    assert line[5:7] == (["40.0", "+10.0"] if same else ["not run", ""])
+
+
+def test_all_methods_stand_side_by_side_with_what_each_paper_published(write, tmp_path, capsys):
+    for method in "teddy", "herding", "gvbsm", "sre2l":
+        write(top1=1, method=method, dataset="imagenet")
+    write(top1=2, method="random", dataset="imagenet")
+    found = [[line[3], line[5], line[7]] for line in cells(tmp_path, capsys, "imagenet") if line[2] == "soft"]
+    assert found == [["gvbsm", "2.0", "31.4 ± 0.5"], ["sre2l", "2.0", "21.3"], ["teddy", "2.0", "34.1 ± 0.1"], ["herding", "2.0", ""]]
+
+
+@pytest.mark.parametrize("method, dataset, ipc, student, labels, published", [
+    ("sre2l", "cifar100", 50, "resnet18", "stored", "49.5 ± 0.3"), ("cda", "tiny", 50, "resnet18", "stored", "48.7"),
+    ("scdd", "cifar100", 50, "resnet18", "stored", "53.4 ± 1.1"), ("herding", "cifar10", 10, "convnet_w128", "hard", "31.6 ± 0.7"),
+    ("dm", "cifar10", 50, "convnet_w128", "hard", "63.0 ± 0.4"), ("kcenter", "cifar100", 10, "convnet_w128", "hard", "17.3 ± 0.3"),
+    ("forgetting", "cifar10", 10, "convnet_w128", "stored", "")])
+def test_each_methods_published_number(method, dataset, ipc, student, labels, published, write, tmp_path, capsys):
+    write(top1=1, method=method, dataset=dataset, ipc=ipc, student=student, labels=labels)
+    line, = [line for line in cells(tmp_path, capsys, dataset) if line[4] == "1.0"]
+    assert line[7] == published
+
+
 def test_rows_are_in_order_and_online_labels_stand_where_there_are_any(write, tmp_path, capsys):
     for ipc, student in (50, "resnet18"), (10, "resnet18"), (10, "convnet_w128"):
         write(top1=1, ipc=ipc, student=student)

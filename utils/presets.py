@@ -79,10 +79,11 @@ RELEASE = {     # where the release differs from the above; the same columns
 }
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER]}      # `best` equals `paper` so far
 AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           # P, Appendix A
-          ("dm", "cifar10", 1): {"recover": {"adaptive_period": 10}}}           # a method's, of its own table
+          ("dm", "cifar10", 1): {"recover": {"adaptive_period": 10}}}           # BiLP, Table 12
 
-# What each method changes in the table PAPER, beside its sources, which FAMILY of the README names. A column of None keeps
-# the setting above; where a paper has no CIFAR-10 (or CIFAR) setting, that of the nearest data set stands. `shapes` is ours.
+# What each method changes in the table PAPER; the README's section on the family tells what its sources leave open. None
+# keeps the setting of PAPER; where a source has no CIFAR-10 (or CIFAR) setting, that of the nearest data set stands; the
+# column `shapes` is ours.
 R18 = (["resnet18"],) * 4 + (["wrn16_2"],)
 SRE2L = {       # arXiv:2306.13092 and its release
     # phase, flag                   cifar10        cifar100       tiny           imagenet       shapes
@@ -158,7 +159,8 @@ SCDD = SRE2L | {  # arXiv:2404.07976, Tables 14-16, and the MoCo it names
 TEDDY = SRE2L | {  # arXiv:2410.07579, Tables 4 and 5: prior generation
     ("*", "teachers"):              ("teddy",) * 5,
     ("*", "backbones"):             (*([f"resnet18@{epoch}" for epoch in range(11, 47, 5)],) * 3,
-                                     [f"resnet18@{epoch}" for epoch in range(21, 62, 5)], [f"wrn16_2@{epoch}" for epoch in range(1, 6)]),
+                                     [f"resnet18@{epoch}" for epoch in range(21, 62, 5)],
+                                     [f"wrn16_2@{epoch}" for epoch in range(1, 6)]),
     ("squeeze", "backbones"):       R18,
     ("squeeze", "pretrained"):      (False,) * 5,
     ("squeeze", "save_epochs"):     ("11:46:5",     "11:46:5",     "11:46:5",     "21:61:5",     "1:5:1"),

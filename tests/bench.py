@@ -239,7 +239,8 @@ def bench_squeeze(rounds, quick, device):
 
         trained, last, first = (network(name, last).to(device) for last in (True, True, False))
         times = interleaved([
-            lambda: squeeze.train(trained, split, DATA, args, device, Progress("", count)), bare(last), bare(first)], rounds)
+            lambda: squeeze.train(trained, split, torch.arange(count), DATA, args, device, Progress("", count)),
+            bare(last), bare(first)], rounds)
         yield f"{name}, {count} images by 64", {**ratio(times), "bare/channels_first": times[1] / times[2]}
 
 

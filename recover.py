@@ -492,7 +492,7 @@ def warn_of_chance(records, num_classes):
 def features(model, split, data, device):
     """What the last linear layer of a backbone is given for every training image.   -> [N, d]"""
     last, found = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1], []
-    hook = last.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].cpu()))
+    hook = last.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].float().cpu()))
     with torch.inference_mode():
         for images, _ in split.batches(500):
             model(normalize(send(images, device), data["mean"], data["std"]))
@@ -506,7 +506,8 @@ def select(args, split, data, models, records, device):
     known = features(models[name], split, data, device) if args.method in ("herding", "kcenter") else None
     forgotten = records[name].get("forgetting") if args.method == "forgetting" else {}
     if forgotten is None:
-        fail(f"--backbones {name} was not trained here (--pretrained), so nobody has counted what it forgot; train it with squeeze.py")
+        fail(f"--backbones {name}: squeeze.py counts what a backbone forgets, but not of pretrained and early ones, nor with "
+             "--objective moco; name another first")
     chosen = []
     for label, title in enumerate(data["classes"]):
         members = class_images(args, split, label, title, torch.arange(len(split)))

@@ -463,7 +463,26 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
     record = checkpoint(path)
     del record["forgetting"]
     torch.save(record, path)
-    assert "--pretrained" in project.mistake("recover", "--method forgetting")
+    assert "--backbones convnet_w8" in project.mistake("recover", "--method forgetting")
+
+
+@pytest.mark.parametrize("phase, flags, told", [
+    ("squeeze", "--save-epochs 1:3:1", "--epochs 2 is too few"), ("squeeze", "--save-epochs 1-3", "first:last:step"),
+    ("squeeze", "--save-epochs 0:3:1", "first:last:step"), ("squeeze", "--warmup-epochs 2", "--warmup-epochs 2"),
+    ("squeeze", "--pretrained --save-epochs 1:2:1", "--no-pretrained"), ("squeeze", "--prune-ratio 1", "--prune-ratio"),
+    ("recover", "--subset 3", "the 2 --backbones"), ("recover", "--recipe best", "--recipe"),
+    ("recover", "--method herding --backbones wrn16_2", "squeeze.py"), ("recover", "--method dm --backbones wrn16_2", "squeeze.py"),
+    ("recover", "--init real --ipc 13", "--ipc 13"), 
+    ("relabel", "--method sre2l", "squeeze.py --dataset"), ("relabel", "--recipe sre2l", "--method sre2l --teachers sre2l"),
+    ("recover", "--method sre2l --recipe gvbsm", "--method sre2l --teachers sre2l"),
+    ("relabel", "--method teddy --backbones wrn10_1@1", "--backbones wrn10_1, with --save-epochs")])
+def test_mistakes_end_in_a_line_and_lose_nothing(phase, flags, told, project):
+    assert told in project.mistake(phase, flags)
+
+
+def test_a_backbone_without_channels_to_prune_is_named(bare):
+    bare.call("squeeze", "--backbones shufflenetv2_05")
+    assert "--pruned 1" in bare.mistake("squeeze", "--backbones shufflenetv2_05 --pruned 1")
 
 
 # Starts

@@ -259,8 +259,8 @@ def parse_args(parser, phase, argv, find_column):
     identity_flags(early)
     known, rest = early.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
     column = find_column(known.dataset, known.data_dir, known.image_size)
-    method = known.recipe or known.method if phase in ("relabel", "train_eval") else known.method
-    values = preset_values(known.preset, column, phase, known.ipc, method)
+    recipe = known.recipe or known.method if phase in ("relabel", "train_eval") else None
+    values = preset_values(known.preset, column, phase, known.ipc, recipe or known.method)
     if known.dataset != "imagenet" and values.get("pretrained"):
         values["pretrained"] = False          # a folder with ImageNet's settings has other classes than the weights
     unread = set(values) - {action.dest for action in parser._actions}
@@ -268,6 +268,7 @@ def parse_args(parser, phase, argv, find_column):
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
     parser.set_defaults(**values)
     args = parser.parse_args(argv)
+    args.recipe = recipe                                             # of the other phases there is none
     for flag in "backbones", "students", "student_seeds":
         names = getattr(args, flag, None) or []
         if twice := [str(name) for name in names if names.count(name) > 1]:

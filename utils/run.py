@@ -290,8 +290,12 @@ def image_set(folder, files):
 
 def need_files(args, folder, suffix, script):
     """A file for each backbone, or the command that makes those which are missing.   -> the command for others"""
-    command = f"run: python {script} --dataset {args.dataset} --teachers {args.teachers}"
+    method = args.recipe or args.method
+    command = f"run: python {script} --dataset {args.dataset}{f' --method {method}' * (method != 'gvbsm')} --teachers {args.teachers}"
     missing = [name for name in args.backbones if not (folder / f"{name}{suffix}").exists()]
+    if missing and script == "squeeze.py" and "@" in "".join(missing):
+        whole = " ".join(dict.fromkeys(name.partition("@")[0] for name in missing))
+        fail(f"{folder / missing[0]}{suffix} is missing; {command} --backbones {whole}, with --save-epochs or --pruned for what @ names")
     if missing:
         fail(f"{folder / missing[0]}{suffix} is missing; {command} --backbones {' '.join(missing)}")
     return command
@@ -396,12 +400,12 @@ def unfinished(result):
 
 
 def check_recovered(recovered, args, paths, data, records):
-    """Stop unless recover.py's images are of these classes and, where it had teachers of this set, of these. With --recipe
-    there may be others, but none of those it had may have changed."""
+    """Stop unless recover.py's images are of these classes and, where it had teachers of this set, of these. Under another
+    --recipe there may be others, but none of those it had may have changed."""
     path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
     check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
     if records and had and recovered["args"]["teachers"] == args.teachers:
-        names = had.keys() & records.keys() if args.recipe else had.keys() | records.keys()
+        names = had.keys() & records.keys() if args.recipe != args.method else had.keys() | records.keys()
         check_origin({"weights": {name: had.get(name) for name in names}},
                      fingerprints({name: records[name] for name in names & records.keys()}), path, "name the same --backbones, "
                      f"run recover.py --overwrite, or name --images {paths.images} under another --tag")

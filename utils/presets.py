@@ -227,9 +227,9 @@ def identity_flags(parser):
     group.add_argument("--ipc", type=number(int, 1), default=10, help="distilled images per class [IPC]")
     group.add_argument("--method", choices=METHODS, default="gvbsm",
                        help=f"how images are made; {', '.join(SELECTIONS)} choose real ones")
-    group.add_argument("--recipe", choices=METHODS,
+    group.add_argument("--recipe", choices=METHODS, metavar="METHOD",
                        help="whose labels and training: relabel.py and train_eval.py take their defaults, teachers "
-                       "too, from this method (default: --method)")
+                       "too, from this method instead of --method")
     group.add_argument("--tag", type=plain_name, help="a name for this variant, for ablations")
     group.add_argument("--teachers", type=plain_name, default="supervised", help="name of a set of squeezed backbones")
     group.add_argument("--backbones", nargs="+", metavar="NAME", help="networks to match and to label with [S, Eq. 7]")

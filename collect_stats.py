@@ -4,7 +4,7 @@ One pass over the training images, with the training augmentation and without gr
 mode. At the input of every Conv2d: mean and biased variance of each channel, and of each cell of a grid of patches. The
 value for the data set is the average over batches, weighted by their size: the mean of the batches' variances, which is
 smaller than the variance over the data set by the variance between batches. So Eq. 9 has it, and so has Eq. 10.
---class-statistics adds the moments of each class alone, there and at the input of every BatchNorm2d (Teddy, Eq. 11).
+--class-statistics adds the moments of each class alone, there and at the input of every BatchNorm2d (after Teddy's Eq. 11).
 
 reads   data/<dataset>/...                                           the training images
         runs/<dataset>/teachers/<teachers>/<backbone>.pt             squeeze.py
@@ -56,7 +56,7 @@ def sum_statistics(model, batches, patch, classes=0, start=None, keep=lambda sta
             sums = {name: [members.T @ moment.double() for moment in image_moments(x, patch if name in convolutions else None)]
                     for name, x in inputs.items()}
             state["class_sums"] = add(state["class_sums"], sums)
-            state["class_seen"] = state["class_seen"] + members.sum(0).cpu()
+            state["class_seen"] = state["class_seen"].cpu() + members.sum(0).cpu()
         keep(lambda: state)
     return state
 

@@ -3,8 +3,8 @@
 Pixels start as noise and are all that is optimised. An iteration augments the batch, draws one backbone (Eq. 7), and takes
 an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; Eq. 2 is the same without the last two terms).
 --method sre2l, cda, scdd and teddy are other settings of the same; random, herding, kcenter and forgetting write real
-training images into the same layout instead. dm matches the mean features of the training images in random networks (DM,
-arXiv:2110.04181), and BiLP (arXiv:2305.18381) prunes these images.
+training images into the same layout instead. dm matches the mean features of the training images in random networks
+(arXiv:2110.04181), and bilp prunes these images (arXiv:2305.18381).
 
 reads   data/<dataset>/...                                            the training images, for --init and selections
         runs/<dataset>/teachers/<teachers>/<backbone>.pt              squeeze.py
@@ -503,14 +503,15 @@ def features(model, split, data, device):
 def select(args, split, data, models, records, device):
     """--method random, herding, kcenter, forgetting: which training images of each class.   -> [LongTensor [ipc]]"""
     name = args.backbones[0]
+    kept = records.get(name, {}).get("kept", torch.arange(len(split)))
     known = features(models[name], split, data, device) if args.method in ("herding", "kcenter") else None
     forgotten = records[name].get("forgetting") if args.method == "forgetting" else {}
     if forgotten is None:
-        fail(f"--backbones {name}: squeeze.py counts what a backbone forgets, but not of pretrained and early ones, nor with "
+        fail(f"--backbones {name}: squeeze.py counts what a backbone forgets, but not of pretrained and weak ones, nor with "
              "--objective moco; name another first")
     chosen = []
     for label, title in enumerate(data["classes"]):
-        members = class_images(args, split, label, title, torch.arange(len(split)))
+        members = class_images(args, split, label, title, kept)
         chosen.append(members[
             torch.randperm(len(members), generator=generator("random", args.seed, label))[:args.ipc] if args.method == "random" else
             herding(known[members], args.ipc) if args.method == "herding" else
@@ -583,7 +584,7 @@ def match_distributions(pixels, split, kept, data, args, report=lambda *_: None,
 
 
 def write_matched(args, paths, device, split, kept, data, starts, work):
-    """--method dm: synthesise all images; log, draw, keep and save them."""
+    """--method dm, bilp: synthesise all images; log, draw, keep and save them."""
     one_by_one = [(label, index) for label in range(len(data["classes"])) for index in range(args.ipc)]
     pixels = [starts[one] if starts else noise(*one, data["image_size"], args.seed) for one in one_by_one]
     pixels = torch.stack(pixels).unflatten(0, (-1, args.ipc)).to(device)
@@ -647,7 +648,7 @@ def get_parser():
     method.add_argument("--subset", type=number(int, 0), default=0,
                         help="so many backbones, drawn for each image slot, act in every iteration [S_i of Teddy]; 0 = one, Eq. 7")
     method.add_argument("--class-statistics", action=argparse.BooleanOptionalAction, default=False,
-                        help="match those of the classes in a batch, for unbalanced data [Teddy]")
+                        help="match those of the mixture of classes in a batch, for unbalanced data [Teddy]")
     method.add_argument("--init", choices=["noise", "real", "crops"], default="noise",
                         help="the pixels' start: noise, random training images, or the crops the first backbone is surest of")
     method.add_argument("--init-images", type=number(int, 1), default=300, help="of a class that --init crops looks at")
@@ -659,7 +660,7 @@ def get_parser():
                         help="augmentation: horizontal flips")
     method.add_argument("--roll", type=number(int, 0), default=0,
                         help="augmentation: circular shift of up to so many pixels, 0 = off")
-    matching = parser.add_argument_group("distribution matching, --method dm")
+    matching = parser.add_argument_group("distribution matching, --method dm and bilp")
     matching.add_argument("--real-batch", type=number(int, 1), default=256, help="real images of a class in an iteration")
     matching.add_argument("--adaptive-ratio", type=number(float, 0, 0.9), default=0.0,
                           help="share of real images that adaptive pruning leaves out, 0 = off [beta]")
@@ -690,7 +691,7 @@ def main(argv=None):
     device, paths = begin(args)
     if args.cuda_graphs and (device.type != "cuda" or args.statistics == "plain"):
         fail("--cuda-graphs needs a GPU (--device cuda) and --statistics closed; leave it out")
-    selects, taught = args.method in SELECTIONS, args.method not in (*SELECTIONS, "dm")
+    selects, taught = args.method in SELECTIONS, args.method not in (*SELECTIONS, "dm", "bilp")
     result, upstream, made_from, records, models = paths.run / "result.json", {}, {}, {}, {}
     if args.method != "random":
         asked = argparse.Namespace(**vars(args) | {"backbones": args.backbones if taught else args.backbones[:1]})

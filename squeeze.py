@@ -160,10 +160,12 @@ def kept_images(split, data, args, device, paths, seen):
             piece = f"{rank()} of {world()}"
             mine = score_images(split, data, args, device, dealt(list(range(args.score_trials))), partial(work.load, piece),
                                 partial(work.keep, piece=piece))
-            work.save({"scores": mine, "trial": args.score_trials}, piece)
+            work.save({"scores": mine, "trial": args.score_trials, "epoch": 0, "done": 0}, piece)
             wait_for_all()
             scores = sum(work.read(f"{other} of {world()}")["scores"] for other in range(world())).cpu() / args.score_trials
             wait_for_all()                                           # before the pieces go
+            if not scores.isfinite().all():
+                fail(f"{path} would hold losses that are not finite; use a smaller --score-lr, and --overwrite")
             if rank() == 0:
                 save_torch(path, {"scores": scores, "args": own, "made_from": seen})
     return drop_largest(scores, split.labels.cpu(), args.prune_ratio)
@@ -254,7 +256,7 @@ def check_moco(args):
     """Stop where MoCo cannot be trained, whatever the data."""
     if args.pretrained:
         fail("--objective moco trains the weights that --pretrained would take from torchvision; add --no-pretrained")
-    if args.save_epochs or args.pruned:
+    if saved_epochs(args) or args.pruned:
         fail("--objective moco makes no weak teachers; leave out --save-epochs and --pruned")
     if world() > 1:
         fail("--objective moco trains in one process; run it without torchrun")
@@ -381,8 +383,8 @@ def get_parser():
     moco.add_argument("--probe-epochs", type=number(int, 1), default=100, help="of MoCo's linear probe")
     moco.add_argument("--probe-lr", type=number(float, 0), default=30.0, help="SGD learning rate of the probe, cosine")
     pool = parser.add_argument_group("weak teachers [Teddy]")
-    pool.add_argument("--save-epochs", type=epoch_range, metavar="FIRST:LAST:STEP",
-                      help="also keep the weights after these epochs, as <backbone>@<epoch>")
+    pool.add_argument("--save-epochs", type=epoch_range, default="none", metavar="FIRST:LAST:STEP",
+                      help="also keep the weights after these epochs, as <backbone>@<epoch>, or none")
     pool.add_argument("--pruned", type=number(int, 0, 1000), default=0,
                       help="also make so many, <backbone>@pruned<i>: without random channels, fine-tuned a little")
     pool.add_argument("--pruned-share", type=number(float, 0.05, 1), default=0.66, help="of the parameters they keep")
@@ -417,7 +419,7 @@ def main(argv=None):
     if max(saved_epochs(args), default=1) > args.epochs or args.warmup_epochs >= args.epochs:
         fail(f"--epochs {args.epochs} is too few for --save-epochs {args.save_epochs} or --warmup-epochs {args.warmup_epochs}; "
              "use more")
-    if args.pretrained and args.save_epochs:
+    if args.pretrained and saved_epochs(args):
         fail(f"--save-epochs {args.save_epochs}: pretrained weights have no epochs; add --no-pretrained")
     names, accuracies, seconds = [one for name in args.backbones for one in teachers_of(name, args)], {}, 0
     variances, objective = {}, {"objective": args.objective}
@@ -484,10 +486,11 @@ def main(argv=None):
                 key = with_precision(channels_last(key.to(device)), device, args.precision)
                 train_without_labels(model, key, splits, kept, data, args, device, work)
             elif kind or not args.pretrained:
-                more["forgetting"] = train(
+                forgetting = train(
                     model, splits["train"], kept, data, how, device, Progress(f"squeeze {name}", how.epochs * len(kept)),
                     work.load, work.keep if rank() == 0 else lambda state: None,         # the state is everybody's
                     lambda epoch: save(f"{name}@{epoch}", model, **more) if epoch in saved_epochs(args) and not kind else None)
+                more |= {} if kind else {"forgetting": forgetting}
             save(name, model, **more)
             seconds += work.seconds()
     return finish(result, "squeeze", args, {"top1": {name: accuracies[name] for name in names},
@@ -503,7 +506,7 @@ def teachers_of(name, args):
 
 def saved_epochs(args):
     """Those of --save-epochs."""
-    first, last, step = map(int, args.save_epochs.split(":")) if args.save_epochs else (1, 0, 1)
+    first, last, step = map(int, (args.save_epochs if args.save_epochs != "none" else "1:0:1").split(":"))
     return range(first, last + 1, step)
 
 

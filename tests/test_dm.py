@@ -400,11 +400,11 @@ def test_matching_may_start_from_noise_and_then_shows_it(project):
 
 
 def test_the_settings_are_those_of_table_12():
-    periods = {(dataset, ipc): preset_values("paper", dataset, "recover", ipc, "dm")["adaptive_period"]
-               for dataset, ipcs in (("cifar10", (1, 10, 50)), ("cifar100", (1, 10))) for ipc in ipcs}
-    assert periods == {("cifar10", 1): 10, ("cifar10", 10): 5, ("cifar10", 50): 5, ("cifar100", 1): 10, ("cifar100", 10): 10}
-    for dataset, iterations in ("cifar10", 20000), ("cifar100", 20000), ("tiny", 10000):
-        values = preset_values("paper", dataset, "recover", 10, "dm")
-        assert (values["iterations"], values["lr"], values["real_batch"]) == (iterations, 1, 256)
-        assert values["adaptive_ratio"] == 0.3 and values["init"] == "real"
-    assert recover.get_parser().get_default("adaptive_ratio") == 0
+    expected = {("cifar10", 1): (0.1, 10), ("cifar10", 10): (0.3, 5), ("cifar10", 50): (0.1, 5), ("cifar100", 1): (0.6, 10),
+                ("cifar100", 10): (0.4, 10)}
+    for (dataset, ipc), (alpha, period) in expected.items():
+        squeezing, recovering = (preset_values("paper", dataset, phase, ipc, "bilp") for phase in ("squeeze", "recover"))
+        assert (squeezing["prune_ratio"], recovering["adaptive_ratio"], recovering["adaptive_period"]) == (alpha, 0.3, period)
+        assert squeezing["teachers"] == recovering["teachers"] == f"bilp-{alpha}"
+    plain = recover.get_parser().parse_args([])
+    assert plain.adaptive_ratio == 0 and "adaptive_ratio" not in preset_values("paper", "cifar10", "recover", 10, "dm")

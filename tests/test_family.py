@@ -32,6 +32,7 @@ POOL = "wrn10_1@1 wrn10_1@2"
 OWN = {  # what a method has beside, in small: flags of a phase, or of all
     "scdd": {"squeeze": "--batch-size 256 --queue 512 --epochs 1 --probe-epochs 1"},
     "dm": {"recover": "--iterations 2 --real-batch 16"},
+    "bilp": {"squeeze": "--score-trials 1 --score-epochs 1 --score-batch-size 256", "recover": "--iterations 2 --real-batch 16"},
     "teddy": {"squeeze": "--save-epochs 1:2:1", "recover": f"--subset 1 --backbones {POOL}",
               **{phase: f"--backbones {POOL}" for phase in ("collect_stats", "relabel", "train_eval")}}}
 
@@ -67,7 +68,7 @@ def test_every_method_runs_all_five_phases_on_shapes_by_the_same_loop(method, sh
     assert result["method"] == method and result["images"] == 20 and len(list(run.glob("images/*/*.png"))) == 20
     real = {image.permute(1, 2, 0).numpy().tobytes() for image in load_split("shapes", "", "train", 32).images}
     mine = {np.asarray(Image.open(path)).tobytes() for path in run.glob("images/*/*.png")}
-    assert len(mine) == 20 and (mine <= real if method in SELECTIONS else not mine & real or method == "dm")
+    assert len(mine) == 20 and (mine <= real if method in SELECTIONS else not mine & real or method in ("dm", "bilp"))
 
 
 SETTINGS = {  # what the papers and releases print; a row: cifar10, cifar100, tiny, imagenet, "-" where there is nothing
@@ -106,9 +107,15 @@ SETTINGS = {  # what the papers and releases print; a row: cifar10, cifar100, ti
     "teddy recover subset":        ("-", "-", 3, 3),
     "teddy train_eval batch_size": ("-", "-", 256, 1024),
     "teddy train_eval epochs":     ("-", "-", 100, 300),
-    "dm recover lr":               (1.0, 1.0, 1.0, "-"),
-    "dm recover iterations":       (20000, 20000, 10000, "-"),
-    "dm recover adaptive_ratio":   (0.3, 0.3, "-", "-"),
+    "teddy squeeze batch_size":    ("-", "-", 256, 32),
+    "dm recover lr":               (1.0, 1.0, 1.0, 5.0),
+    "dm recover iterations":       (20000, 20000, 10000, 5000),
+    "dm recover real_batch":       (256, 256, 256, "-"),
+    "bilp squeeze score_trials":   (50, 50, 50, 30),
+    "bilp squeeze score_epochs":   (100, 250, 100, 20),
+    "bilp squeeze score_lr":       (3e-3, 5e-3, 5e-3, 3e-3),
+    "bilp squeeze score_batch_size": (512, 512, 512, 256),
+    "bilp recover adaptive_ratio": (0.3, 0.3, "-", "-"),
 }
 
 
@@ -161,6 +168,18 @@ def test_crops_are_drawn_from_the_floor_of_their_iteration_up():
     area = (boxes[:, 2] * boxes[:, 3]).view(3, 400) / 32 ** 2
     assert (area[0] > 0.9).all() and area[1].min() > 0.45 and area[2].min() < 0.15 and area[2].max() > 0.9
     assert area[2].double().mean() < 0.6 < area[1].double().mean() < 0.78                      # of those that fit
+
+
+def test_the_crops_of_recover_follow_the_curriculum():
+    areas = {}
+    for curriculum in "none", "cosine":
+        args = subset_args(subset=0, iterations=400, crop="resized", crop_curriculum=curriculum)
+        matching = type("matching", (), dict(targets={"a": (0, 0)}))
+        boxes = recover.draw_iterations(args, [matching], [0], 32)[2]["crop"]
+        areas[curriculum] = (boxes[:, 0, 2] * boxes[:, 0, 3] / 32 ** 2).split(100)
+    assert all(0.4 < part.mean() < 0.6 for part in areas["none"])
+    assert areas["cosine"][0].min() > 0.8 and areas["cosine"][0].mean() > areas["cosine"][1].mean() > areas["cosine"][2].mean()
+    assert areas["cosine"][3].min() < 0.3
 
 
 def test_the_kl_loss_of_tiny_imagenet_has_the_squared_temperature():
@@ -355,6 +374,24 @@ def test_class_statistics_aim_each_batch_at_its_own_classes_in_both_gradients(lo
         assert [entry[term] for term in ("bn", "conv")] == pytest.approx([again[term] for term in ("bn", "conv")], rel=1e-3)
 
 
+def test_the_target_of_a_batch_is_the_mixture_of_its_classes(project):
+    project.call("collect_stats", "--class-statistics --overwrite --backbones wrn10_1")
+    args = recover.parse_args(recover.get_parser(), "recover", project.arguments("recover", "--backbones wrn10_1 --class-statistics"),
+                              recover.preset_column)
+    stored, device = checkpoint(project.teachers / "wrn10_1.stats.pt"), torch.device("cpu")
+    model = build_model("wrn10_1", 4, 16).eval()
+    labels = torch.tensor([[0, 0, 1, 1], [2, 2, 2, 3]])
+    matching, = recover.make_matchings({"wrn10_1": model}, {"wrn10_1": stored}, labels, args, device)
+    for layer, targets in matching.targets.items():
+        for group, shares in enumerate([{0: 0.5, 1: 0.5}, {2: 0.75, 3: 0.25}]):
+            for kind in range(0, len(targets), 2):
+                means, variances = (stored["class_statistics"][layer][kind + i] for i in (0, 1))
+                mean = sum(share * means[label] for label, share in shares.items())
+                var = sum(share * (variances[label] + (means[label] - mean) ** 2) for label, share in shares.items())
+                torch.testing.assert_close(targets[kind][group], mean.float(), rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(targets[kind + 1][group], var.float(), rtol=1e-4, atol=1e-6)
+
+
 def test_class_statistics_that_nobody_collected_are_missed(project):
     assert "--class-statistics" in project.mistake("recover", "--class-statistics")
     assert "--overwrite" in project.mistake("collect_stats", "--class-statistics")
@@ -459,6 +496,30 @@ def test_forgetting_events_are_those_counted_by_hand_while_training(bare, monkey
     assert events.sum() > 0
 
 
+def test_forgetting_selects_from_what_squeezing_kept_and_needs_counts(bare):
+    bare.call("squeeze", "--prune-ratio 0.5 --score-trials 1 --score-epochs 1 --pruned 1 --backbones wrn10_1")
+    kept = checkpoint(bare.teachers / "wrn10_1.pt")["kept"].tolist()
+    images, _ = training_images(bare)
+    for method in "forgetting", "herding":
+        bare.call("recover", f"--method {method} --ipc 6 --backbones wrn10_1")
+        assert {image.tobytes() for image in bare.images(f"{method}-ipc6")} == {images[i].tobytes() for i in kept}
+    assert "nor with" in bare.mistake("recover", "--method forgetting --backbones wrn10_1@pruned1 --overwrite")
+
+
+def test_losses_that_are_not_finite_end_squeeze(bare):
+    with pytest.raises(SystemExit) as end:
+        bare.call("squeeze", "--prune-ratio 0.5 --score-trials 1 --score-epochs 3 --score-lr 1e12")
+    assert end.value.code == 2 and not (bare.teachers / "scores.pt").exists()
+
+
+def test_a_recipe_that_is_named_is_the_one_that_was_implied(project):
+    project.call("recover", "--method random")
+    for flags in "", "--recipe gvbsm", "--recipe random":
+        project.call("relabel", "--method random", flags)
+        project.call("train_eval", "--method random", flags)
+    assert "already done" in project.printed
+
+
 def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
     path = project.teachers / "convnet_w8.pt"
     record = checkpoint(path)
@@ -555,6 +616,8 @@ def test_a_recipe_may_bring_other_backbones_of_the_same_set_but_none_trained_ane
 
 WORKS = {
     "scores": ("squeeze", "--prune-ratio 0.25 --score-trials 2 --score-epochs 3 --score-batch-size 20", "normalize", 8),
+    "scores, when all are made": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 2 --score-batch-size 20",
+                                  "save_torch", 1),
     "the training behind them": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 1 --epochs 4", "gathered", 7),
     "weak teachers": ("squeeze", "--epochs 4 --save-epochs 1:4:1", "gathered", 10),
     "pruned teachers": ("squeeze", "--pruned 3 --backbones wrn10_1", "gathered", 12),

@@ -281,9 +281,35 @@ def test_the_learning_rate_is_a_cosine_with_epochs_counted_from_1(bare, monkeypa
         return step(self, *rest)
 
     monkeypatch.setattr(torch.optim.SGD, "step", noting)
-    bare.call("squeeze", FLAGS, "--epochs 4 --probe-epochs 1")
+    bare.call("squeeze", FLAGS, "--epochs 4 --probe-epochs 4")
     expected = [0.06 * (1 + torch.tensor(torch.pi * epoch / 4).cos().item()) / 2 for epoch in range(1, 5) for _ in range(3)]
-    assert rates == [pytest.approx(rate, abs=1e-8) for rate in expected] + [30.0]
+    expected += [30 * (1 + torch.tensor(torch.pi * epoch / 4).cos().item()) / 2 for epoch in range(4)]            # the probe's
+    assert rates == [pytest.approx(rate, abs=1e-6) for rate in expected]
+
+
+def test_moco_sees_two_views_of_each_image_with_colours_of_their_own(bare, monkeypatch):
+    seen, forward, coloured = [], MoCo.forward, []
+    monkeypatch.setattr(MoCo, "forward", lambda self, *views: seen.append(views) or forward(self, *views))
+    colour = squeeze.apply_colour
+    monkeypatch.setattr(squeeze, "apply_colour", lambda images, draw: coloured.append((images, colour(images, draw))) or coloured[-1][1])
+    bare.call("squeeze", FLAGS)
+    mean, std = (torch.tensor(weights(bare)["data"][key])[:, None, None] for key in ("mean", "std"))
+    assert len(seen) == 6 and len(coloured) == 12
+    for step, (query, key, order) in enumerate(seen):
+        assert not torch.allclose(query, key, atol=0.1) and sorted(order.tolist()) == list(range(16))
+        for view, (cropped, painted) in zip((query, key), coloured[2 * step:2 * step + 2], strict=True):
+            assert_near(view, (painted - mean) / std, 1e-4)
+            assert ((cropped - painted).abs().amax((1, 2, 3)) > 0.01).sum() > 8           # four of five, on average
+
+
+def test_the_test_images_are_those_whose_neighbours_are_sought_among_the_training_images(bare, monkeypatch):
+    asked = []
+    monkeypatch.setattr(squeeze, "knn_top1", lambda *found: asked.append(found) or 50.0)
+    bare.call("squeeze", FLAGS, "--prune-ratio 0.25 --score-trials 1 --score-epochs 1")
+    for bank, bank_labels, queries, labels, classes in asked:
+        assert bank.shape == (36, 128) and queries.shape == (24, 128) and classes == 4
+        assert bank_labels.tolist() == sorted(9 * [0, 1, 2, 3]) and labels.tolist() == sorted(6 * [0, 1, 2, 3])
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("at", [2, 4, 6, 7, 8])

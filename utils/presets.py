@@ -27,6 +27,10 @@ PAPER = {
     ("squeeze", "batch_size"):      (64,            64,            128,           256,           64,            "P"),
     ("squeeze", "epochs"):          (5,             50,            50,            100,           5,             "P"),
     ("squeeze", "crop"):            ("pad4",        "pad4",        "pad8",        "resized",     "pad4",        "P; pad8 R"),
+    ("squeeze", "score_trials"):    (50,            50,            50,            30,            3,             "BiLP, Sec. 6.4"),
+    ("squeeze", "score_epochs"):    (100,           250,           100,           20,            5,             "BiLP, Sec. 6.4"),
+    ("squeeze", "score_lr"):        (3e-3,          5e-3,          5e-3,          3e-3,          3e-3,          "BiLP, Sec. 6.4"),
+    ("squeeze", "score_batch_size"): (512,          512,           512,           256,           64,            "BiLP, Sec. 6.4"),
     ("collect_stats", "batch_size"): (64,           64,            128,           256,           64,            "P: as in squeeze"),
     ("collect_stats", "crop"):      ("pad4",        "pad4",        "pad8",        "resized",     "pad4",        "P: as in squeeze"),
     ("recover", "lr"):              (0.05,          0.05,          0.05,          0.1,           0.05,          "P"),
@@ -79,7 +83,10 @@ RELEASE = {     # where the release differs from the above; the same columns
 }
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER]}      # `best` equals `paper` so far
 AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           # P, Appendix A
-          ("dm", "cifar10", 1): {"recover": {"adaptive_period": 10}}}           # BiLP, Table 12
+          ("bilp", "cifar10", 1): {"*": {"teachers": "bilp-0.1"}, "squeeze": {"prune_ratio": 0.1},
+                                   "recover": {"adaptive_period": 10}},         # BiLP, Table 12
+          ("bilp", "cifar10", 50): {"*": {"teachers": "bilp-0.1"}, "squeeze": {"prune_ratio": 0.1}},
+          ("bilp", "cifar100", 1): {"*": {"teachers": "bilp-0.6"}, "squeeze": {"prune_ratio": 0.6}}}
 
 # What each method changes in the table PAPER; the README's section on the family tells what its sources leave open. None
 # keeps the setting of PAPER; where a source has no CIFAR-10 (or CIFAR) setting, that of the nearest data set stands; the
@@ -163,13 +170,13 @@ TEDDY = SRE2L | {  # arXiv:2410.07579, Tables 4 and 5: prior generation
                                      [f"wrn16_2@{epoch}" for epoch in range(1, 6)]),
     ("squeeze", "backbones"):       R18,
     ("squeeze", "pretrained"):      (False,) * 5,
+    ("squeeze", "batch_size"):      (128,           128,           256,           32,            None),
     ("squeeze", "save_epochs"):     ("11:46:5",     "11:46:5",     "11:46:5",     "21:61:5",     "1:5:1"),
     ("squeeze", "epochs"):          (46,            46,            46,            61,            None),
     ("squeeze", "schedule"):        ("cosine",      "cosine",      "cosine",      "step",        None),
     ("squeeze", "warmup_epochs"):   (0,) * 5,
     ("recover", "subset"):          (3,) * 5,
     ("recover", "iterations"):      (1000,          1000,          4000,          6000,          None),
-    ("recover", "crop"):            ("none",        "none",        "resized",     "resized",     "none"),
     ("relabel", "mix"):             ("cutmix",) * 5,
     ("train_eval", "mix"):          ("cutmix",) * 5,
     ("train_eval", "optimizer"):    ("adamw",) * 5,
@@ -178,25 +185,28 @@ TEDDY = SRE2L | {  # arXiv:2410.07579, Tables 4 and 5: prior generation
     ("train_eval", "loss"):         ("kl",) * 5,
     ("train_eval", "temperature"):  (20.0,) * 5,
 }
-DM = {  # BiLP's supplement (arXiv:2305.18381), Sec. 6.3 and Table 12, at IPC 10; it has no adaptive pruning beyond CIFAR
+DM = {  # arXiv:2110.04181, as in BiLP's supplement, Secs. 6.3 and 6.6 (ImageNet at 64 pixels)
     ("recover", "init"):            ("real",) * 5,
-    ("recover", "lr"):              (1.0,) * 5,
-    ("recover", "iterations"):      (20000,         20000,         10000,         10000,         None),
+    ("recover", "lr"):              (1.0,           1.0,           1.0,           5.0,           1.0),
+    ("recover", "iterations"):      (20000,         20000,         10000,         5000,          None),
     ("recover", "real_batch"):      (256,           256,           256,           256,           64),
-    ("recover", "adaptive_ratio"):  (0.3,           0.3,           0.3,           0.3,           0.3),
+}
+BILP = DM | {  # arXiv:2305.18381, supplement, Table 12, at IPC 10 (see AT_IPC); beyond CIFAR ours
+    ("*", "teachers"):              ("bilp-0.3",    "bilp-0.4",    "bilp-0.4",    "bilp-0.5",    "bilp-0.3"),
+    ("squeeze", "prune_ratio"):     (0.3,           0.4,           0.4,           0.5,           0.3),
+    ("recover", "adaptive_ratio"):  (0.3,) * 5,
     ("recover", "adaptive_period"): (5,             10,            10,            10,            10),
 }
-METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY, "dm": DM,
+METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY, "dm": DM, "bilp": BILP,
            "random": {}, "herding": {}, "kcenter": {}, "forgetting": {}}
 SELECTIONS = "random", "herding", "kcenter", "forgetting"                       # write real images
 
 
 def preset_values(preset, column, phase, ipc=None, method="gvbsm"):
     """{flag: value} that a preset sets in a phase for a column of the table."""
-    values = of_phase(PRESETS[preset], column, phase)
-    exception = AT_IPC.get(("paper" if preset == "best" else preset, column, ipc), {})
-    values |= exception.get(phase, {}) | of_phase([METHODS[method]], column, phase)
-    return values | AT_IPC.get((method, column, ipc), {}).get(phase, {})
+    exceptions = [AT_IPC.get((key, column, ipc), {}) for key in ("paper" if preset == "best" else preset, method)]
+    early, late = (exception.get("*", {}) | exception.get(phase, {}) for exception in exceptions)
+    return of_phase(PRESETS[preset], column, phase) | early | of_phase([METHODS[method]], column, phase) | late
 
 
 def of_phase(tables, column, phase):
@@ -305,8 +315,8 @@ def crop_name(text):
 
 
 def epoch_range(text):
-    """argparse type: first:last:step, epochs from 1 on, the last among them."""
-    if not re.fullmatch(r"[1-9]\d{0,5}:\d{1,6}:[1-9]\d{0,5}", text, re.ASCII):
+    """argparse type: first:last:step, epochs from 1 on, the last among them; or none."""
+    if text != "none" and not re.fullmatch(r"[1-9]\d{0,5}:\d{1,6}:[1-9]\d{0,5}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form first:last:step, such as 11:46:5")
     return text
 

@@ -26,8 +26,8 @@ from torch import nn
 from utils import fail
 
 NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every",
-           "log_every", "groups_per_step", "cuda_graphs", "checkpoint_minutes"}
-# arguments that leave the result as it is, up to rounding
+           "log_every", "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe"}
+# arguments that leave the result as it is, up to rounding; recipe decides others, which do not
 TEACHER = ("weights", "backbone", "data", "top1", "tested", "args")            # what squeeze.py stores
 AGAIN = "start again with --overwrite"
 

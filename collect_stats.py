@@ -29,7 +29,7 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.data import load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
-from utils.run import (AGAIN, Progress, Work, begin, channels_last, check_classes, check_same, dealt, fingerprint, fingerprints,
+from utils.run import (AGAIN, Progress, Work, begin, channels_last, check_classes, check_same, check_trained, dealt, fingerprint, fingerprints,
                        finish, finished_before, generator, is_there, load_teachers, load_torch, rank, relevant, save_torch, script, send,
                        wait_for_all, world)
 from utils.stats import conv_stats, layer_inputs, matched_layers, whole_patches
@@ -151,6 +151,7 @@ def main(argv=None):
     if todo:
         split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers).to(device)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
+        check_trained(split, records, paths)
         split.check_crop(args.crop)
     classes = len(data["classes"]) if args.class_statistics else 0
     for name in todo:

@@ -39,7 +39,7 @@ from utils.data import describe, folder_name, load_split, preset_column, read_im
 from utils.dm import dm_loss, ite_norms, new_pruning, prune
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import SELECTIONS, Parser, crop_name, identity_flags, number, number_or_auto, parse_args
-from utils.run import (Finite, Graphed, Progress, Work, begin, check_classes, dealt, fingerprint, fingerprints, finish, finished, generator,
+from utils.run import (Finite, Graphed, Progress, Work, begin, check_classes, check_trained, dealt, fingerprint, fingerprints, finish, finished, generator,
                        image_set, load_teachers, load_torch, need_files, rank, relevant, script, send, wait_for_all, whole_file, world,
                        writable)
 from utils.selection import herding, k_center, most_forgotten, surest_crops
@@ -463,30 +463,34 @@ def load_statistics(args, paths, models, records):
     -> {backbone: file's dict, "fingerprint"}"""
     if not (args.conv_weight or args.class_statistics):
         return {name: {"statistics": {}, "patch": 4} for name in models}
-    stored, command = {}, need_files(args, paths.teachers, ".stats.pt", "collect_stats.py")
+    stored, command = {}, need_files(args, paths.teachers, ".stats.pt", "collect_stats.py" + " --class-statistics" * args.class_statistics)
     for name, model in models.items():
         path, again = paths.teachers / f"{name}.stats.pt", f"{command} --backbones {name} --overwrite"
         stored[name] = load_torch(path, again, ("statistics", "patch", "checkpoint", "classes", "args"))
         stored[name]["fingerprint"] = fingerprint(path)
         convolutions = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        check_classes(stored[name]["classes"], records[name]["data"]["classes"], path, f"{name}.pt")
         if stored[name]["checkpoint"] != records[name]["fingerprint"]:
             fail(f"{path} belongs to other weights than {name}.pt; {again}")
         if stored[name]["statistics"].keys() != convolutions:
             fail(f"{path} does not hold the convolutions of {name}; {again}")
         if stored[name]["patch"] != (patch := stored[args.backbones[0]]["patch"]):
             fail(f"{path} was collected with --patch {stored[name]['patch']}, {args.backbones[0]}'s with {patch}; {again}")
-        if args.class_statistics and "class_statistics" not in stored[name]:
-            fail(f"{path} holds no statistics of single classes; {again} --class-statistics")
+        if args.class_statistics and stored[name].get("class_statistics", {}).keys() != matched_layers(model).keys():
+            fail(f"{path} holds no statistics of single classes; {again}")
     return stored
 
 
-def warn_of_chance(records, num_classes):
-    """Say which backbones know nothing: within two standard errors of a guess."""
+def warn(args, models, records, num_classes):
+    """Say which backbones know nothing, within two standard errors of a guess, and which have nothing that is matched."""
     for name, record in records.items():
         chance = 100 / num_classes
         if record["top1"] <= chance + 2 * math.sqrt(chance * (100 - chance) / record["tested"]) and rank() == 0:
             print(f"warning: {name} is right on {record['top1']:.1f} % of the test images, no better than chance "
                   f"({chance:.1f} %); train it longer with squeeze.py", file=sys.stderr)
+        if (args.bn_weight or args.conv_weight) and not any(layer_weights(
+                models[name], args.bn_weight, args.conv_weight, 1).values()) and rank() == 0:
+            print(f"warning: {name} has no BatchNorm, and --conv-weight is 0: its statistics are not matched", file=sys.stderr)
 
 
 def features(model, split, data, device):
@@ -691,6 +695,10 @@ def main(argv=None):
     device, paths = begin(args)
     if args.cuda_graphs and (device.type != "cuda" or args.statistics == "plain"):
         fail("--cuda-graphs needs a GPU (--device cuda) and --statistics closed; leave it out")
+    if args.crop_curriculum != "none" and args.crop != "resized":
+        fail(f"--crop-curriculum {args.crop_curriculum} is of --crop resized, not {args.crop}; name both, or neither")
+    if args.init == "crops" and args.init_images < args.ipc:
+        fail(f"--init-images {args.init_images} is fewer than --ipc {args.ipc}; use at least that many")
     selects, taught = args.method in SELECTIONS, args.method not in (*SELECTIONS, "dm", "bilp")
     result, upstream, made_from, records, models = paths.run / "result.json", {}, {}, {}, {}
     if args.method != "random":
@@ -706,13 +714,12 @@ def main(argv=None):
         made_from["statistics"] = {name: stored.get("fingerprint") for name, stored in statistics.items()}
     if finished(result, args, made_from):
         return None
-    if taught:
-        warn_of_chance(records, len(data["classes"]))
     seen, starts = {}, {}
     if not taught or args.init != "noise":
         data = data if records else describe(args.dataset, args.data_dir, args.image_size, args.workers)
         split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
+        check_trained(split, records, paths)
         seen = {"data": fingerprint(json.dumps([data, len(split)]))}
         kept = records.get(args.backbones[0], {}).get("kept", torch.arange(len(split)))
     if selects:
@@ -722,6 +729,7 @@ def main(argv=None):
     old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
     with Work(result, args, made_from | seen, outputs=old) as work:
         if taught:
+            warn(args, models, records, len(data["classes"]))
             synthesise(args, paths, device, models, statistics, data, starts, work)
         elif rank() == 0 and not selects:
             write_matched(args, paths, device, split, kept, data, starts, work)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model, pretrained_weights
-from models.pruning import random_channels, shrink, widths
+from models.pruning import prunable, random_channels, shrink, widths
 from utils import fail
 from utils.augment import apply_colour, apply_view, draw_colour, draw_view, normalize
 from utils.data import describe, load_split, preset_column
@@ -42,7 +42,7 @@ SCORES = ["score_trials", "score_epochs", "score_lr", "score_batch_size"]
 
 
 def train(model, split, kept, data, args, device, progress, load=lambda: None, keep=lambda state: None,
-          after=lambda epoch: None):
+          after=lambda epoch: None, lr_flag="--lr"):
     """Train the model in place for --epochs epochs of cross-entropy on the images `kept` [N] of the split.   keep: takes,
     after every step, a function that gives the state; load: gives a state to go on from, or None; after: called at the
     end of every epoch with its number, from 1.   -> forgetting events and whether ever learned, of each image of the split"""
@@ -62,7 +62,7 @@ def train(model, split, kept, data, args, device, progress, load=lambda: None, k
     network = in_parallel(model, device)
 
     def state():
-        check_training(finite, model, progress.what)
+        check_training(finite, model, progress.what, lr_flag)
         return {"epoch": epoch, "done": done, "draw": draw.get_state(), "trained": [part.state_dict() for part in trained],
                 "forgetting": [right, before, learned, events]}
 
@@ -91,7 +91,7 @@ def train(model, split, kept, data, args, device, progress, load=lambda: None, k
             progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", len(batch))
         schedule.step()
         done = 0
-        check_training(finite, model, progress.what)
+        check_training(finite, model, progress.what, lr_flag)
         events, learned = count_forgetting(events, learned, before, right)
         before, right = right, torch.zeros_like(right)
         after(epoch + 1)
@@ -145,18 +145,20 @@ def score_images(split, data, args, device, trials, load, keep):
     return scores
 
 
-def kept_images(split, data, args, device, paths, seen):
-    """Which training images are trained on: of every class all but the --prune-ratio of largest losses.   -> sorted [n]"""
+def kept_images(split, data, args, device, paths, seen, later):
+    """Which training images are trained on: of every class all but the --prune-ratio of largest losses.   -> sorted [n]
+    later: files that are made from them"""
     if not args.prune_ratio:
         return torch.arange(len(split))
     path, own = paths.teachers / "scores.pt", {key: relevant(args)[key] for key in ("seed", *SCORES)}
     if is_there(path, args):
-        stored = load_torch(path, AGAIN, ("scores", "args"))
+        stored = load_torch(path, AGAIN, ("scores", "args", "made_from"))
         check_same(stored["args"], own, path)
         check_origin(stored["made_from"], seen, path)
-        scores = stored["scores"]
+        if len(scores := stored["scores"]) != len(split):
+            fail(f"{path} holds {len(scores)} losses, of {len(split)} training images; {AGAIN}")
     else:
-        with Work(path, args, seen, own) as work:
+        with Work(path, args, seen, own, later) as work:
             piece = f"{rank()} of {world()}"
             mine = score_images(split, data, args, device, dealt(list(range(args.score_trials))), partial(work.load, piece),
                                 partial(work.keep, piece=piece))
@@ -168,7 +170,9 @@ def kept_images(split, data, args, device, paths, seen):
                 fail(f"{path} would hold losses that are not finite; use a smaller --score-lr, and --overwrite")
             if rank() == 0:
                 save_torch(path, {"scores": scores, "args": own, "made_from": seen})
-    return drop_largest(scores, split.labels.cpu(), args.prune_ratio)
+    kept = drop_largest(scores, split.labels.cpu(), args.prune_ratio)
+    say(f"squeeze trains on {len(kept)} of {len(split)} images, those of smaller loss")
+    return kept
 
 
 def train_moco(moco, splits, kept, data, args, device, progress, load, keep):
@@ -248,7 +252,7 @@ def train_without_labels(model, key, splits, kept, data, args, device, work):
                     warmup_epochs=0, batch_size=256, crop="resized")
     probe = Probe(model, len(data["classes"]))
     train(probe, splits["train"], kept, data, argparse.Namespace(**vars(args) | settings), device,
-          Progress(f"probe {name}", args.probe_epochs * count), work.load, work.keep)
+          Progress(f"probe {name}", args.probe_epochs * count), work.load, work.keep, lr_flag="--probe-lr")
     return probe.classifier()
 
 
@@ -258,6 +262,8 @@ def check_moco(args):
         fail("--objective moco trains the weights that --pretrained would take from torchvision; add --no-pretrained")
     if saved_epochs(args) or args.pruned:
         fail("--objective moco makes no weak teachers; leave out --save-epochs and --pruned")
+    if args.epochs < 2:
+        fail(f"--epochs {args.epochs}: MoCo counts its cosine's epochs from 1, so that the last has the rate 0; use at least 2")
     if world() > 1:
         fail("--objective moco trains in one process; run it without torchrun")
     if args.batch_size % 8 or args.batch_size < 16:
@@ -413,14 +419,7 @@ def get_parser():
 def main(argv=None):
     args = parse_args(get_parser(), "squeeze", argv, preset_column)
     device, paths = begin(args)
-    check_models("--backbones", args.backbones, build_model)
-    if args.objective == "moco":
-        check_moco(args)
-    if max(saved_epochs(args), default=1) > args.epochs or args.warmup_epochs >= args.epochs:
-        fail(f"--epochs {args.epochs} is too few for --save-epochs {args.save_epochs} or --warmup-epochs {args.warmup_epochs}; "
-             "use more")
-    if args.pretrained and saved_epochs(args):
-        fail(f"--save-epochs {args.save_epochs}: pretrained weights have no epochs; add --no-pretrained")
+    check_backbones(args)
     names, accuracies, seconds = [one for name in args.backbones for one in teachers_of(name, args)], {}, 0
     variances, objective = {}, {"objective": args.objective}
     for name in names:
@@ -447,8 +446,8 @@ def main(argv=None):
         if args.objective == "supervised":
             splits["train"].check_crop(args.crop)
         check_models("--backbones", args.backbones, build_model, len(data["classes"]), data["image_size"])
-        seen = {"data": fingerprint(json.dumps([data, len(splits["train"])]))}
-        kept = kept_images(splits["train"], data, args, device, paths, seen)
+        seen, files = {"data": fingerprint(json.dumps([data, len(splits["train"])]))}, [paths.teachers / f"{name}.pt" for name in todo]
+        kept = kept_images(splits["train"], data, args, device, paths, seen, files)
         if args.objective == "moco":
             check_moco_data(splits["train"], kept, args)
 
@@ -462,15 +461,15 @@ def main(argv=None):
         if rank() == 0:
             save_torch(paths.teachers / f"{name}.pt",
                        {"backbone": name.partition("@")[0], "data": data, "top1": accuracies[name], "tested": len(test),
+                        "trained": len(splits["train"]),
                         "weights": {key: value.cpu() for key, value in model.state_dict().items()},
                         "args": relevant(args), **more})
 
-    for name in todo:
+    for i, name in enumerate(todo):
         backbone, _, kind = name.partition("@")
         if kind.isdigit():
             continue                                                 # saved while its backbone was trained
-        more = {"kept": kept} if args.prune_ratio else {}
-        early, how = [one for one in teachers_of(name, args) if one.partition("@")[2].isdigit()], args
+        how, more = args, {"kept": kept} if args.prune_ratio else {}
         torch.manual_seed(generator("weights", args.seed, backbone).initial_seed())
         model = build_model(backbone, len(data["classes"]), data["image_size"])
         if kind:
@@ -479,8 +478,8 @@ def main(argv=None):
         if args.pretrained and not kind:
             with one_first():
                 load_pretrained(name, model, args.download)
-        files = [paths.teachers / f"{one}.pt" for one in (name, *early)]
-        with Work(files[0], args, seen, settings(args, name) | objective | {"backbone": name}, files[1:]) as work:
+        identity = settings(args, name) | objective | {"backbone": name, "save_epochs": args.save_epochs}
+        with Work(files[i], args, seen, identity, files[i + 1:]) as work:
             if args.objective == "moco":
                 key = build_model(backbone, len(data["classes"]), data["image_size"])
                 key = with_precision(channels_last(key.to(device)), device, args.precision)
@@ -489,7 +488,8 @@ def main(argv=None):
                 forgetting = train(
                     model, splits["train"], kept, data, how, device, Progress(f"squeeze {name}", how.epochs * len(kept)),
                     work.load, work.keep if rank() == 0 else lambda state: None,         # the state is everybody's
-                    lambda epoch: save(f"{name}@{epoch}", model, **more) if epoch in saved_epochs(args) and not kind else None)
+                    lambda epoch: save(f"{name}@{epoch}", model, **more) if epoch in saved_epochs(args) and not kind else None,
+                    "--pruned-lr" if kind else "--lr")
                 more |= {} if kind else {"forgetting": forgetting}
             save(name, model, **more)
             seconds += work.seconds()
@@ -497,10 +497,27 @@ def main(argv=None):
                                             "first_bn_variance": {name: variances[name] for name in names}}, seconds)
 
 
+def check_backbones(args):
+    """Stop where those that are asked for cannot be made, whatever the data."""
+    if weak := [name for name in args.backbones if "@" in name]:
+        fail(f"--backbones {weak[0]}: squeeze.py makes it of {weak[0].partition('@')[0]}; name that, and --save-epochs or --pruned")
+    check_models("--backbones", args.backbones, build_model)
+    if args.objective == "moco":
+        check_moco(args)
+    if max(saved_epochs(args), default=1) > args.epochs:
+        fail(f"--epochs {args.epochs} is too few for --save-epochs {args.save_epochs}; use more")
+    if args.warmup_epochs >= args.epochs:
+        fail(f"--epochs {args.epochs} is too few for --warmup-epochs {args.warmup_epochs}; use more")
+    if args.pretrained and saved_epochs(args):
+        fail(f"--save-epochs {args.save_epochs}: pretrained weights have no epochs; use --save-epochs none or --no-pretrained")
+    for name in args.backbones if args.pruned else ():
+        with torch.device("meta"):
+            if not prunable(build_model(name, 10, 224)):
+                fail(f"--pruned {args.pruned}: {name} has no channels that can be removed alone; name other --backbones")
+
+
 def teachers_of(name, args):
-    """The names of a backbone and of the weak teachers made with it; of a pruned one its own."""
-    if "@" in name:
-        return [name]
+    """The names of a backbone and of the weak teachers made with it."""
     return [name, *(f"{name}@{epoch}" for epoch in saved_epochs(args)), *(f"{name}@pruned{i + 1}" for i in range(args.pruned))]
 
 
@@ -515,10 +532,11 @@ def post_generation(name, model, args, paths):
     --pruned-epochs epochs, more from one to the next; channels left, {layer: number}"""
     backbone, _, number = name.partition("@pruned")
     wait_for_all()                                                   # until it is written
-    model.load_state_dict(load_torch(paths.teachers / f"{backbone}.pt", AGAIN, TEACHER)["weights"])
+    try:
+        model.load_state_dict(load_torch(path := paths.teachers / f"{backbone}.pt", AGAIN, TEACHER)["weights"])
+    except RuntimeError as error:
+        fail(f"{path} does not hold weights of {backbone} ({reason(error)}); {AGAIN}")
     chosen = random_channels(model, args.pruned_share, generator("pruned", args.seed, name))
-    if not chosen:
-        fail(f"--pruned {args.pruned}: {backbone} has no channels that can be removed alone; name other --backbones")
     shrink(model, chosen)
     epochs = (int(number) - 1) * (args.pruned_epochs + 1) // args.pruned
     tuning = {"epochs": epochs, "lr": args.pruned_lr, "batch_size": 32, "schedule": "step", "step_epochs": 1,

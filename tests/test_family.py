@@ -1,7 +1,9 @@
 """The methods beside G-VBSM: what each of them changes, and all of them from end to end."""
+import io
 import itertools
 import json
 import math
+from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ SMALL = {"squeeze": "--epochs 2", "relabel": "--epochs 2", "train_eval": "--epoc
          "recover": "--iterations 3", "collect_stats": ""}
 POOL = "wrn10_1@1 wrn10_1@2"
 OWN = {  # what a method has beside, in small: flags of a phase, or of all
-    "scdd": {"squeeze": "--batch-size 256 --queue 512 --epochs 1 --probe-epochs 1"},
+    "scdd": {"squeeze": "--batch-size 512 --queue 512 --epochs 2 --probe-epochs 1"},
     "dm": {"recover": "--iterations 2 --real-batch 16"},
     "bilp": {"squeeze": "--score-trials 1 --score-epochs 1 --score-batch-size 256", "recover": "--iterations 2 --real-batch 16"},
     "teddy": {"squeeze": "--save-epochs 1:2:1", "recover": f"--subset 1 --backbones {POOL}",
@@ -531,6 +533,12 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
 @pytest.mark.parametrize("phase, flags, told", [
     ("squeeze", "--save-epochs 1:3:1", "--epochs 2 is too few"), ("squeeze", "--save-epochs 1-3", "first:last:step"),
     ("squeeze", "--save-epochs 0:3:1", "first:last:step"), ("squeeze", "--warmup-epochs 2", "--warmup-epochs 2"),
+    ("squeeze", "--save-epochs 2:1:1", "ends before it begins"), ("squeeze", "--pruned 1 --backbones shufflenetv2_05", "--pruned 1"),
+    ("squeeze", "--backbones wrn10_1@1", "name that, and --save-epochs"),
+    ("squeeze", "--objective moco --epochs 1 --batch-size 16", "--epochs 1"),
+    ("recover", "--crop none --crop-curriculum cosine", "--crop-curriculum cosine"),
+    ("recover", "--init crops --init-images 1", "--init-images 1"),
+    ("recover", "--method sre2l --teachers other --backbones wrn10_1@2", "--backbones wrn10_1, with --save-epochs"),
     ("squeeze", "--pretrained --save-epochs 1:2:1", "--no-pretrained"), ("squeeze", "--prune-ratio 1", "--prune-ratio"),
     ("recover", "--subset 3", "the 2 --backbones"), ("recover", "--recipe best", "--recipe"),
     ("recover", "--method herding --backbones wrn16_2", "squeeze.py"), ("recover", "--method dm --backbones wrn16_2", "squeeze.py"),
@@ -542,9 +550,51 @@ def test_mistakes_end_in_a_line_and_lose_nothing(phase, flags, told, project):
     assert told in project.mistake(phase, flags)
 
 
-def test_a_backbone_without_channels_to_prune_is_named(bare):
-    bare.call("squeeze", "--backbones shufflenetv2_05")
-    assert "--pruned 1" in bare.mistake("squeeze", "--backbones shufflenetv2_05 --pruned 1")
+def test_a_rate_that_is_too_large_is_named_by_its_flag(bare):
+    bare.call("squeeze", "--backbones wrn10_1")
+    with pytest.raises(SystemExit), redirect_stderr(io.StringIO()) as err:
+        bare.call("squeeze", "--backbones wrn10_1 --pruned 3 --pruned-lr 1e30")
+    assert "use a smaller --pruned-lr" in err.getvalue()
+
+
+def test_save_epochs_belong_to_work_that_is_unfinished(bare, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(squeeze, "count_forgetting", raising)
+        bare.call("squeeze", "--backbones wrn10_1 --epochs 3")
+    assert "--save-epochs none (now 1:3:1)" in bare.mistake("squeeze", "--backbones wrn10_1 --epochs 3 --save-epochs 1:3:1")
+
+
+def raising(*_):
+    raise InterruptedError
+
+
+def test_what_is_overwritten_goes_before_the_work_so_that_the_same_command_without_overwrite_goes_on(bare, monkeypatch):
+    flags = "--save-epochs 1:2:1 --pruned 1 --prune-ratio 0.25 --score-trials 1 --score-epochs 1 --backbones convnet_w8 wrn10_1"
+    bare.call("squeeze", flags)
+    for function in "count_forgetting", "drop_largest":
+        with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(squeeze, function, raising)
+            bare.call("squeeze", flags, "--epochs 3 --overwrite --checkpoint-minutes 0")
+        result = bare.call("squeeze", flags, "--epochs 3")
+        assert len(result["top1"]) == 8
+        for path in bare.teachers.glob("*@*.pt"):
+            assert checkpoint(path)["args"]["epochs"] == 3
+
+
+def test_teachers_of_other_images_do_not_meet(bare):
+    bare.call("squeeze", "--backbones convnet_w8")
+    bare.call("squeeze", "--backbones wrn10_1 --prune-ratio 0.5 --score-trials 1 --score-epochs 1")
+    assert "--prune-ratio" in bare.mistake("collect_stats")
+    bare.call("collect_stats", "--backbones wrn10_1")
+    (bare.dataset / "train" / "ant" / "0.png").unlink()
+    for phase, flags in ("collect_stats", "--overwrite"), ("recover", "--init real"), ("recover", "--method forgetting"):
+        assert "48 training images, now 47" in bare.mistake(phase, "--backbones wrn10_1", flags)
+
+
+def test_a_network_without_batch_norm_is_warned_of_where_only_batch_norm_acts(project):
+    with redirect_stderr(io.StringIO()) as err:
+        project.call("recover", "--method sre2l --teachers supervised --iterations 1")
+    assert "convnet_w8 has no BatchNorm" in err.getvalue() and "wrn10_1 has no" not in err.getvalue()
 
 
 # Starts

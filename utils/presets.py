@@ -318,6 +318,8 @@ def epoch_range(text):
     """argparse type: first:last:step, epochs from 1 on, the last among them; or none."""
     if text != "none" and not re.fullmatch(r"[1-9]\d{0,5}:\d{1,6}:[1-9]\d{0,5}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form first:last:step, such as 11:46:5")
+    if text != "none" and int(text.split(":")[0]) > int(text.split(":")[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} ends before it begins; use first:last:step, such as 11:46:5, or none")
     return text
 
 

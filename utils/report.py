@@ -7,11 +7,10 @@ deviation; margin = run minus random real. A run is compared with random images 
 same teachers and settings, whatever its tag), of its tag where there are several. "published" is what papers print for the
 method, under their own recipes.
 """
-import argparse
 from pathlib import Path
 
 from utils import fail
-from utils.presets import METHODS
+from utils.presets import METHODS, Parser
 from utils.run import load_json
 
 R18, R50, R101, CONVNET = "resnet18", "resnet50", "resnet101", "convnet_w128"
@@ -58,6 +57,7 @@ PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
     ("teddy", "imagenet", R18, "stored"): {10: "34.1 ± 0.1", 50: "52.5 ± 0.1", 100: "56.5 ± 0.0"},
     ("teddy", "imagenet", R50, "stored"): {5: "21.0", 10: "37.2", 50: "58.5"},
 }
+IDENTITY = "ipc", "student", "labels", "method", "tag"
 HEADER = ("ipc", "student", "labels", "run", "top-1", "random real", "margin", "published")
 LABELS = {"stored": "soft", "online": "soft, online", "hard": "hard"}
 RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to", "optimizer", "lr", "momentum", "weight_decay",
@@ -69,11 +69,11 @@ def read_results(folder):
     """{(ipc, student, labels, method, tag): result} of all evaluations below runs/<dataset>."""
     results = {}
     for path in sorted(folder.glob("*/eval/*.json")):
-        result = load_json(path, remedy := "remove it and run train_eval.py again")
-        try:
-            results[tuple(result[key] for key in ("ipc", "student", "labels", "method", "tag"))] = result
-        except (KeyError, TypeError):
+        remedy = "remove it and run train_eval.py again"
+        result = load_json(path, remedy, (*IDENTITY, "top1", "top1_std", "seeds", "args", "upstream", "made_from"))
+        if result["method"] not in METHODS or result["labels"] not in LABELS or not isinstance(result["ipc"], int):
             fail(f"{path} is no result of train_eval.py; {remedy}")
+        results[tuple(result[key] for key in IDENTITY)] = result
     return results
 
 
@@ -127,8 +127,8 @@ def table(header, lines):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="utils.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
+    parser.prog = "utils.report"
     parser.add_argument("folder", type=Path, metavar="runs/DATASET", help="where the phases wrote")
     folder = parser.parse_args(argv).folder
     results = read_results(folder)

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -291,7 +292,7 @@ def image_set(folder, files):
 def need_files(args, folder, suffix, script):
     """A file for each backbone, or the command that makes those which are missing.   -> the command for others"""
     method = args.recipe or args.method
-    command = f"run: python {script} --dataset {args.dataset}{f' --method {method}' * (method != 'gvbsm')} --teachers {args.teachers}"
+    command = f"run: python {script} --dataset {shlex.quote(str(args.dataset))}{f' --method {method}' * (method != 'gvbsm')} --teachers {args.teachers}"
     missing = [name for name in args.backbones if not (folder / f"{name}{suffix}").exists()]
     if missing and script == "squeeze.py" and "@" in "".join(missing):
         whole = " ".join(dict.fromkeys(name.partition("@")[0] for name in missing))
@@ -313,7 +314,7 @@ def load_teachers(args, folder, build_model, device):
             model = build_model(record["backbone"], len(record["data"]["classes"]), record["data"]["image_size"],
                                 record.get("widths"))
             model.load_state_dict(record.pop("weights"))
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             fail(f"{path} does not hold weights of {name} ({reason(error)}); train it again with squeeze.py --overwrite")
         models[name] = with_precision(model.eval().requires_grad_(False).to(device), device, args.precision)
         records[name] = record | {"fingerprint": fingerprint(path)}
@@ -321,6 +322,10 @@ def load_teachers(args, folder, build_model, device):
         if record["data"] != first:
             key = next(key for key in first if record["data"].get(key) != first[key])
             fail(f"{path} and {args.backbones[0]}.pt differ in {key}; train them again with squeeze.py --overwrite")
+        kept = [records[one].get("kept", torch.empty(0)) for one in (name, args.backbones[0])]
+        if not torch.equal(*kept):
+            fail(f"{path} and {args.backbones[0]}.pt were trained on other images (--prune-ratio); train them again alike, "
+                 "or name those that were")
     return models, records, first
 
 
@@ -350,6 +355,14 @@ def check_models(flag, names, build_model, num_classes=10, image_size=224):
                 build_model(name, num_classes, image_size)
         except ValueError as error:
             fail(f"{flag} {name}: {error}")
+
+
+def check_trained(split, records, paths):
+    """Stop where a teacher was trained when there were more or fewer training images."""
+    for name, record in records.items():
+        if record.get("trained", len(split)) != len(split):
+            fail(f"{paths.teachers / name}.pt was trained when there were {record['trained']} training images, now {len(split)}; "
+                 "train it again with squeeze.py --overwrite")
 
 
 def check_classes(found, expected, where, other):
@@ -576,13 +589,13 @@ class Work:
             raise SystemExit(128 + Work.stopped_by) from None        # RuntimeError: a collective's other end has stopped
 
 
-def check_training(finite, model, what):
-    """Stop when a loss (of `Finite`) was not finite, or a weight is not."""
+def check_training(finite, model, what, flag="--lr"):
+    """Stop when a loss (of `Finite`) was not finite, or a weight is not.   flag: that of the learning rate"""
     if found := finite.first():
-        fail(f"{what}: the loss is not finite in step {found[0]}; use a smaller --lr")
+        fail(f"{what}: the loss is not finite in step {found[0]}; use a smaller {flag}")
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
-            fail(f"{what}: {name} is not finite after the last step; use a smaller --lr")
+            fail(f"{what}: {name} is not finite after the last step; use a smaller {flag}")
 
 
 class Finite:

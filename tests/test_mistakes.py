@@ -306,7 +306,7 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
     for name in "convnet_w8", "wrn10_1":
         path = project.teachers / f"{name}.pt"
         edit(path, data=torch.load(path, weights_only=True)["data"] | {"classes": CLASSES})
-        edit(path.with_name(f"{name}.stats.pt"), checkpoint=run.fingerprint(path))
+        edit(path.with_name(f"{name}.stats.pt"), checkpoint=run.fingerprint(path), classes=CLASSES)
     before = project.files()
     project.call("recover")
     project.call("relabel")

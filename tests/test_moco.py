@@ -253,10 +253,10 @@ def test_a_backbone_squeezed_without_labels_is_one_for_the_other_phases(contrast
 def test_the_saved_classifier_is_the_probe_on_the_encoder_that_moco_left(bare, contrasted, monkeypatch):
     seen = []
 
-    def watched(model, *rest):
+    def watched(model, *rest, **how):
         if isinstance(model, Probe):
             seen.append(copy.deepcopy(model.features.state_dict()))
-        train(model, *rest)
+        train(model, *rest, **how)
         seen.append(model)
 
     train = squeeze.train

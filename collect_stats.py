@@ -52,11 +52,11 @@ def sum_statistics(model, batches, patch, classes=0, start=None, keep=lambda sta
         sums = {name: [vector[0].double() * len(images) for vector in shared[id(inputs[name])]] for name in convolutions}
         state = state | {"sums": add(state["sums"], sums), "seen": state["seen"] + len(images), "batches": state["batches"] + 1}
         if classes:
-            members = F.one_hot(labels.to(images.device), classes).double()
+            members = (send(labels, images.device)[:, None] == torch.arange(classes, device=images.device)).double()
             sums = {name: [members.T @ moment.double() for moment in image_moments(x, patch if name in convolutions else None)]
                     for name, x in inputs.items()}
             state["class_sums"] = add(state["class_sums"], sums)
-            state["class_seen"] = state["class_seen"].cpu() + members.sum(0).cpu()
+            state["class_seen"] = state["class_seen"].to(members) + members.sum(0)
         keep(lambda: state)
     return state
 

@@ -30,8 +30,8 @@ from utils.augment import apply_view, draw_view, normalize
 from utils.data import load_split, preset_column
 from utils.presets import Parser, crop_name, identity_flags, number, parse_args
 from utils.run import (AGAIN, Progress, Work, begin, channels_last, check_classes, check_same, check_trained, dealt, fingerprint, fingerprints,
-                       finish, finished_before, generator, is_there, load_teachers, load_torch, rank, relevant, save_torch, script, send,
-                       wait_for_all, world)
+                       costs, finish, finished_before, generator, is_there, load_teachers, load_torch, rank, relevant, save_torch, script, send,
+                       peak_memory, wait_for_all, world)
 from utils.stats import conv_stats, layer_inputs, matched_layers, whole_patches
 
 
@@ -134,7 +134,7 @@ def main(argv=None):
     if args.patch > data["image_size"]:
         fail(f"--patch {args.patch} is larger than the images, {data['image_size']} pixels a side; use at most that")
     settings = {key: relevant(args)[key] for key in ("patch", "crop", "batch_size", "seed", "precision")}
-    result, todo, piece, seconds = paths.teachers / "collect_stats.json", [], f"{rank()} of {world()}", 0
+    result, todo, piece, made = paths.teachers / "collect_stats.json", [], f"{rank()} of {world()}", {}
     for name in models:
         path = paths.teachers / f"{name}.stats.pt"
         if is_there(path, args):
@@ -171,11 +171,13 @@ def main(argv=None):
                 more = {"class_statistics": class_statistics(states)} if classes else {}
                 save_torch(path, more | {"statistics": statistics, "patch": args.patch, "checkpoint": records[name]["fingerprint"],
                                          "classes": data["classes"], "args": relevant(args)})
-            seconds += work.seconds()
+            made[name] = {"seconds": round(work.seconds(), 1), "peak_memory": peak_memory()}
     upstream = {"squeeze": {name: record["args"] for name, record in records.items()}}
+    spent = costs(result) | made
     return finish(result, "collect_stats", args,
                   {"convolutions": {name: len([m for m in model.modules() if isinstance(m, nn.Conv2d)])
-                                    for name, model in models.items()}}, seconds, upstream, fingerprints(records))
+                                    for name, model in models.items()}, "costs": spent},
+                  sum(spent[name]["seconds"] for name in args.backbones if name in spent), upstream, fingerprints(records))
 
 
 def check_finite(statistics, path):

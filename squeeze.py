@@ -33,7 +33,7 @@ from utils.moco import MoCo, Probe, as_encoder, join_norms, knn_top1
 from utils.presets import Parser, crop_name, epoch_range, identity_flags, number, parse_args
 from utils.run import (AGAIN, TEACHER, Finite, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
                        check_origin, check_same, check_training, dealt, fingerprint, finish, finished_before, generator, is_there,
-                       load_torch, one_first, rank, reason, relevant, save_torch, say, script, send, wait_for_all,
+                       costs, load_torch, one_first, peak_memory, rank, reason, relevant, save_torch, say, script, send, wait_for_all,
                        with_precision, world)
 from utils.selection import count_forgetting, drop_largest, last_epoch_weights
 
@@ -420,7 +420,7 @@ def main(argv=None):
     args = parse_args(get_parser(), "squeeze", argv, preset_column)
     device, paths = begin(args)
     check_backbones(args)
-    names, accuracies, seconds = [one for name in args.backbones for one in teachers_of(name, args)], {}, 0
+    names, accuracies = [one for name in args.backbones for one in teachers_of(name, args)], {}
     variances, objective = {}, {"objective": args.objective}
     for name in names:
         path = paths.teachers / f"{name}.pt"
@@ -465,6 +465,7 @@ def main(argv=None):
                         "weights": {key: value.cpu() for key, value in model.state_dict().items()},
                         "args": relevant(args), **more})
 
+    made = {}
     for i, name in enumerate(todo):
         backbone, _, kind = name.partition("@")
         if kind.isdigit():
@@ -492,9 +493,11 @@ def main(argv=None):
                     "--pruned-lr" if kind else "--lr")
                 more |= {} if kind else {"forgetting": forgetting}
             save(name, model, **more)
-            seconds += work.seconds()
+            made[name] = {"seconds": round(work.seconds(), 1), "peak_memory": peak_memory()}
+    spent = costs(result) | made                                     # now, for it may be another process's too
     return finish(result, "squeeze", args, {"top1": {name: accuracies[name] for name in names},
-                                            "first_bn_variance": {name: variances[name] for name in names}}, seconds)
+                                            "first_bn_variance": {name: variances[name] for name in names}, "costs": spent},
+                  sum(spent[name]["seconds"] for name in names if name in spent))
 
 
 def check_backbones(args):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -454,16 +455,37 @@ def finish(path, phase, args, metrics, seconds, upstream=None, made_from=None):
     """Write the result file and print the same object on one line; once for all processes."""
     if rank():
         return None
-    memory = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1 << 20)}
-    if torch.cuda.is_available():
-        memory["cuda_mib"] = torch.cuda.max_memory_allocated() >> 20
     result = {"phase": phase, "dataset": Path(args.dataset).name, "ipc": args.ipc, "method": args.method, "tag": args.tag,
-              **metrics, "seconds": round(seconds, 1), "processes": world(), "peak_memory": memory,
+              **metrics, "seconds": round(seconds, 1), "processes": world(), "peak_memory": peak_memory(), "hardware": hardware(),
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "args": relevant(args), "upstream": upstream or {}, "made_from": made_from or {}}
     save_json(path, result)
     say("RESULT", json.dumps(result))
     return result
+
+
+def peak_memory():
+    """Of this process so far, in MiB."""
+    memory = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1 << 20)}
+    if torch.cuda.is_available():
+        memory["cuda_mib"] = torch.cuda.max_memory_allocated() >> 20
+    return memory
+
+
+def hardware():
+    """Name of the GPU that was used, or of the CPU and the threads on it."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    name = None
+    with suppress(OSError):
+        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    threads = torch.get_num_threads()
+    return f"{name[1].strip() if name else platform.processor() or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
+
+
+def costs(path):
+    """{backbone: its seconds and peak_memory} of the result file of squeeze.py or collect_stats.py, {} without one."""
+    return load_json(path, AGAIN).get("costs", {}) if path.exists() else {}
 
 
 def stop(number, frame):

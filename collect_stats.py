@@ -149,7 +149,7 @@ def main(argv=None):
     if not todo and finished_before(result, settings | {"backbones": args.backbones}, made_from=fingerprints(records)):
         return None
     if todo:
-        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers).to(device)
+        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers, holdout=args.holdout).to(device)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
         check_trained(split, records, paths)
         split.check_crop(args.crop)

@@ -241,10 +241,15 @@ def noise(label, index, size, seed):
 
 
 @torch.no_grad()
-def real_starts(args, split, data, model, kept, device):
-    """--init real, crops: random training images of each class; or (RDED, arXiv:2312.03526) of --init-images random ones
-    the surest of --init-crops random square crops each, of these the surest.   -> {(class, index): [3, S, S]}"""
-    starts = {}
+def real_starts(args, split, data, models, records, kept, device):
+    """--init real, herding, kcenter: training images of each class, random or chosen; or crops (RDED, arXiv:2312.03526): of
+    --init-images random ones the surest of --init-crops random square crops each, of these the surest.
+    -> {(class, index): [3, S, S]}"""
+    if args.init in SELECTIONS:
+        chosen = select(args.init, args, split, data, models, records, device)
+        return {(label, index): image for label, rows in enumerate(chosen)
+                for index, image in enumerate(normalize(split.read(rows).cpu(), data["mean"], data["std"]))}
+    starts, model = {}, models[args.backbones[0]]
     for label, name in enumerate(data["classes"]):
         members = class_images(args, split, label, name, kept)
         draw = generator("init", args.seed, label)
@@ -504,12 +509,12 @@ def features(model, split, data, device):
     return torch.cat(found)
 
 
-def select(args, split, data, models, records, device):
-    """--method random, herding, kcenter, forgetting: which training images of each class.   -> [LongTensor [ipc]]"""
+def select(method, args, split, data, models, records, device):
+    """Which training images of each class a method of SELECTIONS takes.   -> [LongTensor [ipc]]"""
     name = args.backbones[0]
     kept = records.get(name, {}).get("kept", torch.arange(len(split)))
-    known = features(models[name], split, data, device) if args.method in ("herding", "kcenter") else None
-    forgotten = records[name].get("forgetting") if args.method == "forgetting" else {}
+    known = features(models[name], split, data, device) if method in ("herding", "kcenter") else None
+    forgotten = records[name].get("forgetting") if method == "forgetting" else {}
     if forgotten is None:
         fail(f"--backbones {name}: squeeze.py counts what a backbone forgets, but not of pretrained and weak ones, nor with "
              "--objective moco; name another first")
@@ -517,9 +522,9 @@ def select(args, split, data, models, records, device):
     for label, title in enumerate(data["classes"]):
         members = class_images(args, split, label, title, kept)
         chosen.append(members[
-            torch.randperm(len(members), generator=generator("random", args.seed, label))[:args.ipc] if args.method == "random" else
-            herding(known[members], args.ipc) if args.method == "herding" else
-            k_center(known[members], args.ipc) if args.method == "kcenter" else
+            torch.randperm(len(members), generator=generator("random", args.seed, label))[:args.ipc] if method == "random" else
+            herding(known[members], args.ipc) if method == "herding" else
+            k_center(known[members], args.ipc) if method == "kcenter" else
             most_forgotten(forgotten["events"][members], forgotten["learned"][members], args.ipc)])
     return chosen
 
@@ -653,8 +658,9 @@ def get_parser():
                         help="so many backbones, drawn for each image slot, act in every iteration [S_i of Teddy]; 0 = one, Eq. 7")
     method.add_argument("--class-statistics", action=argparse.BooleanOptionalAction, default=False,
                         help="match those of the mixture of classes in a batch, for unbalanced data [Teddy]")
-    method.add_argument("--init", choices=["noise", "real", "crops"], default="noise",
-                        help="the pixels' start: noise, random training images, or the crops the first backbone is surest of")
+    method.add_argument("--init", choices=["noise", "real", "herding", "kcenter", "crops"], default="noise",
+                        help="the pixels' start: noise; training images, random or chosen by the first backbone; or the crops "
+                        "it is surest of")
     method.add_argument("--init-images", type=number(int, 1), default=300, help="of a class that --init crops looks at")
     method.add_argument("--init-crops", type=number(int, 1), default=5, help="of each of them")
     method.add_argument("--crop", type=crop_name, default="resized", help="augmentation: none, resized, pad<pixels>")
@@ -717,15 +723,15 @@ def main(argv=None):
     seen, starts = {}, {}
     if not taught or args.init != "noise":
         data = data if records else describe(args.dataset, args.data_dir, args.image_size, args.workers)
-        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers)
+        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers, holdout=args.holdout)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
         check_trained(split, records, paths)
         seen = {"data": fingerprint(json.dumps([data, len(split)]))}
         kept = records.get(args.backbones[0], {}).get("kept", torch.arange(len(split)))
     if selects:
-        chosen = select(args, split, data, models, records, device)
+        chosen = select(args.method, args, split, data, models, records, device)
     elif args.init != "noise":
-        starts = real_starts(args, split, data, models[args.backbones[0]], kept, device)
+        starts = real_starts(args, split, data, models, records, kept, device)
     old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
     with Work(result, args, made_from | seen, outputs=old) as work:
         if taught:

@@ -155,7 +155,7 @@ def main(argv=None):
     args = parse_args(get_parser(), "relabel", argv, preset_column)
     device, paths = begin(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
-    upstream, folder = {"squeeze": {name: record["args"] for name, record in records.items()}}, args.images or paths.images
+    squeezed, upstream, folder = {name: record["args"] for name, record in records.items()}, {}, args.images or paths.images
     if args.images:
         images = image_set(folder, list_folder(folder)[2])
     else:
@@ -163,6 +163,7 @@ def main(argv=None):
                               f"--method {args.method}", ("args", "upstream", "made_from", "image_set", "classes"))
         upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
         check_recovered(recovered, args, paths, data, records)
+    upstream["squeeze"] = upstream.get("squeeze", {}) | squeezed
     made_from, result = fingerprints(records) | {"images": images}, paths.labels / "result.json"
     if finished(result, args, made_from):
         return None

@@ -440,7 +440,7 @@ def main(argv=None):
     if todo:
         with one_first():
             splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
-                                        args.download).to(device) for split in ("train", "test")}
+                                        args.download, args.holdout).to(device) for split in ("train", "test")}
         data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
         check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
         if args.objective == "supervised":
@@ -559,7 +559,7 @@ def first_bn_variance(name, weights):
 
 def settings(args, name=""):
     """The arguments that decide a backbone's weights."""
-    names = ["dataset", "image_size", "seed", "precision", "pretrained", "prune_ratio", *SCORES * (args.prune_ratio > 0)]
+    names = ["dataset", "holdout", "image_size", "seed", "precision", "pretrained", "prune_ratio", *SCORES * (args.prune_ratio > 0)]
     if not args.pretrained:
         names += ["epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "step_epochs", "warmup_epochs"]
         names += MOCO if args.objective == "moco" else ["crop"]

@@ -18,7 +18,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -109,23 +109,26 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
     fused = device.type == "cuda"
     optimizer = (torch.optim.AdamW(groups, lr=lr, fused=fused) if args.optimizer == "adamw" else
                  torch.optim.SGD(groups, lr=lr, momentum=args.momentum, fused=fused))
-    schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs) if args.schedule == "cosine" else
+    schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.lr_stretch) if args.schedule == "cosine" else
                 torch.optim.lr_scheduler.ConstantLR(optimizer, 1))
     trained = model, optimizer, schedule
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order, units, top1 = generator("order", seed, name), torch.tensor([data["mean"], data["std"]], device=device), {}
+    weights = [value for value in model.state_dict().values() if value.is_floating_point()] if args.ema_decay else []
+    average = [value.clone() for value in weights]
     finite, epoch, done, before, loss = Finite(["loss"], device), 0, 0, order.get_state(), torch.tensor(math.nan)
     progress = Progress(f"train_eval {name} seed {seed}", args.epochs)
     if start := load():
         epoch, done, before, top1 = (start[key] for key in ("epoch", "done", "order", "top1"))
         for part, saved in zip(trained, start["trained"]):
             part.load_state_dict(saved)
+        average = send(start["average"], device)
         order.set_state(before)
         progress.skip(epoch)
 
     def state():
         check_training(finite, model, progress.what)
-        return {"epoch": epoch, "done": done, "order": before, "top1": top1,
+        return {"epoch": epoch, "done": done, "order": before, "top1": top1, "average": average,
                 "trained": [part.state_dict() for part in trained]}
 
     def loss_and_gradients(mixed, *targets):
@@ -135,17 +138,20 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
     graphed = defaultdict(lambda: Graphed(loss_and_gradients))       # by the size of a batch: the last may be short
     while epoch < args.epochs:
         model.train()
-        draw = send(labels.epoch(epoch), device)
+        labelled = epoch % (args.label_epochs or args.epochs)
+        draw = send(labels.epoch(labelled), device)
         batches = torch.randperm(len(images), generator=order).split(whole_batch(args, len(images)))
         for rows in batches[done:]:
             batch = send(rows, device)
             mixed = apply_epoch(images, draw, batch, labels.mix, units)
-            soft = labels.soft_logits(epoch, rows, mixed) if args.labels != "hard" else mixed.new_zeros(0)
+            soft = labels.soft_logits(labelled, rows, mixed) if args.labels != "hard" else mixed.new_zeros(0)
             step = graphed[len(rows)] if args.cuda_graphs else loss_and_gradients
             loss, *gradients = step(mixed, classes[batch], soft, classes[draw["partner"][batch]], draw["ratio"][batch])
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             optimizer.step()
+            if args.ema_decay:
+                torch._foreach_lerp_(average, weights, 1 - args.ema_decay)
             done += 1
             finite.see(epoch * len(batches) + done, loss)
             keep(state)
@@ -154,9 +160,24 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
         # `evaluations` evenly spaced epochs, the last of them the last epoch
         if epoch * args.evaluations // args.epochs > (epoch - 1) * args.evaluations // args.epochs:
             check_training(finite, model, progress.what)
-            top1[epoch] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(500)))
+            with swapped(weights, average):
+                top1[epoch] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(500)))
         progress.step(lambda: f"loss {loss.item():.4f}  top1 {list(top1.values())[-1:]}")
     return top1
+
+
+@contextmanager
+@torch.no_grad()
+def swapped(weights, others):
+    """Inside the block tensors have the values of others, and these theirs."""
+    def swap():
+        for one, other in zip(weights, others):
+            kept = one.clone()
+            one.copy_(other)
+            other.copy_(kept)
+    swap()
+    yield
+    swap()
 
 
 def student_value(texts, name):
@@ -178,6 +199,8 @@ def get_parser():
                         help="a folder <class>/<file> of any origin, instead of the run's images")
     method.add_argument("--labels", choices=["stored", "online", "hard"], default="stored",
                         help="of relabel.py, asked of the teachers while training, or the class alone")
+    method.add_argument("--label-epochs", type=number(int, 1),
+                        help="use the labels of so many epochs again and again, which is all that need be stored; default all")
     method.add_argument("--loss", choices=["mse_gt", "kl", "kl_t2"], default="mse_gt",
                         help="Eq. 11, or SRe2L's divergence, or that times the squared temperature")
     method.add_argument("--gamma", type=number(float, 0), default=0.1,
@@ -204,6 +227,10 @@ def get_parser():
                               help="on tensors of 2 or more dimensions, 0 = off")
     optimization.add_argument("--schedule", choices=["constant", "cosine"], default="cosine",
                               help="of the learning rate, per epoch")
+    optimization.add_argument("--lr-stretch", type=number(float, 1), default=1.0,
+                              help="the cosine is that of so many times the epochs: at 2 it ends at half [zeta of EDC]")
+    optimization.add_argument("--ema-decay", type=number(float, 0, 0.99999), default=0.0,
+                              help="per step, of a running average of the weights, which is what is tested; 0 = off")
     optimization.add_argument("--evaluations", type=number(int, 1), default=5,
                               help="evenly spaced over the epochs, the last is the result")
     optimization.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
@@ -224,6 +251,7 @@ def main(argv=None):
     teachers, records, data = {}, {}, before.get("data")
     if args.labels == "online":
         teachers, records, data = load_teachers(args, paths.teachers, build_model, device)
+        upstream["squeeze"] = upstream.get("squeeze", {}) | {name: record["args"] for name, record in records.items()}
     if args.labels == "online" and before:
         check_recovered(before, args, paths, data, records)
     made_from = origin(args, paths, before, records)
@@ -239,7 +267,7 @@ def main(argv=None):
     images, classes, labels = load_distilled(args, paths, before, data, made_from, list(teachers.values()), device)
     check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
     with one_first():
-        test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download).to(device)
+        test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download, args.holdout).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
     for names in [todo] if world() > 1 else [[name] for name in todo]:                # torchrun deals all trainings at once
         with ExitStack() as stack:
@@ -297,9 +325,10 @@ def load_distilled(args, paths, before, data, made_from, teachers, device):
              f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
     if args.labels == "stored":
         labels = StoredLabels(paths.labels, before["args"]["mix"])
-        if args.epochs > len(labels.logits):
-            fail(f"--epochs {args.epochs} is more than the {len(labels.logits)} in {paths.labels}; "
-                 f"run relabel.py --epochs {args.epochs} --overwrite")
+        if min(args.epochs, args.label_epochs or args.epochs) > len(labels.logits):
+            flag = f"--epochs {args.epochs}" if args.epochs <= (args.label_epochs or args.epochs) else f"--label-epochs {args.label_epochs}"
+            fail(f"{flag} is more than the {len(labels.logits)} in {paths.labels}; use --label-epochs {len(labels.logits)}, "
+                 f"or run relabel.py --epochs {flag.split()[1]} --overwrite")
     else:
         labels = FreshLabels(args, len(raw), data["image_size"], [channels_last(teacher) for teacher in teachers])
     number = torch.tensor([expected.index(name) for name in names])

@@ -339,6 +339,22 @@ def test_the_settings_of_a_folder_of_large_images_cost_one_header(tmp_path, monk
     assert preset_column(str(tmp_path), "nowhere") == "imagenet" and len(opened) == 1
 
 
+def test_every_tenth_image_of_a_class_is_held_out(tmp_path):
+    root = make_folder(tmp_path, count=23)
+    whole = load_split(str(root), "x", "train")
+    train, held = (load_split(str(root), "x", split, holdout=True) for split in ("train", "test"))
+    assert len(held) == 2 * len(whole.classes) and len(train) + len(held) == len(whole)
+    for label in range(len(whole.classes)):
+        mine = whole.images[whole.labels == label]
+        assert torch.equal(held.images[held.labels == label], mine[[9, 19]])
+        assert torch.equal(train.images[train.labels == label], mine[[i for i in range(23) if i not in (9, 19)]])
+
+
+def test_nothing_to_hold_out_is_told(tmp_path, capsys):
+    root = make_folder(tmp_path, count=9)
+    assert_fails(capsys, ["--holdout", "ten"], load_split, str(root), "x", "test", holdout=True)
+
+
 def test_named_data_sets_keep_their_own_settings():
     assert [preset_column(name, "nowhere", 224) for name in DATASETS] == list(DATASETS)
     row = DATASETS["shapes"]

@@ -477,6 +477,9 @@ def test_a_selection_is_that_of_its_function_class_by_class(method, project):
                   else most_forgotten(record["forgetting"]["events"][members], record["forgetting"]["learned"][members], 3))
         expected += members[chosen].tolist()
     assert (project.images(f"{method}-ipc3") == images[expected]).all()
+    if method != "forgetting":
+        project.call("recover", f"--init {method} --ipc 3 --lr 0")
+        assert (project.images("gvbsm-ipc3") == images[expected]).all()
     project.chain(f"--method {method} --ipc 3", first="relabel")
     assert f"--ipc 13" in project.mistake("recover", f"--method {method} --ipc 13")
 

@@ -1,6 +1,7 @@
 """The five phases from end to end: their files, what is the same every time, and what each flag changes."""
 import itertools
 import json
+import math
 import shutil
 import statistics
 import tracemalloc
@@ -828,6 +829,64 @@ def test_each_student_has_its_learning_rate_and_the_cosine_ends_at_zero(flags, n
             assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
             assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(last * lr, abs=1e-9)] * 2
     assert len(made) == 6
+
+
+def test_a_stretched_cosine_is_the_start_of_a_longer_one(relabelled, monkeypatch):
+    made, kind = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kwargs: made.append(kind(*args, **kwargs)) or made[-1])
+    for stretch in 1.5, 2, 4:
+        relabelled.call("train_eval", f"--optimizer adamw --lr 0.1 --lr-stretch {stretch} --overwrite")
+        assert made[-1].param_groups[0]["lr"] == pytest.approx(0.05 * (1 + math.cos(math.pi / stretch)))
+
+
+def test_the_labels_of_the_first_epochs_come_again_and_are_all_that_is_needed(relabelled, record):
+    seen, loss = record(train_eval, "apply_epoch"), record(train_eval, "mse_gt_loss")
+    relabelled.call("relabel", "--epochs 2 --overwrite")
+    assert "--label-epochs 2" in relabelled.mistake("train_eval", "--epochs 5")
+    assert "--label-epochs 3" in relabelled.mistake("train_eval", "--epochs 5 --label-epochs 3")
+    relabelled.call("train_eval", "--epochs 5 --label-epochs 2")
+    stored, views = labels(relabelled), [call[1] for call in seen]
+    for epoch, (view, batch, (_, soft, *_)) in enumerate(zip(views, [call[2] for call in seen], loss, strict=True)):
+        assert (soft.numpy() == stored["logits"][epoch % 2, batch]).all()
+        assert (view["crop"].numpy() == stored["crop"][epoch % 2]).all()
+
+
+def test_the_averaged_weights_are_those_of_a_slow_loop_and_they_are_tested(relabelled, monkeypatch):
+    students, steps, tested = [], [], []
+
+    def weights():
+        return {key: value.clone() for key, value in students[-1].state_dict().items()}
+
+    def before(module, name, note):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: note() or function(*args))
+
+    build = train_eval.build_model
+    monkeypatch.setattr(train_eval, "build_model", lambda *args: students.append(build(*args)) or students[-1])
+    before(train_eval, "apply_epoch", lambda: steps.append(weights()))
+    before(train_eval, "accuracy", lambda: tested.append(weights()))
+    relabelled.call("train_eval", "--students wrn10_1 --epochs 3 --ema-decay 0.7 --batch-size 3 --whole-up-to 0 --evaluations 1")
+    steps.append(weights())
+    average = steps[0]
+    for now in steps[1:]:
+        average = {key: 0.7 * value + 0.3 * now[key] if value.is_floating_point() else now[key] for key, value in average.items()}
+    assert len(steps) == 10 and len(tested) == 1
+    for key, value in average.items():
+        torch.testing.assert_close(tested[0][key], value)
+    assert not torch.equal(tested[0]["fc.weight"], steps[-1]["fc.weight"])
+
+
+def test_held_out_training_images_take_the_place_of_the_test_set(bare):
+    for path in bare.dataset.glob("test/*/*.png"):
+        path.write_bytes(b"no image")
+    results = bare.chain("--holdout")
+    teacher = torch.load(bare.root / "runs/beasts-holdout/teachers/supervised/wrn10_1.pt", weights_only=True)
+    assert teacher["trained"] == 44 and teacher["tested"] == 4 and not bare.run().exists()
+    assert results["train_eval"]["args"]["holdout"] is True
+    random = bare.call("recover", "--holdout --method random --ipc 11")
+    assert random["images"] == 44
+    assert "--ipc 12" in bare.mistake("recover", "--holdout --method random --ipc 12")
+    bare.call("recover", "--method random --ipc 12")                     # without it, all may be taken
 
 
 def test_students_learn_from_soft_labels_and_from_hard_ones_without_any_teacher(bare):

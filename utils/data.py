@@ -327,9 +327,20 @@ def preset_column(dataset, data_dir, image_size=None):
     return "cifar100" if size <= 32 else "tiny" if size <= SMALL else "imagenet"
 
 
-def load_split(dataset, data_dir, split, image_size=None, workers=0, download=False):
-    """Split "train" or "test" of a named data set or of a folder, at image_size (default: find_size) pixels."""
-    images, labels, classes = find_split(dataset, data_dir, split, download)
+def load_split(dataset, data_dir, split, image_size=None, workers=0, download=False, holdout=False):
+    """Split "train" or "test" of a named data set or of a folder, at image_size (default: find_size) pixels.
+    holdout: every tenth training image of a class is "test", the others are "train", and the test set stays unread."""
+    images, labels, classes = find_split(dataset, data_dir, "train" if holdout else split, download)
+    if holdout:
+        seen, rows = [0] * len(classes), []
+        for row, label in enumerate(labels):
+            seen[label] += 1
+            if (seen[label] % 10 == 0) == (split == "test"):
+                rows.append(row)
+        if not rows:
+            fail(f"--holdout: no class of --dataset {dataset} has ten training images; leave it out")
+        images = images[rows] if isinstance(images, np.ndarray) else [images[row] for row in rows]
+        labels = [labels[row] for row in rows]
     return Split(images, labels, classes, image_size or find_size(dataset, data_dir), workers)
 
 

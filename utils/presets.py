@@ -245,6 +245,8 @@ def identity_flags(parser):
     group.add_argument("--backbones", nargs="+", metavar="NAME", help="networks to match and to label with [S, Eq. 7]")
     group.add_argument("--preset", choices=sorted(PRESETS), default="paper", help="where defaults come from")
     group.add_argument("--data-dir", default="data", help="where named data sets lie")
+    group.add_argument("--holdout", action="store_true",
+                       help="to choose settings by: every tenth training image of a class takes the place of the test set")
     group.add_argument("--image-size", type=number(int, 8, 4096), help="of a folder of one's own; found out by default")
     run = parser.add_argument_group("run")
     run.add_argument("--run-dir", default="runs", help="where results go")

@@ -1,17 +1,23 @@
 """The results of a data set as a table: every method beside random real images under the same recipe.
 
-    python -m utils.report runs/cifar10
+    python -m utils.report runs/cifar10                # the table
+    python -m utils.report runs/cifar10 --keep         # also a file for each of its cells into tests/evidence
+    python -m utils.report --evidence                  # the README's tables, of the files in tests/evidence
+    python -m utils.report --evidence <cell>           # the commands that repeat a cell
 
 A row for each IPC, student, kind of labels and run. Top-1 of the last epoch in %, mean over student seeds and standard
 deviation; margin = run minus random real. A run is compared with random images that had the same labels and training (the
 same teachers and settings, whatever its tag), of its tag where there are several. "published" is what papers print for the
 method, under their own recipes.
 """
+import shlex
+from importlib import import_module
 from pathlib import Path
 
 from utils import fail
-from utils.presets import METHODS, Parser
-from utils.run import load_json
+from utils.data import DATASETS, preset_column
+from utils.presets import METHODS, Parser, parse_args
+from utils.run import load_json, relevant, save_json
 
 R18, R50, R101, CONVNET = "resnet18", "resnet50", "resnet101", "convnet_w128"
 PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
@@ -57,11 +63,17 @@ PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
     ("teddy", "imagenet", R18, "stored"): {10: "34.1 ± 0.1", 50: "52.5 ± 0.1", 100: "56.5 ± 0.0"},
     ("teddy", "imagenet", R50, "stored"): {5: "21.0", 10: "37.2", 50: "58.5"},
 }
+EVIDENCE = Path(__file__).resolve().parents[1] / "tests" / "evidence"
+BASES = "ablation", "search"                                        # tags of cells that others, tagged <base>-<word>, are compared with
+PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 IDENTITY = "ipc", "student", "labels", "method", "tag"
+MAIN_HEADER = ("data set", "IPC", "student", "run", "distilled", "random real", "margin", "hard: distilled", "hard: random real",
+               "paper", "seconds: squeeze, statistics, recover, relabel, a student", "hardware")
+COST_HEADER = ("cell", "images", "labels", "teachers", "statistics", *PHASES)
 HEADER = ("ipc", "student", "labels", "run", "top-1", "random real", "margin", "published")
 LABELS = {"stored": "soft", "online": "soft, online", "hard": "hard"}
 RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to", "optimizer", "lr", "momentum", "weight_decay",
-          "schedule")
+          "schedule", "lr_stretch", "ema_decay", "label_epochs")
 SOFT = ("loss", "gamma", "temperature", "logit_norm", "seed")                  # of soft labels alone
 
 
@@ -126,15 +138,201 @@ def table(header, lines):
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
 
 
+def keep(folder, results, out):
+    """Write a file for each run, IPC and student: RESULT objects of train_eval.py, by labels, of the run ("distilled") and of
+    random real images beside it ("real"); what each phase has cost, and bytes on the disk."""
+    for ipc, student, method, tag in {(key[0], key[1], *key[3:]): None for key in results if key[3] != "random"}:
+        ours = {labels: results[key] for labels in LABELS if (key := (ipc, student, labels, method, tag)) in results}
+        real = {labels: other for labels, result in ours.items() if (other := random_beside(result, results))}
+        first = next(iter(ours.values()))
+        run, teachers, names = folder / folder_of(first), folder / "teachers" / first["args"]["teachers"], first["args"]["backbones"]
+        whole = list(dict.fromkeys(name.partition("@")[0] for name in names))                # weak teachers come with these
+        costs = [spent(teachers / "squeeze.json", whole), spent(teachers / "collect_stats.json", names),
+                 spent(run / "result.json"), spent(run / "labels" / "result.json"),
+                 {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first)}]
+        save_json(out / f"{folder.resolve().name}-{folder_of(first)}-{student}.json", {
+            "dataset": folder.resolve().name, "ipc": ipc, "student": student, "method": method, "tag": tag,
+            "costs": dict(zip(PHASES, costs)),
+            "bytes": {"images": size(run.glob("images/*/*")), "labels": size(run.glob("labels/*.npy")),
+                      "teachers": size(teachers / f"{name}.pt" for name in names),
+                      "statistics": size(teachers / f"{name}.stats.pt" for name in names)},
+            "distilled": ours, "real": real})
+
+
+def folder_of(result):
+    """Of a run, below that of the data set."""
+    return f"{result['method']}-ipc{result['ipc']}" + (f"-{result['tag']}" if result["tag"] else "")
+
+
+def spent(path, backbones=()):
+    """Seconds and the most memory of a RESULT file, if there is one; of squeeze.py and collect_stats.py for these backbones."""
+    result = load_json(path, "run its phase again", ("seconds", "peak_memory")) if path.exists() else None
+    parts = [result["costs"][name] for name in backbones if name in result["costs"]] if result and backbones else [result]
+    return {"seconds": sum(part["seconds"] for part in parts), "mib": max(map(memory, parts))} if result and parts else None
+
+
+def memory(result):
+    """The GPU's if one was used."""
+    return result["peak_memory"].get("cuda_mib") or result["peak_memory"]["host_mib"]
+
+
+def size(files):
+    """In bytes, of those that are there."""
+    return sum(path.stat().st_size for path in files if path.exists())
+
+
+def read_evidence(folder):
+    """-> {name: cell of `keep`}"""
+    keys = "dataset", "ipc", "student", "method", "tag", "costs", "bytes", "distilled", "real"
+    return {path.stem: load_json(path, "remove it", keys) for path in sorted(folder.glob("*.json"))}
+
+
+def pair(cell, labels):
+    """Top-1 of a cell's images and of real ones, and the margin, as text."""
+    ours, real = cell["distilled"].get(labels), cell["real"].get(labels)
+    return accuracy(ours), accuracy(real), f"{ours['top1'] - real['top1']:+.1f}" if ours and real else ""
+
+
+def main_table(cells):
+    """A row for each cell that is no part of a comparison (tag), and one for each number of the paper without one."""
+    shown = {name: cell for name, cell in cells.items() if not is_variant(cell)}
+    order, done = [*DATASETS, ...], {(cell["dataset"], cell["ipc"], cell["student"]) for cell in shown.values()}
+    lines = [(cell["dataset"], cell["ipc"], [
+        cell["dataset"], str(cell["ipc"]), cell["student"], run_name(cell), *pair(cell, "stored"), *pair(cell, "hard")[:2],
+        PUBLISHED.get((cell["method"], cell["dataset"], cell["student"], "stored"), {}).get(cell["ipc"], ""),
+        ", ".join(f"{cost['seconds']:.0f}" if cost else "–" for cost in cell["costs"].values()),
+        next(iter(cell["distilled"].values()))["hardware"]]) for cell in shown.values()]
+    for (method, dataset, student, _), published in PUBLISHED.items():
+        if left := [ipc for ipc in published if method == "gvbsm" and (dataset, ipc, student) not in done]:
+            lines.append((dataset, 10 ** 6, [dataset, ", ".join(map(str, left)), student, method, "not run", "not run", "", "not run",
+                                             "not run", ", ".join(published[ipc] for ipc in left), "", ""]))
+    lines.sort(key=lambda line: (order.index(line[0] if line[0] in order else ...), line[1]))
+    return table(MAIN_HEADER, [line for _, _, line in lines])
+
+
+def run_name(cell):
+    return cell["method"] + (f"-{cell['tag']}" if cell["tag"] else "")
+
+
+def is_variant(cell):
+    """Part of a comparison: its tag is that of a base, a dash and a word for what differs."""
+    return cell["dataset"].endswith("-holdout") or (cell["tag"] or "").partition("-")[0] in BASES
+
+
+def comparisons(cells):
+    """A table for each base, a cell whose tag is one of BASES: what each change of one thing is worth."""
+    for base in (cell for cell in cells.values() if cell["tag"] in BASES and "stored" in cell["distilled"]):
+        alike = [cell for cell in cells.values() if (cell["tag"] or "").startswith(base["tag"] + "-") and all(
+            cell[key] == base[key] for key in ("dataset", "ipc", "student"))]
+        lines = [["base", *pair(base, "stored")[:1], "", pair(base, "stored")[2]]]
+        for cell in alike:
+            result = next(iter(cell["distilled"].values()))
+            lines.append([changes(base["distilled"]["stored"], result), accuracy(result), f"{result['top1'] - base['distilled']['stored']['top1']:+.1f}",
+                          pair(cell, result["labels"])[2]])
+        yield f"{base['dataset']}, IPC {base['ipc']}, {base['student']}, base `--tag {base['tag']}`", table(
+            ("change", "top-1", "against the base", "margin over random real"), lines)
+
+
+def changes(base, result):
+    """The flags in which a run differs from its base, behind the phase they are for if it is one alone."""
+    found = {}
+    for phase, args in chain(result):
+        before = [earlier for other, earlier in chain(base) if other == phase]
+        options = [differing(phase, args, earlier) for earlier in before]
+        for words in min(options, key=len, default=[]):
+            if words[0] not in ("--tag", "--images", "--teachers"):
+                found.setdefault(shlex.join(words), {})[phase] = None
+    return ", ".join(f"`{words}`" if len(phases) > 1 else f"`{''.join(phases)}.py {words}`" for words, phases in found.items())
+
+
+def chain(result):
+    """What led to a RESULT of train_eval.py.   -> [(phase, arguments)]; backbones that were made alike share an entry"""
+    steps = []
+    for phase in PHASES[:2]:
+        made = [(name.partition("@")[0] if phase == "squeeze" else name, args)
+                for name, args in result["upstream"].get(phase, {}).items() if args]
+        for name, args in dict(made).items():
+            alike = [step for other, step in steps if other == phase and step | {"backbones": 0} == args | {"backbones": 0}]
+            if alike:
+                alike[0]["backbones"].append(name)
+            else:
+                steps.append((phase, args | {"backbones": [name]}))
+    steps += [(phase, result["upstream"][phase]) for phase in PHASES[2:4] if phase in result["upstream"]]
+    return [*steps, ("train_eval", result["args"])]
+
+
+def differing(phase, args, others):
+    """The flags of a phase whose arguments are other than others'.   -> [[--flag, values]]"""
+    words = []
+    for action in import_module(phase).get_parser()._actions:
+        value, key = args.get(action.dest), action.dest
+        if key in args and key in others and value != others[key] and value is not None:
+            flag = action.option_strings[value is False]             # --flag, --no-flag
+            words.append([flag] if isinstance(value, bool) else [flag, *map(str, value if isinstance(value, list) else [value])])
+    return words
+
+
+def command(phase, args):
+    """The shortest command that runs a phase with these arguments."""
+    identity = ["--dataset", args["dataset"], "--ipc", str(args["ipc"]), "--method", args["method"], "--preset", args["preset"]]
+    identity += ["--holdout"] * args.get("holdout", False)
+    recipes = [[], *(["--recipe", method] for method in METHODS if phase in ("relabel", "train_eval"))]
+    lines = []
+    for recipe in recipes:
+        defaults = relevant(parse_args(import_module(phase).get_parser(), phase, identity + recipe, preset_column))
+        lines.append(identity + recipe + [word for words in differing(phase, args, defaults) for word in words])
+    line = shlex.join(["python", f"{phase}.py", *min(lines, key=len)])
+    return line.replace(" --method gvbsm", "").replace(" --preset paper", "")
+
+
+def commands(cell):
+    """Those that repeat a cell, one a line."""
+    results = [result for side in ("distilled", "real") for result in cell[side].values()]
+    return list(dict.fromkeys(command(phase, args) for result in results for phase, args in chain(result)))
+
+
+def cost_table(cells):
+    """A row for each cell of the main table: bytes on the disk, seconds and memory."""
+    return table(COST_HEADER, [[
+        name, *(f"{cell['bytes'][what] / 1e6:.2f}" for what in ("images", "labels", "teachers", "statistics")),
+        *(f"{cost['seconds']:.0f} s, {cost['mib'] / 1024:.1f} GiB" if (cost := cell["costs"][phase]) else "–" for phase in PHASES)]
+        for name, cell in cells.items() if not is_variant(cell)])
+
+
+def evidence(cells):
+    """The README's tables."""
+    parts = [main_table(cells)]
+    parts += [f"{title}:\n\n{lines}" for title, lines in comparisons(cells)]
+    parts += ["Megabytes on the disk; seconds and most memory of each phase, of one student:\n\n" + cost_table(cells)]
+    for name, cell in cells.items():
+        if not is_variant(cell) or cell["tag"] in BASES:
+            lines = "\n".join(commands(cell))
+            parts.append(f"<details><summary>Commands of {name}</summary>\n\n```bash\n{lines}\n```\n\n</details>")
+    return "\n\n".join(parts)
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     parser.prog = "utils.report"
-    parser.add_argument("folder", type=Path, metavar="runs/DATASET", help="where the phases wrote")
-    folder = parser.parse_args(argv).folder
-    results = read_results(folder)
+    parser.add_argument("folder", type=Path, nargs="?", metavar="runs/DATASET", help="where the phases wrote")
+    parser.add_argument("--keep", action="store_true", help="also write the folder's cells into tests/evidence")
+    parser.add_argument("--evidence", nargs="?", const="", metavar="CELL",
+                        help="the README's tables, of tests/evidence; or the commands that repeat a cell")
+    args = parser.parse_args(argv)
+    if (args.evidence is None) == (args.folder is None):
+        fail("name a folder such as runs/cifar10, or --evidence, and not both")
+    if args.folder is None:
+        cells = read_evidence(EVIDENCE)
+        if args.evidence and args.evidence not in cells:
+            fail(f"--evidence {args.evidence}: there is no such cell; name one of: {' '.join(cells)}")
+        print("\n".join(commands(cells[args.evidence])) if args.evidence else evidence(cells))
+        return
+    results = read_results(args.folder)
     if not results:
-        fail(f"{folder} holds no evaluation (<run>/eval/<student>.json); run train_eval.py first")
-    print(table(HEADER, list(rows(folder.resolve().name, results))))
+        fail(f"{args.folder} holds no evaluation (<run>/eval/<student>.json); run train_eval.py first")
+    print(table(HEADER, list(rows(args.folder.resolve().name, results))))
+    if args.keep:
+        keep(args.folder, results, EVIDENCE)
 
 
 if __name__ == "__main__":

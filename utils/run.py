@@ -195,8 +195,8 @@ def generator(*key):
 
 
 def run_paths(args):
-    """The folders of a run: runs/<dataset>/teachers/<teachers> and runs/<dataset>/<method>-ipc<k>[-<tag>]/..."""
-    root = Path(args.run_dir) / Path(args.dataset).resolve().name
+    """The folders of a run: runs/<dataset>[-holdout]/teachers/<teachers> and .../<method>-ipc<k>[-<tag>]/..."""
+    root = Path(args.run_dir) / (Path(args.dataset).resolve().name + "-holdout" * args.holdout)
     run = root / f"{args.method}-ipc{args.ipc}{f'-{args.tag}' if args.tag else ''}"
     return SimpleNamespace(teachers=root / "teachers" / args.teachers, run=run, images=run / "images",
                            labels=run / "labels", eval=run / "eval")
@@ -293,7 +293,7 @@ def image_set(folder, files):
 def need_files(args, folder, suffix, script):
     """A file for each backbone, or the command that makes those which are missing.   -> the command for others"""
     method = args.recipe or args.method
-    command = f"run: python {script} --dataset {shlex.quote(str(args.dataset))}{f' --method {method}' * (method != 'gvbsm')} --teachers {args.teachers}"
+    command = f"run: python {script} --dataset {shlex.quote(str(args.dataset))}{' --holdout' * args.holdout}{f' --method {method}' * (method != 'gvbsm')} --teachers {args.teachers}"
     missing = [name for name in args.backbones if not (folder / f"{name}{suffix}").exists()]
     if missing and script == "squeeze.py" and "@" in "".join(missing):
         whole = " ".join(dict.fromkeys(name.partition("@")[0] for name in missing))

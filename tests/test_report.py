@@ -1,9 +1,18 @@
 """The results table, from result files written by hand."""
 import json
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from utils import report
+from utils.data import preset_column
+from utils.presets import parse_args
+from utils.run import relevant
+
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 @pytest.fixture
@@ -131,3 +140,132 @@ def test_the_table_shows_what_train_eval_wrote(project, capsys):
     report.main([str(project.results)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "| 2   | convnet_w8 | soft   | gvbsm |" in lines[2] and "not run" not in lines[2]
+
+
+# Evidence
+
+@pytest.fixture
+def evidence(tmp_path, monkeypatch, capsys):
+    """evidence(folder): what --keep and then --evidence print; the files go to tmp_path/evidence."""
+    monkeypatch.setattr(report, "EVIDENCE", tmp_path / "evidence")
+
+    def call(*folders):
+        for folder in folders:
+            report.main([str(folder), "--keep"])
+        capsys.readouterr()
+        report.main(["--evidence"])
+        return capsys.readouterr().out
+    return call
+
+
+def lines_of(text, header):
+    """The cells of the lines of a printed table."""
+    block = text[text.index(f"| {header} "):].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in block[2:]]
+
+
+def test_the_readme_shows_what_the_files_hold():
+    section = re.search(r"<!-- python -m utils.report --evidence -->\n(.*?)\n<!-- end -->", README.read_text(), re.S)[1]
+    assert section == report.evidence(report.read_evidence(report.EVIDENCE))
+
+
+@pytest.mark.parametrize("name", sorted(report.read_evidence(report.EVIDENCE)))
+def test_the_commands_of_a_cell_give_the_arguments_it_was_measured_with(name):
+    cell = report.read_evidence(report.EVIDENCE)[name]
+    results = [result for side in ("distilled", "real") for result in cell[side].values()]
+    assert results and all({"top1_per_seed", "seeds", "versions", "hardware", "upstream"} <= result.keys() for result in results)
+    assert_repeatable(cell, results)
+
+
+def assert_repeatable(cell, results):
+    """Each step of each result is one of the cell's commands."""
+    understood = []
+    for line in report.commands(cell):
+        _, script, *words = shlex.split(line)
+        phase = script.removesuffix(".py")
+        understood.append((phase, relevant(parse_args(import_module(phase).get_parser(), phase, words, preset_column))))
+    for result in results:
+        for phase, args in report.chain(result):
+            assert any(other == phase and all(now[key] == args[key] for key in now if key in args and (phase, key) != ("collect_stats", "patch"))
+                       for other, now in understood), phase
+
+
+def test_a_cell_holds_the_results_the_costs_and_the_bytes_of_its_run(project, evidence):
+    for method in "random", "gvbsm":
+        project.chain(f"--method {method}", first="recover")
+        project.call("train_eval", f"--method {method} --labels hard --student-seeds 0 1")
+    evidence(project.results)
+    (name, cell), = report.read_evidence(report.EVIDENCE).items()
+    assert name == "beasts-gvbsm-ipc2-convnet_w8" and (cell["dataset"], cell["ipc"], cell["tag"]) == ("beasts", 2, None)
+    assert cell["distilled"].keys() == cell["real"].keys() == {"stored", "hard"}
+    stored = json.loads((project.run() / "eval/convnet_w8.json").read_text())
+    assert cell["distilled"]["stored"] == stored and cell["real"]["hard"]["method"] == "random"
+    squeezed = json.loads((project.teachers / "squeeze.json").read_text())
+    assert cell["costs"]["squeeze"]["seconds"] == pytest.approx(sum(squeezed["costs"][b]["seconds"] for b in ("convnet_w8", "wrn10_1")))
+    assert cell["costs"]["train_eval"]["seconds"] == stored["seconds"]
+    assert all(cost["seconds"] >= 0 and cost["mib"] > 100 for cost in cell["costs"].values())
+    assert cell["bytes"]["images"] == sum(path.stat().st_size for path in project.run().glob("images/*/*"))
+    assert cell["bytes"]["labels"] == sum(path.stat().st_size for path in project.run().glob("labels/*.npy"))
+    assert cell["bytes"]["teachers"] == sum((project.teachers / f"{b}.pt").stat().st_size for b in ("convnet_w8", "wrn10_1"))
+    assert cell["bytes"]["statistics"] > 0
+
+
+def test_the_commands_of_a_cell_repeat_every_phase_of_it(relabelled, evidence):
+    relabelled.call("squeeze", "--backbones wrn10_1 --epochs 1 --teachers other --save-epochs 1:1:1")
+    relabelled.call("collect_stats", "--backbones wrn10_1@1 --teachers other")
+    odd = "--teachers other --backbones wrn10_1@1 --tag odd"
+    relabelled.call("recover", odd, "--method sre2l --alpha 0.25 --no-flip")
+    relabelled.call("relabel", odd, "--method sre2l --recipe gvbsm --no-logit-norm")
+    relabelled.call("train_eval", odd, "--method sre2l --recipe gvbsm --student-seeds 3 4")
+    relabelled.call("train_eval", "--labels hard")
+    evidence(relabelled.results)
+    cells = report.read_evidence(report.EVIDENCE)
+    assert len(cells) == 2
+    for cell in cells.values():
+        assert_repeatable(cell, list(cell["distilled"].values()))
+    lines = report.commands(cells["beasts-sre2l-ipc2-odd-convnet_w8"])
+    assert [line.split()[1] for line in lines] == ["squeeze.py", "recover.py", "relabel.py", "train_eval.py"]       # no Eq. 9 in SRe2L
+    assert "--recipe gvbsm" in lines[2] and "--no-logit-norm" in lines[2] and "--alpha 0.25" in lines[1]
+
+
+def test_every_number_of_the_paper_without_a_cell_is_not_run(project, evidence):
+    project.chain(first="recover")
+    lines = lines_of(evidence(project.results), "data set")
+    assert lines[-1][:4] == ["beasts", "2", "convnet_w8", "gvbsm"] and lines[-1][5] == "not run" and lines[-1][4] != "not run"
+    missing = {(dataset, ipc, student): paper for dataset, ipcs, student, _, ours, *_, papers, _, _ in lines[:-1]
+               for ipc, paper in zip(ipcs.split(", "), papers.split(", ")) if ours == "not run"}
+    assert len(missing) == 4 + 6 + 6 + 9 and missing["imagenet", "50", "resnet101"] == "61.0 ± 0.4"
+    assert missing["cifar10", "10", "resnet18"] == "53.5 ± 0.6" and missing["tiny", "100", "resnet50"] == "52.1 ± 0.3"
+
+
+def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabelled, evidence):
+    base = "--tag ablation"
+    for method in "random", "gvbsm":
+        relabelled.chain(base, f"--method {method}", first="recover")
+    alpha = "--tag ablation-alpha0"
+    relabelled.call("recover", alpha, "--alpha 0")
+    relabelled.call("relabel", alpha)
+    relabelled.call("train_eval", alpha)
+    images = relabelled.run("gvbsm-ipc2-ablation") / "images"
+    kl = f"--tag ablation-kl --images {images}"
+    relabelled.call("relabel", kl)
+    relabelled.call("train_eval", kl, "--loss kl")
+    text = evidence(relabelled.results)
+    found = {line[0]: line[1:] for line in lines_of(text, "change")}
+    assert list(found) == ["base", "`recover.py --alpha 0.0`", "`train_eval.py --loss kl`"]
+    top1 = {tag: json.loads((relabelled.run(f"{run}-ipc2-{tag}") / "eval/convnet_w8.json").read_text())["top1"]
+            for run, tag in (("gvbsm", "ablation"), ("gvbsm", "ablation-alpha0"), ("gvbsm", "ablation-kl"))}
+    real = json.loads((relabelled.run("random-ipc2-ablation") / "eval/convnet_w8.json").read_text())["top1"]
+    assert found["base"] == [f"{top1['ablation']:.1f}", "", f"{top1['ablation'] - real:+.1f}"]
+    assert found["`recover.py --alpha 0.0`"] == [f"{top1['ablation-alpha0']:.1f}", f"{top1['ablation-alpha0'] - top1['ablation']:+.1f}",
+                                                  f"{top1['ablation-alpha0'] - real:+.1f}"]
+    assert found["`train_eval.py --loss kl`"][2] == ""                   # no random images under that loss
+    assert "ablation" not in str(lines_of(text, "data set"))             # no part of the main table
+
+
+@pytest.mark.parametrize("words, told", [([], "--evidence"), (["runs", "--evidence"], "--evidence"), (["--evidence", "x"], "no such cell")])
+def test_what_cannot_be_shown_is_told_in_one_line(words, told, capsys):
+    with pytest.raises(SystemExit) as end:
+        report.main(words)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and told in error

@@ -11,6 +11,7 @@ same teachers and settings, whatever its tag), of its tag where there are severa
 method, under their own recipes.
 """
 import shlex
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -64,7 +65,7 @@ PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
     ("teddy", "imagenet", R50, "stored"): {5: "21.0", 10: "37.2", 50: "58.5"},
 }
 EVIDENCE = Path(__file__).resolve().parents[1] / "tests" / "evidence"
-BASES = "ablation", "search"                                        # tags of cells that others, tagged <base>-<word>, are compared with
+BASES = "ablation", "family", "search"            # tags of cells with which others, tagged <base>-<word>, are compared
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 IDENTITY = "ipc", "student", "labels", "method", "tag"
 MAIN_HEADER = ("data set", "IPC", "student", "run", "distilled", "random real", "margin", "hard: distilled", "hard: random real",
@@ -157,6 +158,8 @@ def keep(folder, results, out):
                       "teachers": size(teachers / f"{name}.pt" for name in names),
                       "statistics": size(teachers / f"{name}.stats.pt" for name in names)},
             "distilled": ours, "real": real})
+        if not is_variant(folder.resolve().name, tag) and (run / "grid.png").exists():
+            shutil.copyfile(run / "grid.png", out / f"{folder.resolve().name}-{folder_of(first)}.png")
 
 
 def folder_of(result):
@@ -195,7 +198,7 @@ def pair(cell, labels):
 
 def main_table(cells):
     """A row for each cell that is no part of a comparison (tag), and one for each number of the paper without one."""
-    shown = {name: cell for name, cell in cells.items() if not is_variant(cell)}
+    shown = {name: cell for name, cell in cells.items() if not is_variant(cell["dataset"], cell["tag"])}
     order, done = [*DATASETS, ...], {(cell["dataset"], cell["ipc"], cell["student"]) for cell in shown.values()}
     lines = [(cell["dataset"], cell["ipc"], [
         cell["dataset"], str(cell["ipc"]), cell["student"], run_name(cell), *pair(cell, "stored"), *pair(cell, "hard")[:2],
@@ -206,7 +209,7 @@ def main_table(cells):
         if left := [ipc for ipc in published if method == "gvbsm" and (dataset, ipc, student) not in done]:
             lines.append((dataset, 10 ** 6, [dataset, ", ".join(map(str, left)), student, method, "not run", "not run", "", "not run",
                                              "not run", ", ".join(published[ipc] for ipc in left), "", ""]))
-    lines.sort(key=lambda line: (order.index(line[0] if line[0] in order else ...), line[1]))
+    lines.sort(key=lambda line: (order.index(line[0] if line[0] in order else ...), *line[1:]))
     return table(MAIN_HEADER, [line for _, _, line in lines])
 
 
@@ -214,9 +217,9 @@ def run_name(cell):
     return cell["method"] + (f"-{cell['tag']}" if cell["tag"] else "")
 
 
-def is_variant(cell):
-    """Part of a comparison: its tag is that of a base, a dash and a word for what differs."""
-    return cell["dataset"].endswith("-holdout") or (cell["tag"] or "").partition("-")[0] in BASES
+def is_variant(dataset, tag):
+    """Whether a cell belongs to a comparison: its tag is one of BASES, or that and a dash and a word."""
+    return dataset.endswith("-holdout") or (tag or "").partition("-")[0] in BASES
 
 
 def comparisons(cells):
@@ -224,11 +227,11 @@ def comparisons(cells):
     for base in (cell for cell in cells.values() if cell["tag"] in BASES and "stored" in cell["distilled"]):
         alike = [cell for cell in cells.values() if (cell["tag"] or "").startswith(base["tag"] + "-") and all(
             cell[key] == base[key] for key in ("dataset", "ipc", "student"))]
-        lines = [["base", *pair(base, "stored")[:1], "", pair(base, "stored")[2]]]
+        start = base["distilled"]["stored"]
+        lines = [["base", accuracy(start), "", pair(base, "stored")[2]]]
         for cell in alike:
-            result = next(iter(cell["distilled"].values()))
-            lines.append([changes(base["distilled"]["stored"], result), accuracy(result), f"{result['top1'] - base['distilled']['stored']['top1']:+.1f}",
-                          pair(cell, result["labels"])[2]])
+            labels, result = next(iter(cell["distilled"].items()))
+            lines.append([changes(start, result), accuracy(result), f"{result['top1'] - start['top1']:+.1f}", pair(cell, labels)[2]])
         yield f"{base['dataset']}, IPC {base['ipc']}, {base['student']}, base `--tag {base['tag']}`", table(
             ("change", "top-1", "against the base", "margin over random real"), lines)
 
@@ -240,7 +243,7 @@ def changes(base, result):
         before = [earlier for other, earlier in chain(base) if other == phase]
         options = [differing(phase, args, earlier) for earlier in before]
         for words in min(options, key=len, default=[]):
-            if words[0] not in ("--tag", "--images", "--teachers"):
+            if words[0] not in ("--tag", "--images"):
                 found.setdefault(shlex.join(words), {})[phase] = None
     return ", ".join(f"`{words}`" if len(phases) > 1 else f"`{''.join(phases)}.py {words}`" for words, phases in found.items())
 
@@ -296,7 +299,7 @@ def cost_table(cells):
     return table(COST_HEADER, [[
         name, *(f"{cell['bytes'][what] / 1e6:.2f}" for what in ("images", "labels", "teachers", "statistics")),
         *(f"{cost['seconds']:.0f} s, {cost['mib'] / 1024:.1f} GiB" if (cost := cell["costs"][phase]) else "–" for phase in PHASES)]
-        for name, cell in cells.items() if not is_variant(cell)])
+        for name, cell in cells.items() if not is_variant(cell["dataset"], cell["tag"])])
 
 
 def evidence(cells):
@@ -305,7 +308,7 @@ def evidence(cells):
     parts += [f"{title}:\n\n{lines}" for title, lines in comparisons(cells)]
     parts += ["Megabytes on the disk; seconds and most memory of each phase, of one student:\n\n" + cost_table(cells)]
     for name, cell in cells.items():
-        if not is_variant(cell) or cell["tag"] in BASES:
+        if not is_variant(cell["dataset"], cell["tag"]) or cell["tag"] in BASES:
             lines = "\n".join(commands(cell))
             parts.append(f"<details><summary>Commands of {name}</summary>\n\n```bash\n{lines}\n```\n\n</details>")
     return "\n\n".join(parts)

@@ -208,6 +208,9 @@ def test_the_convnets_pooling_is_the_mean_of_four_pixels():
                                              for pool in (Halve(), nn.AvgPool2d(2)))
         assert mine.dtype == x.dtype and torch.allclose(mine, expected, atol=1e-6)
         assert torch.allclose(slope, theirs, atol=1e-6)
+    x = torch.randn(2, 3, 8, 6, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Halve()(x), nn.AvgPool2d(2)(x.float()).bfloat16())
 
 
 def test_the_shufflenet_is_torchvisions_in_both_layouts():

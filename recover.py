@@ -42,7 +42,7 @@ from utils.presets import SELECTIONS, Parser, crop_name, identity_flags, number,
 from utils.run import (Finite, Graphed, Progress, Work, begin, check_classes, check_trained, dealt, fingerprint, fingerprints, finish, finished, generator,
                        image_set, load_teachers, load_torch, need_files, rank, relevant, script, send, wait_for_all, whole_file, world,
                        writable)
-from utils.selection import herding, k_center, most_forgotten, surest_crops
+from utils.selection import herding, k_center, mosaic, most_forgotten, surest_crops
 from utils.stats import (ClosedFormMatching, channel_stats, freeze, layer_inputs, layer_target, matched_layers, mixed_moments,
                          patch_stats)
 
@@ -244,34 +244,32 @@ def noise(label, index, size, seed):
 def real_starts(args, split, data, models, records, kept, device):
     """--init real, herding, kcenter: training images of each class, random or chosen; or crops (RDED, arXiv:2312.03526): of
     --init-images random ones the surest of --init-crops random square crops each, of these the surest.
-    -> {(class, index): [3, S, S]}"""
-    if args.init in SELECTIONS:
-        chosen = select(args.init, args, split, data, models, records, device)
-        return {(label, index): image for label, rows in enumerate(chosen)
-                for index, image in enumerate(normalize(split.read(rows).cpu(), data["mean"], data["std"]))}
-    starts, model = {}, models[args.backbones[0]]
+    With --mosaic, of more images, smaller.   -> {(class, index): [3, S, S]}"""
+    starts, model, count = {}, models[args.backbones[0]], args.ipc * args.mosaic ** 2
+    selected = select(args.init, count, args, split, data, models, records, device) if args.init in SELECTIONS else None
     for label, name in enumerate(data["classes"]):
-        members = class_images(args, split, label, name, kept)
-        draw = generator("init", args.seed, label)
-        chosen = members[torch.randperm(len(members), generator=draw)[:args.init_images if args.init == "crops" else args.ipc]]
+        members = class_images(count, args, split, label, name, kept)
+        draw, looked_at = generator("init", args.seed, label), args.init_images if args.init == "crops" else count
+        chosen = selected[label] if selected else members[torch.randperm(len(members), generator=draw)[:looked_at]]
         images = normalize(split.read(chosen).to(device), data["mean"], data["std"])
         if args.init == "crops":
-            S, count = data["image_size"], args.init_crops
-            boxes = draw_resized_crop(len(images) * count, S, draw, ratio=(1.0, 1.0)).view(len(images), count, 4).to(device)
-            losses = torch.stack([torch.cat([F.cross_entropy(model(crops), labels, reduction="none") for crops, labels in (
+            S, crops = data["image_size"], args.init_crops
+            boxes = draw_resized_crop(len(images) * crops, S, draw, ratio=(1.0, 1.0)).view(len(images), crops, 4).to(device)
+            losses = torch.stack([torch.cat([F.cross_entropy(model(views), labels, reduction="none") for views, labels in (
                 (apply_resized_crop(part, box), torch.full((len(part),), label, device=device))
-                for part, box in zip(images.split(100), boxes[:, i].split(100)))]) for i in range(count)], dim=1)
-            image, crop = surest_crops(losses, args.ipc)
+                for part, box in zip(images.split(100), boxes[:, i].split(100)))]) for i in range(crops)], dim=1)
+            image, crop = surest_crops(losses, count)
             images = apply_resized_crop(images[image], boxes[image, crop])
-        starts |= {(label, index): image for index, image in enumerate(images.cpu())}
+        starts |= {(label, index): image for index, image in enumerate(mosaic(images, args.mosaic).cpu())}
     return starts
 
 
-def class_images(args, split, label, name, kept):
-    """The training images of a class that may be taken, at least --ipc.   -> LongTensor"""
+def class_images(count, args, split, label, name, kept):
+    """The training images of a class that may be taken, at least `count`.   -> LongTensor"""
     members = kept[split.labels.cpu()[kept] == label]
-    if len(members) < args.ipc:
-        fail(f"--ipc {args.ipc} is more than the {len(members)} training images of class {name}; use at most that many")
+    if len(members) < count:
+        tiles = f" with --mosaic {args.mosaic} takes {count}, which" * (count > args.ipc)
+        fail(f"--ipc {args.ipc}{tiles} is more than the {len(members)} training images of class {name}; use at most that many")
     return members
 
 
@@ -509,7 +507,7 @@ def features(model, split, data, device):
     return torch.cat(found)
 
 
-def select(method, args, split, data, models, records, device):
+def select(method, count, args, split, data, models, records, device):
     """Which training images of each class a method of SELECTIONS takes.   -> [LongTensor [ipc]]"""
     name = args.backbones[0]
     kept = records.get(name, {}).get("kept", torch.arange(len(split)))
@@ -520,12 +518,12 @@ def select(method, args, split, data, models, records, device):
              "--objective moco; name another first")
     chosen = []
     for label, title in enumerate(data["classes"]):
-        members = class_images(args, split, label, title, kept)
+        members = class_images(count, args, split, label, title, kept)
         chosen.append(members[
-            torch.randperm(len(members), generator=generator("random", args.seed, label))[:args.ipc] if method == "random" else
-            herding(known[members], args.ipc) if method == "herding" else
-            k_center(known[members], args.ipc) if method == "kcenter" else
-            most_forgotten(forgotten["events"][members], forgotten["learned"][members], args.ipc)])
+            torch.randperm(len(members), generator=generator("random", args.seed, label))[:count] if method == "random" else
+            herding(known[members], count) if method == "herding" else
+            k_center(known[members], count) if method == "kcenter" else
+            most_forgotten(forgotten["events"][members], forgotten["learned"][members], count)])
     return chosen
 
 
@@ -663,6 +661,8 @@ def get_parser():
                         "it is surest of")
     method.add_argument("--init-images", type=number(int, 1), default=300, help="of a class that --init crops looks at")
     method.add_argument("--init-crops", type=number(int, 1), default=5, help="of each of them")
+    method.add_argument("--mosaic", type=number(int, 1, 8), default=1,
+                        help="tiles a side of a start, each a whole image, smaller; 1 = off [factor of RDED]")
     method.add_argument("--crop", type=crop_name, default="resized", help="augmentation: none, resized, pad<pixels>")
     method.add_argument("--crop-curriculum", choices=["none", "linear", "cosine"], default="none",
                         help="of --crop resized: its smallest area falls from 1 to 0.08 [CDA]")
@@ -703,8 +703,11 @@ def main(argv=None):
         fail("--cuda-graphs needs a GPU (--device cuda) and --statistics closed; leave it out")
     if args.crop_curriculum != "none" and args.crop != "resized":
         fail(f"--crop-curriculum {args.crop_curriculum} is of --crop resized, not {args.crop}; name both, or neither")
-    if args.init == "crops" and args.init_images < args.ipc:
-        fail(f"--init-images {args.init_images} is fewer than --ipc {args.ipc}; use at least that many")
+    if args.init == "crops" and args.init_images < (count := args.ipc * args.mosaic ** 2):
+        fail(f"--init-images {args.init_images} is fewer than --ipc {args.ipc}{f' with --mosaic {args.mosaic}' * (args.mosaic > 1)} "
+             f"takes; use at least {count}")
+    if args.mosaic > 1 and args.init == "noise":
+        fail(f"--mosaic {args.mosaic} is of real images; name an --init")
     selects, taught = args.method in SELECTIONS, args.method not in (*SELECTIONS, "dm", "bilp")
     result, upstream, made_from, records, models = paths.run / "result.json", {}, {}, {}, {}
     if args.method != "random":
@@ -729,8 +732,10 @@ def main(argv=None):
         seen = {"data": fingerprint(json.dumps([data, len(split)]))}
         kept = records.get(args.backbones[0], {}).get("kept", torch.arange(len(split)))
     if selects:
-        chosen = select(args.method, args, split, data, models, records, device)
+        chosen = select(args.method, args.ipc, args, split, data, models, records, device)
     elif args.init != "noise":
+        if data["image_size"] % args.mosaic:
+            fail(f"--mosaic {args.mosaic} does not divide the {data['image_size']} pixels of an image; use a number that does")
         starts = real_starts(args, split, data, models, records, kept, device)
     old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
     with Work(result, args, made_from | seen, outputs=old) as work:

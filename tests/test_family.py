@@ -545,7 +545,9 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
     ("squeeze", "--pretrained --save-epochs 1:2:1", "--no-pretrained"), ("squeeze", "--prune-ratio 1", "--prune-ratio"),
     ("recover", "--subset 3", "the 2 --backbones"), ("recover", "--recipe best", "--recipe"),
     ("recover", "--method herding --backbones wrn16_2", "squeeze.py"), ("recover", "--method dm --backbones wrn16_2", "squeeze.py"),
-    ("recover", "--init real --ipc 13", "--ipc 13"), 
+    ("recover", "--init real --ipc 13", "--ipc 13"), ("recover", "--mosaic 2", "name an --init"),
+    ("recover", "--init real --mosaic 3", "16 pixels"), ("recover", "--init real --ipc 4 --mosaic 2", "--ipc 4 with --mosaic 2 takes 16"),
+    ("recover", "--init crops --init-images 7 --mosaic 2", "at least 8"),
     ("relabel", "--method sre2l", "squeeze.py --dataset"), ("relabel", "--recipe sre2l", "--method sre2l --teachers sre2l"),
     ("recover", "--method sre2l --recipe gvbsm", "--method sre2l --teachers sre2l"),
     ("relabel", "--method teddy --backbones wrn10_1@1", "--backbones wrn10_1, with --save-epochs")])
@@ -610,6 +612,17 @@ def test_real_starts_are_random_training_images_of_the_class(method, project):
     for label in range(4):
         assert {image.tobytes() for image in mine[label]} < {image.tobytes() for image in images[labels == label]}
         assert len({image.tobytes() for image in mine[label]}) == 3
+
+
+def test_a_mosaic_start_is_made_of_four_times_as_many_images(project):
+    project.call("recover", "--init herding --mosaic 2 --lr 0 --iterations 1")
+    project.call("recover", "--method herding --ipc 8")
+    whole = project.images("herding-ipc8").reshape(4, 4, 2, 16, 16, 3)                      # class, tile, image
+    small = whole.reshape(4, 4, 2, 8, 2, 8, 2, 3).mean((4, 6))
+    for label, image in itertools.product(range(4), range(2)):
+        mine = project.images().reshape(4, 2, 16, 16, 3)[label, image]
+        tiles = [mine[8 * (k // 2):8 * (k // 2) + 8, 8 * (k % 2):8 * (k % 2) + 8] for k in range(4)]
+        assert max(abs(tile - small[label, k, image]).max() for k, tile in enumerate(tiles)) <= 0.6
 
 
 def test_the_surest_crops_are_those_of_least_loss_of_the_first_backbone(project):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.helpers import assert_near
-from utils.selection import (count_forgetting, drop_largest, herding, k_center, last_epoch_weights, most_forgotten,
+from utils.selection import (count_forgetting, drop_largest, herding, k_center, last_epoch_weights, mosaic, most_forgotten,
                              rank_correlation, surest_crops)
 
 
@@ -151,6 +151,21 @@ def test_spearman_sees_the_order_alone():
 
 
 # RDED
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_a_mosaic_has_each_image_once_small_in_its_place(factor):
+    images = torch.randn(factor ** 2 * 4, 3, 12, 12, dtype=torch.float64)
+    size, out = 12 // factor, mosaic(images, factor)
+    assert out.shape == (4, 3, 12, 12)
+    for n in range(4):
+        for row in range(factor):
+            for column in range(factor):
+                image = images[(row * factor + column) * 4 + n]
+                for y in range(size):
+                    for x in range(size):
+                        mean = image[:, y * factor:(y + 1) * factor, x * factor:(x + 1) * factor].mean((1, 2))
+                        assert torch.allclose(out[n, :, row * size + y, column * size + x], mean)
+
 
 def test_surest_crops_are_each_images_best_in_ascending_order():
     losses = torch.randint(8, (12, 5)).double()

@@ -3,6 +3,7 @@
 Everything but `count_forgetting`, `drop_largest` and `rank_correlation` looks at the images of one class.
 """
 import torch
+import torch.nn.functional as F
 
 
 def _require(count, images):
@@ -86,6 +87,14 @@ def _ranks(x):
 def rank_correlation(a, b):
     """Spearman's: the correlation of the ranks of a and b, both [n], as a float; nan where one of them is constant."""
     return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1].item()
+
+
+def mosaic(images, factor):
+    """RDED (arXiv:2312.03526): factor² images, each as small as 1/factor, are the tiles of one; tile k, row by row, of image n
+    is images[k N + n].   images [factor² N, 3, S, S], S a multiple of factor -> [N, 3, S, S]"""
+    size = images.shape[-1] // factor
+    tiles = F.avg_pool2d(images, factor).view(factor, factor, -1, 3, size, size)
+    return tiles.permute(2, 3, 0, 4, 1, 5).reshape(-1, 3, factor * size, factor * size)
 
 
 def surest_crops(losses, count):

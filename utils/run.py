@@ -478,7 +478,7 @@ def hardware():
         return torch.cuda.get_device_name()
     name = None
     with suppress(OSError):
-        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = re.search(r"^model name\s*:\s*(.+)$", (Path("/proc") / "cpuinfo").read_text(), re.MULTILINE)
     threads = torch.get_num_threads()
     return f"{name[1].strip() if name else platform.processor() or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 

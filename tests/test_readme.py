@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from utils import figures
 from utils.data import preset_column
 from utils.presets import parse_args
 
@@ -33,11 +34,20 @@ def commands(block, tmp_path):
 @pytest.mark.parametrize("block", [pytest.param(block, id=re.sub(r"\W+", "-", block)[:40]) for block in BLOCKS])
 def test_every_command_of_the_readme_is_understood(block, tmp_path):
     calls = [list(dropwhile(lambda word: word.startswith("--"), call)) for call in commands(block, tmp_path)]
+    for _, _, name, *words in [call for call in calls if call[:2] == ["-m", "utils.figures"]]:
+        figures.get_parser(name).parse_args(words)
     calls = [call for call in calls if call[0].endswith(".py")]
     assert calls or "-m" in block or block == FUNCTION
     for script, *argv in calls:
         phase = script.removesuffix(".py")
         parse_args(import_module(phase).get_parser(), phase, argv, preset_column)
+
+
+def test_every_command_that_the_figures_begin_with_is_understood():
+    lines = [shlex.split(line, comments=True)[3:] for line in figures.__doc__.splitlines() if line.startswith("    python -m")]
+    assert [name for name, *_ in lines] == list(figures.FIGURES)
+    for name, *words in lines:
+        figures.get_parser(name).parse_args(words)
 
 
 @pytest.mark.parametrize("phase", PHASES)

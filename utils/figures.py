@@ -1,0 +1,481 @@
+"""Figures of runs, as PNG files.   Needs matplotlib, tsne also scikit-learn.
+
+    python -m utils.figures similarity runs/imagenet/gvbsm-ipc10 runs/imagenet/sre2l-ipc10      # arXiv:2311.17950, Fig. 3
+    python -m utils.figures tsne runs/imagenet/gvbsm-ipc10 runs/imagenet/sre2l-ipc10 --backbone resnet18        # Fig. 8
+    python -m utils.figures statistics runs/cifar100/teachers/supervised                                       # Fig. 9
+    python -m utils.figures images runs/cifar10/random-ipc10 runs/cifar10/gvbsm-ipc10      # as Figs. 7 and 11-14
+    python -m utils.figures losses runs/cifar10/gvbsm-ipc10                                # log.jsonl
+    python -m utils.figures ipc runs/cifar10                                               # accuracy, of all results there
+
+`python -m utils.figures <figure> --help` lists the flags of one. What is plotted comes from the functions above `draw_*`,
+which need neither package.
+"""
+import argparse
+import io
+import json
+import sys
+from collections import defaultdict
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from models import build_model
+from utils import fail
+from utils.augment import normalize
+from utils.data import DATASETS, describe, folder_name, list_folder, load_split, opened, read_images, unreadable_fails
+from utils.losses import pooled_rows
+from utils.presets import Parser, number, plain_name
+from utils.report import LABELS, read_results
+from utils.run import check_classes, load_json, load_teachers, load_torch, pick_device, script
+
+STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 150}
+MANY = 30       # classes: above, bars and names of classes would not be read
+DASHES = dict(zip(LABELS, ("-", ":", "--")))
+MARKERS = "osD^vP*X<>"
+
+
+def mean_similarity(rows):
+    """Mean cosine similarity over all pairs of different rows [n, D], n > 1; a row of zeros has 0 with any.   -> float"""
+    unit = F.normalize(rows.double(), dim=1)
+    return ((unit.sum(0).square().sum() - unit.square().sum()) / (len(unit) * (len(unit) - 1))).item()
+
+
+def layer_summary(means, variances):
+    """Fig. 9: a layer's channel means [C] and channel variances [C], lists with an entry for each layer.
+    -> [layers, 4]: sigmoid of mean and variance (biased, over channels) of the means, then of the variances"""
+    columns = [(values.double().mean(), values.double().var(correction=0)) for pair in zip(means, variances) for values in pair]
+    return torch.tensor(columns).reshape(-1, 4).sigmoid().numpy()
+
+
+def loss_curves(entries):
+    """Entries of log.jsonl.   -> {(term, backbone): [n, 2] of iteration and mean over image batches}, without those that are
+    always 0; backbone "" where none acts, or several together (Teddy)"""
+    sums = defaultdict(lambda: defaultdict(lambda: np.zeros(2)))
+    for entry in entries:
+        weight = len(entry["batches"])                               # a value is the mean over these
+        for term in entry.keys() - {"iteration", "batches", "backbone", "kept"}:
+            backbone = "" if term in ("dd", "dm") or "+" in entry["backbone"] else entry["backbone"]
+            sums[term, backbone][entry["iteration"]] += weight * entry[term], weight
+    curves = {key: np.array([(t, total / weight) for t, (total, weight) in sorted(sums[key].items())]) for key in sorted(sums)}
+    return {key: curve for key, curve in curves.items() if curve[:, 1].any()}
+
+
+def ipc_curves(results):
+    """Of `read_results`.   -> {(student, labels, run without its IPC): [n, 3] of IPC, top-1 in %, deviation over seeds (nan
+    of one seed)}"""
+    curves = defaultdict(list)
+    for (ipc, student, labels, method, tag), result in results.items():
+        spread = result["top1_std"] if len(result["seeds"]) > 1 else np.nan
+        curves[student, labels, method + (f"-{tag}" if tag else "")].append((ipc, result["top1"], spread))
+    return {key: np.array(sorted(points)) for key, points in sorted(
+        curves.items(), key=lambda item: (item[0][0], list(LABELS).index(item[0][1]), item[0][2]))}
+
+
+def tile(groups, gap=2):
+    """Groups of images, uint8 [rows, columns, 3, S, S] each, side by side on white, `gap` pixels between images and four
+    times that between groups.   -> uint8 [H, W, 3], the centre of each group (x) and of each row (y) in pixels"""
+    rows, size, left, parts, centres = len(groups[0]), groups[0].shape[-1], 0, [], []
+    for group in groups:
+        width = group.shape[1] * (size + gap) - gap
+        part = np.full((rows * (size + gap) - gap, width + 4 * gap, 3), 255, np.uint8)
+        for r, row in enumerate(group):
+            for c, image in enumerate(row):
+                part[r * (size + gap):, c * (size + gap):][:size, :size] = image.permute(1, 2, 0).numpy()
+        parts.append(part)
+        centres.append(left + (width - 1) / 2)
+        left += part.shape[1]
+    return np.concatenate(parts, 1)[:, :-4 * gap], centres, [r * (size + gap) + (size - 1) / 2 for r in range(rows)]
+
+
+@torch.inference_mode()
+def logits_of(model, images, data, device, batch_size=128):
+    """Of uint8 images [N, 3, S, S].   -> [N, classes]"""
+    return torch.cat([model(normalize(batch.to(device), data["mean"], data["std"])).cpu() for batch in images.split(batch_size)])
+
+
+def embed(rows, seed):
+    """t-SNE of rows [N, D].   -> [N, 2]"""
+    from sklearn.manifold import TSNE
+    return TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed).fit_transform(np.asarray(rows))
+
+
+def titles(args):
+    """Names of the runs: of their folders, with what lies above where two are alike."""
+    names = [folder.name for folder in args.folders]
+    return names if len(set(names)) == len(names) else list(map(str, args.folders))
+
+
+def need(module, package):
+    try:
+        import_module(module)
+    except ImportError:
+        fail(f"utils.figures needs {package}, which is not installed; run: pip install {package}")
+
+
+def read_run(folder):
+    """The RESULT of recover.py in the folder of a run."""
+    example = "name a folder that recover.py has finished, such as runs/cifar10/gvbsm-ipc10"
+    if not (folder / "result.json").is_file():
+        fail(f"{folder} is no run, it holds no result.json; {example}")
+    result = load_json(folder / "result.json", "run recover.py --overwrite", ("phase", "args", "classes"))
+    if result["phase"] != "recover":
+        fail(f"{folder} is of {result['phase']}.py, no run; {example}")
+    return result
+
+
+def read_runs(folders):
+    """RESULTs of runs, which must be of the same classes."""
+    results = [read_run(folder) for folder in folders]
+    for folder, result in zip(folders, results):
+        check_classes(result["classes"], results[0]["classes"], folder, folders[0])
+        there, images = sorted(map(folder_name, result["classes"])), folder / "images"
+        check_classes(list_folder(images)[1], there, images, folder / "result.json")
+    return results
+
+
+def class_images(run, count=None, size=None, workers=0):
+    """Yields name of the class, uint8 images [n, 3, S, S] of the first `count` classes of a run; size: the first image's"""
+    labels, classes, files = list_folder(run / "images")
+    files = np.array([run / "images" / file for file in files])
+    with unreadable_fails(), opened(files[0]) as image:
+        size = size or image.width
+    for label, name in enumerate(classes[:count]):
+        yield name, read_images(list(files[labels.numpy() == label]), size, size, workers)
+
+
+def read_teacher(args, result):
+    """--backbone of --teachers, by default those of the run.   -> model, data, device"""
+    asked = result["args"]
+    args.backbone, args.teachers = args.backbone or asked["backbones"][0], args.teachers or asked["teachers"]
+    device, folder = pick_device(args.device), args.folders[0].parent / "teachers" / args.teachers
+    wanted = SimpleNamespace(backbones=[args.backbone], dataset=asked["dataset"], method=asked["method"], recipe=None,
+                             holdout=asked.get("holdout", False), teachers=args.teachers, precision="fp32")
+    models, _, data = load_teachers(wanted, folder, build_model, device)
+    return models[args.backbone], data, device
+
+
+def read_log(run):
+    """The entries of a run's log.jsonl, as far as it is written."""
+    entries = []
+    for path in sorted(run.glob("log*.jsonl")):
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):                              # the arguments, or what is being written
+                entry = json.loads(line)
+                entry["batches"], entry["iteration"]
+                entries.append(entry)
+    if not entries:
+        fail(f"{run}/log.jsonl has no losses; name a run of recover.py that optimises images, not one that selects them")
+    return entries
+
+
+def similarities(args):
+    """-> class names, {run: [classes] of `mean_similarity`}"""
+    results, found, names = read_runs(args.folders), {}, []
+    if args.backbone:
+        model, data, device = read_teacher(args, results[0])
+    else:
+        asked = results[0]["args"]
+        data = DATASETS.get(asked["dataset"]) or describe(asked["dataset"], args.data_dir, asked.get("image_size"), args.workers)
+    for run, folder in zip(titles(args), args.folders):
+        names, values = [], []
+        for name, images in class_images(folder, None, data["image_size"] if args.backbone else None, args.workers):
+            if len(images) < 2:
+                fail(f"{folder} has one image of class {name}, so no pair; name a run of a larger --ipc")
+            names.append(name)
+            values.append(mean_similarity(logits_of(model, images, data, device) if args.backbone else
+                                          pooled_rows(normalize(images, data["mean"], data["std"]))))
+        found[run] = np.array(values)
+    return names, found
+
+
+def draw_similarity(args, figure):
+    """Mean cosine similarity over the pairs of images of a class, for each class.   arXiv:2311.17950, Fig. 3.
+
+    The paper does not say of which vectors: by default those of data densification (Eq. 4), pixels in the networks' units,
+    pooled to 32x32; with --backbone the logits of that teacher.
+    """
+    names, found = similarities(args)
+    few, shift = len(names) <= MANY, 0.8 / len(found)
+    axes = figure(max(5, 1 + 0.2 * (len(names) + 2) * (1 + len(found))) if few else 8, 3.6).subplots()
+    for i, (run, values) in enumerate(found.items()):
+        if few:
+            places = np.array([*range(len(names)), len(names) + 0.6]) + (i + 0.5) * shift - 0.4
+            axes.bar(places, [*values, values.mean()], shift * 0.95, label=f"{run}, mean {values.mean():.2f}")
+        else:
+            axes.plot(np.sort(values)[::-1], label=f"{run}, mean {values.mean():.2f}")
+    if few:
+        axes.set_xticks([*range(len(names)), len(names) + 0.6], [*names, "mean"], rotation=45, ha="right", rotation_mode="anchor")
+        axes.grid(visible=False, axis="x")
+        axes.margins(x=0.02)
+    else:
+        axes.set_xlabel("class, in the order of its similarity in each run")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(ylabel="cosine similarity, mean over pairs", title="Similarity within a class, of " + (
+        f"{args.backbone}'s logits" if args.backbone else "pixels pooled to 32×32 at most"))
+    axes.figure.legend(loc="outside lower center", ncols=min(4, len(found)))
+
+
+def tsne_points(args):
+    """-> class names, [(run, labels [n], points [n, 2])]; the images of all runs are embedded together"""
+    results = read_runs(args.folders)
+    model, data, device = read_teacher(args, results[0])
+    parts = []
+    for run, folder in zip(titles(args), args.folders):
+        classes = list(class_images(folder, args.classes, data["image_size"], args.workers))
+        parts.append((run, np.repeat(np.arange(len(classes)), [len(images) for _, images in classes]),
+                      logits_of(model, torch.cat([images for _, images in classes]), data, device)))
+    if sum(len(labels) for _, labels, _ in parts) < 4:
+        fail(f"--classes {args.classes}: there are fewer than four images; use more classes or a run of a larger --ipc")
+    points = embed(torch.cat([logits for *_, logits in parts]), args.seed)
+    points = np.split(points, np.cumsum([len(labels) for _, labels, _ in parts])[:-1])
+    return [name for name, _ in classes], [(run, labels, place) for (run, labels, _), place in zip(parts, points)]
+
+
+def draw_tsne(args, figure):
+    """t-SNE of the logits of distilled images, a panel for each run.   arXiv:2311.17950, Fig. 8, "after the classifier layer".
+
+    The images of all runs are embedded together, so that places can be compared between panels.
+    """
+    need("sklearn", "scikit-learn")
+    from matplotlib import colormaps
+    names, parts = tsne_points(args)
+    fig = figure(4 * len(parts) + 1.3, 4)
+    wheel = colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
+    for axes, (run, labels, points) in zip(fig.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0], parts):
+        for label, name in enumerate(names):
+            colour = wheel(label) if len(names) <= 20 else wheel(label / len(names))
+            axes.scatter(*points[labels == label].T, s=22, color=colour, edgecolors="white", linewidths=0.3, label=name)
+        axes.set(title=f"{run}, {len(labels)} images", xlabel="first t-SNE coordinate (no unit)")
+    fig.axes[0].set_ylabel("second t-SNE coordinate (no unit)")
+    fig.suptitle(f"Logits of {args.backbone}")
+    if len(names) <= MANY:
+        handles = fig.axes[0].get_legend_handles_labels()
+        fig.legend(*handles, loc="outside right center", title="class", ncols=1 + len(names) // 16)
+
+
+def teacher_statistics(args):
+    """-> {backbone: {"convolutions", "BatchNorms": [layers, 4] of `layer_summary`}}, without what a backbone has none of"""
+    folder, found = args.folders[0], {}
+    names = args.backbones or sorted(path.name.removesuffix(".stats.pt") for path in folder.glob("*.stats.pt"))
+    if not names:
+        fail(f"{folder} holds no <backbone>.stats.pt; name a folder that collect_stats.py wrote into, such as "
+             "runs/cifar100/teachers/supervised")
+    for name in names:
+        remedy = "run squeeze.py and collect_stats.py, or name other --backbones"
+        stored = load_torch(folder / f"{name}.stats.pt", remedy, ("statistics",))["statistics"].values()
+        weights = load_torch(folder / f"{name}.pt", remedy, ("weights",))["weights"]
+        running = {key: value for key, value in weights.items() if key.endswith("running_mean")}
+        pairs = {"convolutions": [vectors[:2] for vectors in stored],
+                 "BatchNorms": [(mean, weights[key.replace("running_mean", "running_var")]) for key, mean in running.items()]}
+        found[name] = {kind: layer_summary(*zip(*vectors)) for kind, vectors in pairs.items() if vectors}
+    return found
+
+
+def draw_statistics(args, figure):
+    """Statistics of the training set at every convolution and BatchNorm, a row for each backbone.   arXiv:2311.17950, Fig. 9.
+
+    Of a layer's channel means and channel variances only their mean and variance over channels are shown, after a sigmoid,
+    as the paper does; convolutions and BatchNorms are numbered each on their own.
+    """
+    found = teacher_statistics(args)
+    fig = figure(9, 0.9 + 1.9 * len(found))
+    grid = fig.subplots(len(found), 2, sharey=True, squeeze=False)
+    for row, (name, kinds) in zip(grid, found.items()):
+        for axes, column, what in zip(row, (0, 2), ("channel means", "channel variances")):
+            for colour, (kind, values) in zip(("C0", "C1"), kinds.items()):
+                for extra, dash, over in (0, "-", "mean"), (1, "--", "variance"):
+                    axes.plot(range(1, len(values) + 1), values[:, column + extra], dash, marker="o", markersize=3, color=colour,
+                              label=f"{kind}, {over} over channels")
+            axes.set(title=f"{name}: {what}", ylim=(-0.03, 1.03))
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        row[0].set_ylabel("sigmoid (0.5: value 0)")
+    for axes in grid[-1]:
+        axes.set_xlabel("n-th convolution, n-th BatchNorm of the network")
+    entries = {label: line for axes in fig.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
+
+
+def draw_losses(args, figure):
+    """The weighted terms of recover.py's loss over its iterations, mean over image batches; by the backbone that an iteration
+    has drawn (Eq. 7). A term that is always 0 is left out."""
+    found = {run: loss_curves(read_log(folder)) for run, folder in zip(titles(args), args.folders)}
+    names = {"ce": "cross-entropy", "bn": "BatchNorm statistics, L'_BN", "conv": "convolution statistics, L'_Conv",
+             "dd": "data densification, L_DD", "dm": "distribution matching"}
+    there = {term for curves in found.values() for term, _ in curves}
+    terms = [term for term in names if term in there] + sorted(there - names.keys())
+    backbones = sorted({backbone for curves in found.values() for _, backbone in curves if backbone})
+    rows = -(-len(terms) // 2)
+    fig = figure(9 if len(terms) > 1 else 5, 0.9 + 2.5 * rows)
+    grid = fig.subplots(rows, min(2, len(terms)), sharex=True, squeeze=False).flatten()
+    for axes in grid[len(terms):]:
+        axes.remove()
+    for i, (axes, term) in enumerate(zip(grid, terms)):
+        for r, (run, curves) in enumerate(found.items()):
+            for backbone in [name for part, name in curves if part == term]:
+                b = backbones.index(backbone) if backbone else -1
+                colour = f"C{r}" if len(found) > 1 else f"C{b}" if backbone else "0.3"
+                axes.plot(*curves[term, backbone].T, color=colour, marker=MARKERS[b % len(MARKERS)] if backbone else None,
+                          markersize=4, linewidth=1.2, label=f"{run}, {backbone or 'all backbones'}")
+        scale_values(axes, np.concatenate([
+            curve[:, 1] for curves in found.values() for (part, _), curve in curves.items() if part == term]))
+        axes.set(title=names.get(term, term), ylabel="weighted loss")
+        if i >= len(terms) - 2:
+            axes.set_xlabel("iteration")
+            axes.tick_params(labelbottom=True)
+    entries = {label: line for axes in fig.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3)
+
+
+def scale_values(axes, values):
+    """A logarithmic axis for values that span more than a factor of ten, linear below a millionth of the largest, which
+    densification soon reaches."""
+    if (values >= 0).all() and values.max() > 10 * values.min():
+        low = max(values.min(), values.max() * 1e-6)
+        axes.set_yscale("log") if low == values.min() else axes.set_yscale("symlog", linthresh=low)
+
+
+def draw_ipc(args, figure):
+    """Top-1 of the last epoch against images per class, a panel for each student; bars: standard deviation over seeds."""
+    curves = ipc_curves(read_results(args.folders[0]))
+    if not curves:
+        fail(f"{args.folders[0]} holds no evaluation (<run>/eval/<student>.json); name a folder such as runs/cifar10, "
+             "or run train_eval.py")
+    students, runs = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 2))
+    ipcs = sorted({int(ipc) for points in curves.values() for ipc in points[:, 0]})
+    fig = figure(1 + 3.8 * len(students), 3.8 + 0.06 * len(curves))
+    panels = dict(zip(students, fig.subplots(1, len(students), sharey=True, squeeze=False)[0]))
+    for (student, labels, run), points in curves.items():
+        beside = 1.04 ** (runs.index(run) - (len(runs) - 1) / 2)     # so that bars do not cover each other
+        panels[student].errorbar(points[:, 0] * beside, *points[:, 1:].T, marker="o", markersize=4, capsize=3,
+                                 color="black" if run == "random" else f"C{runs.index(run)}", linestyle=DASHES[labels],
+                                 label=f"{run}, {LABELS[labels]} labels")
+    for student, axes in panels.items():
+        axes.set_xscale("log")
+        axes.set_xticks(ipcs, ipcs)
+        axes.set_xticks([], minor=True)
+        axes.set(title=student, xlabel="images per class (IPC)")
+    fig.axes[0].set_ylabel("top-1 of the last epoch, %")
+    fig.suptitle(args.folders[0].resolve().name)
+    entries = {label: bar for axes in fig.axes for bar, label in zip(*axes.get_legend_handles_labels())}
+    fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, 1 + len(students)))
+
+
+def image_groups(args):
+    """-> class names, {source: uint8 [classes, columns, 3, S, S]}"""
+    results, groups = read_runs(args.folders), {}
+    for run, folder in zip(titles(args), args.folders):
+        size = next(iter(groups.values())).shape[-1] if groups else None
+        found = dict(class_images(folder, args.classes, size, args.workers))
+        columns = min([args.columns, *map(len, found.values())])
+        groups[run] = torch.stack([images[:columns] for images in found.values()])
+    if args.real:
+        asked = results[0]["args"]
+        split = load_split(asked["dataset"], args.data_dir, "train", groups[run].shape[-1], args.workers,
+                           holdout=asked.get("holdout", False))
+        check_classes(split.classes, results[0]["classes"], f"the data set {asked['dataset']}", args.folders[0])
+        order = [folder_name(name) for name in split.classes]
+        rows = [(split.labels == order.index(name)).nonzero().flatten()[:args.columns] for name in found]
+        columns = min(map(len, rows))
+        groups = {"training images": torch.stack([split.read(row[:columns]) for row in rows])} | groups
+    return list(found), groups
+
+
+def draw_images(args, figure):
+    """Images of the same classes side by side: a row for each class, a group for each source, training images first."""
+    names, groups = image_groups(args)
+    canvas, centres, rows = tile(list(groups.values()))
+    width = min(16, max(1.5 + 0.5 * sum(group.shape[1] for group in groups.values()), 1.3 * len(groups) + 2))
+    axes = figure(width, 0.6 + (width - 1) * canvas.shape[0] / canvas.shape[1]).subplots()
+    axes.imshow(canvas, interpolation="nearest" if max(canvas.shape) < 1500 else "antialiased")
+    axes.set_xticks(centres, groups)
+    axes.set_yticks(rows, names)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=9)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+
+
+WHERE = {"statistics": "runs/DATASET/teachers/TEACHERS", "ipc": "runs/DATASET"}
+RUN = "runs/DATASET/RUN"
+FIGURES = {"similarity": draw_similarity, "tsne": draw_tsne, "statistics": draw_statistics, "images": draw_images,
+           "losses": draw_losses, "ipc": draw_ipc}
+
+
+def get_parser(name):
+    """Of one figure."""
+    parser = Parser(FIGURES[name].__doc__)
+    parser.prog = f"utils.figures {name}"
+    parser.add_argument("folders", type=Path, nargs=1 if name in WHERE else "+", metavar=WHERE.get(name, RUN),
+                        help="what the phases wrote")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help=f"by default runs/DATASET/{name}.png")
+    if name in ("similarity", "tsne"):
+        parser.add_argument("--backbone", metavar="NAME", help="whose logits; by default " + (
+            "the pixels instead" if name == "similarity" else "the run's first backbone"))
+        parser.add_argument("--teachers", type=plain_name, help="name of a set of squeezed backbones; by default the first run's")
+        parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
+    if name == "tsne":
+        parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of t-SNE")
+    if name in ("tsne", "images"):
+        parser.add_argument("--classes", type=number(int, 1), default=10, help="how many, the first ones")
+    if name == "images":
+        parser.add_argument("--columns", type=number(int, 1), default=5, help="images of a class from each source")
+        parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True, help="show training images too")
+    if name in ("similarity", "images"):
+        parser.add_argument("--data-dir", default="data", help="where named data sets lie")
+    if name in ("similarity", "tsne", "images"):
+        parser.add_argument("--workers", type=number(int, 0), default=2, help="threads that read images")
+    if name == "statistics":
+        parser.add_argument("--backbones", nargs="+", metavar="NAME", help="by default all that have statistics")
+    return parser
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.prog = "utils.figures"
+    parser.add_argument("figure", choices=FIGURES, help="what to draw")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="folders and flags of that figure")
+    chosen = parser.parse_args(argv)
+    args = get_parser(chosen.figure).parse_args(chosen.words)
+    for folder in args.folders:
+        if not folder.is_dir():
+            fail(f"{folder}: there is no such folder; name what the phases wrote, {WHERE.get(chosen.figure, RUN)}")
+        if args.folders.count(folder) > 1:
+            fail(f"{folder} is named twice; name it once")
+    if args.out and args.out.suffix.lower() != ".png":
+        fail(f"--out {args.out} is no PNG; name a file that ends in .png")
+    args.folders = [folder.absolute() for folder in args.folders]
+    above = args.folders[0].parent
+    dataset = {"statistics": above.parent, "ipc": args.folders[0]}.get(chosen.figure, above)
+    draw(chosen.figure, args, args.out or dataset / f"{chosen.figure}.png")
+
+
+def draw(name, args, path):
+    need("matplotlib", "matplotlib")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    figures, buffer = [], io.BytesIO()
+
+    def figure(width, height):
+        """A new one, in inches."""
+        figures.append(Figure((width, height), layout="constrained"))
+        return figures[-1]
+
+    with rc_context(STYLE):
+        FIGURES[name](args, figure)
+        figures[0].savefig(buffer, format="png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getbuffer())
+    except OSError as error:
+        fail(f"--out {path} cannot be written ({error.strerror or error}); name another file")
+    print(path)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -439,7 +439,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.prog = "utils.figures"
     parser.add_argument("figure", choices=FIGURES, help="what to draw")
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="folders and flags of that figure")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="runs/... --flags", help="folders and flags of that figure")
     chosen = parser.parse_args(argv)
     args = get_parser(chosen.figure).parse_args(chosen.words)
     for folder in args.folders:

@@ -8,6 +8,7 @@ reads   data/<dataset>/...                                       the test images
         runs/<dataset>/<run>/labels/...                          relabel.py; not with --labels online or hard
         runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py; only with --labels online
 writes  runs/<dataset>/<run>/eval/<student>[-online|-hard].json  top1 of the last epoch, per seed, mean, deviation
+        runs/<dataset>/<run>/eval/<student>...-<protocol>.json   of --protocol continual and prune (utils/protocols.py)
 
 python train_eval.py --dataset cifar100 --ipc 10                                   # paper setting, Table 9
 python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20        # ablation, Fig. 6; give it a --tag
@@ -19,6 +20,7 @@ import math
 import statistics
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -27,11 +29,13 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model, is_model_name
+from models.pruning import channel_scales
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import describe, folder_name, list_folder, load_folder, load_split, preset_column
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.presets import Parser, identity_flags, number, parse_args
+from utils.protocols import SeenLabels, classes_so_far, curve, incremental_step, prune
 from utils.run import (Finite, Graphed, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
                        check_recovered, check_training, dealt, finish, finished, fingerprint, fingerprints, generator, image_set,
                        load_json, load_teachers, one_first, rank, script, send, wait_for_all, with_precision, world)
@@ -49,8 +53,8 @@ class StoredLabels:
             fail(f"{folder} does not hold whole labels ({error}); run relabel.py --overwrite")
         self.drawn = dict(zip(("crop", "flip", "partner", "box", "ratio"), drawn))
 
-    def epoch(self, epoch):
-        draw = {key: torch.from_numpy(np.array(array[epoch])) for key, array in self.drawn.items()}
+    def epoch(self, epoch, rows=slice(None)):
+        draw = {key: torch.from_numpy(np.array(array[epoch, rows])) for key, array in self.drawn.items()}
         return {key: value.long() if key in ("crop", "partner", "box") else value for key, value in draw.items()}
 
     def soft_logits(self, epoch, batch, mixed):
@@ -58,11 +62,12 @@ class StoredLabels:
 
 
 class FreshLabels:
-    """Draws as relabel.py makes them, and the logits of the teachers, asked while training (none for hard labels)."""
+    """Draws as relabel.py makes them, and the logits of the teachers, asked while training (none for hard labels), for the
+    classes `seen`, by default all."""
 
-    def __init__(self, args, count, size, teachers=()):
+    def __init__(self, args, count, size, teachers=(), seen=slice(None)):
         self.mix, self.seed, self.logit_norm = args.mix, args.seed, args.logit_norm
-        self.count, self.size, self.teachers = count, size, teachers
+        self.count, self.size, self.teachers, self.seen = count, size, teachers, seen
         self.batch_size = whole_batch(args, count)
 
     def epoch(self, epoch):
@@ -70,7 +75,7 @@ class FreshLabels:
 
     @torch.no_grad()
     def soft_logits(self, epoch, batch, mixed):
-        return ensemble_logits(torch.stack([teacher(mixed) for teacher in self.teachers]), self.logit_norm)
+        return ensemble_logits(torch.stack([teacher(mixed) for teacher in self.teachers]), self.logit_norm)[:, self.seen]
 
 
 def whole_batch(args, count):
@@ -99,13 +104,15 @@ def student_loss(args, logits, y, soft, partner_y, ratio):
     return mse_gt_loss(logits, soft, y, args.gamma)
 
 
-def train_student(name, seed, images, classes, labels, test, data, args, device, load=lambda: None, keep=lambda state: None):
-    """One student from scratch.   keep: takes, after every step, a function that gives the state; load: gives a state to go
-    on from, or None.   -> top-1 in % by epoch evaluated, {epoch: top1}; the last epoch is always among them"""
+def train_student(name, seed, images, classes, labels, test, data, args, device, load=lambda: None, keep=lambda state: None,
+                  model=None, penalty=lambda: 0):
+    """One student from scratch, or a trained model further, in place.   keep: takes, after every step, a function that gives
+    the state; load: gives a state to go on from, or None; args: of `for_student`; penalty(): is added to the loss.
+    -> top-1 in % by epoch evaluated, {epoch: top1}; the last epoch is always among them"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
-    model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
+    model = model or build_model(name, len(data["classes"]), data["image_size"]).to(device)
     model = with_precision(channels_last(model), device, args.precision)
-    lr, groups = student_value(args.lr, name), parameter_groups(model, args.weight_decay)
+    lr, groups = float(args.lr[0]), parameter_groups(model, args.weight_decay)
     fused = device.type == "cuda"
     optimizer = (torch.optim.AdamW(groups, lr=lr, fused=fused) if args.optimizer == "adamw" else
                  torch.optim.SGD(groups, lr=lr, momentum=args.momentum, fused=fused))
@@ -132,7 +139,7 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
                 "trained": [part.state_dict() for part in trained]}
 
     def loss_and_gradients(mixed, *targets):
-        loss = student_loss(args, model(mixed), *targets)
+        loss = student_loss(args, model(mixed), *targets) + penalty()
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
     graphed = defaultdict(lambda: Graphed(loss_and_gradients))       # by the size of a batch: the last may be short
@@ -161,9 +168,14 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
         if epoch * args.evaluations // args.epochs > (epoch - 1) * args.evaluations // args.epochs:
             check_training(finite, model, progress.what)
             with swapped(weights, average):
-                top1[epoch] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(500)))
+                top1[epoch] = tested(model, test, units)
         progress.step(lambda: f"loss {loss.item():.4f}  top1 {list(top1.values())[-1:]}")
     return top1
+
+
+def tested(model, test, units):
+    """Top-1 in % on the test images; units: mean and std on the model's device."""
+    return accuracy(model, ((normalize(send(x, units.device), *units), y) for x, y in test.batches(500)))
 
 
 @contextmanager
@@ -180,16 +192,26 @@ def swapped(weights, others):
     swap()
 
 
-def student_value(texts, name):
-    """The number for one student of texts such as ["0.1", "resnet18=0.2"]: the first, or its exception."""
-    try:
-        values = {text.rpartition("=")[0]: float(text.rpartition("=")[2]) for text in texts}
-        known = all(not student or is_model_name(student) for student in values)
-        if known and all(0 < value <= 1e30 for value in values.values()):
-            return values.get(name, values[""])
-    except (KeyError, ValueError):
-        pass
-    fail(f"--lr {' '.join(texts)}: give one positive number, and exceptions such as resnet18=0.2 after it")
+OWN = {     # flags that take exceptions for single students, and how a word is read; a rate stays as it was written
+    "optimizer": {"adamw": "adamw", "sgd": "sgd"}.__getitem__, "lr": lambda text: [text] if number(float, 1e-30)(text) else None,
+    "weight_decay": number(float, 0)}
+
+
+def for_student(args, name):
+    """The arguments for one student alone, with its own values of flags such as --lr 0.1 resnet18=0.2."""
+    own = {"students": [name]}
+    for flag, read in OWN.items():
+        words = getattr(args, flag)
+        try:
+            values = {student: read(value) for student, _, value in (word.rpartition("=") for word in words)}
+            if not all(not student or is_model_name(student) for student in values):
+                raise ValueError
+            own[flag] = values.get(name, values[""])
+        except (KeyError, ValueError, argparse.ArgumentTypeError):
+            what = "adamw or sgd, and exceptions such as swin_t=adamw" if flag == "optimizer" else (
+                f"one {'positive ' * (flag == 'lr')}number, and exceptions such as resnet18=0.2")
+            fail(f"--{flag.replace('_', '-')} {' '.join(words)}: give {what} after it")
+    return argparse.Namespace(**vars(args) | own)
 
 
 def get_parser():
@@ -219,12 +241,13 @@ def get_parser():
     optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step")
     optimization.add_argument("--whole-up-to", type=number(int, 0), default=100,
                               help="sets of up to so many images make one batch, 0 = never [||S||]")
-    optimization.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="of the student")
+    optimization.add_argument("--optimizer", nargs="+", default=["adamw"], metavar="NAME",
+                              help="adamw or sgd, and exceptions after it: sgd swin_t=adamw")
     optimization.add_argument("--lr", nargs="+", default=["0.001"], metavar="LR",
                               help="learning rate, and exceptions after it: 0.1 resnet18=0.2")
     optimization.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd, 0 = off")
-    optimization.add_argument("--weight-decay", type=number(float, 0), default=0.0,
-                              help="on tensors of 2 or more dimensions, 0 = off")
+    optimization.add_argument("--weight-decay", nargs="+", default=["0.0"], metavar="WEIGHT",
+                              help="on tensors of 2 or more dimensions, 0 = off, and exceptions after it: 0.0005 swin_t=0.01")
     optimization.add_argument("--schedule", choices=["constant", "cosine"], default="cosine",
                               help="of the learning rate, per epoch")
     optimization.add_argument("--lr-stretch", type=number(float, 1), default=1.0,
@@ -236,6 +259,14 @@ def get_parser():
     optimization.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
                               help="replay a step as one launch; for GPUs that wait for the host")
     optimization.add_argument("--download", action="store_true", help="fetch a named data set when it is missing")
+    protocol = parser.add_argument_group("protocol")
+    protocol.add_argument("--protocol", choices=["standard", "continual", "prune"], default="standard",
+                          help="all classes at once; or classes in steps; or teachers of the students' names, pruned")
+    protocol.add_argument("--steps", type=number(int, 1), default=5, help="of continual: in so many the classes arrive")
+    protocol.add_argument("--orders", type=number(int, 1), default=5, help="of continual: random orders of the classes, of --seed")
+    protocol.add_argument("--sparsity", type=number(float, 0, 0.99), default=0.5, help="of prune: the part of the channels that goes")
+    protocol.add_argument("--l1", type=number(float, 0), default=1e-4,
+                          help="of prune: weight of the BatchNorm scales' L1 norm, 0 = off [lambda of network slimming]")
     return parser
 
 
@@ -245,49 +276,121 @@ def main(argv=None):
     check_models("--students", args.students, build_model)
     if args.cuda_graphs and device.type != "cuda":
         fail("--cuda-graphs needs a GPU (--device cuda); leave it out")
-    for name in args.students:
-        student_value(args.lr, name)
+    alone = {name: for_student(args, name) for name in args.students}                # a result for each student
     before, upstream = earlier_result(args, paths)
-    teachers, records, data = {}, {}, before.get("data")
+    teachers, records, starts, data = {}, {}, {}, before.get("data")
     if args.labels == "online":
         teachers, records, data = load_teachers(args, paths.teachers, build_model, device)
         upstream["squeeze"] = upstream.get("squeeze", {}) | {name: record["args"] for name, record in records.items()}
     if args.labels == "online" and before:
         check_recovered(before, args, paths, data, records)
-    made_from = origin(args, paths, before, records)
-    results = {name: paths.eval / f"{name}{'' if args.labels == 'stored' else f'-{args.labels}'}.json" for name in args.students}
-    alone = {name: argparse.Namespace(**{**vars(args), "students": [name]}) for name in args.students}
-    todo = [name for name in results if not finished(results[name], alone[name], made_from)]      # a result for each student
+    made_from = dict.fromkeys(args.students, origin(args, paths, before, records))
+    if args.protocol == "prune":
+        starts, origins, start_data = load_starts(args, paths, device)
+        upstream["squeeze"] = upstream.get("squeeze", {}) | {name: record["args"] for name, record in origins.items()}
+        made_from = {name: made_from[name] | {"pruned": origins[name]["fingerprint"]} for name in args.students}
+    kind = ("" if args.labels == "stored" else f"-{args.labels}") + {
+        "standard": "", "continual": f"-continual{args.steps}", "prune": f"-prune{100 * args.sparsity:g}"}[args.protocol]
+    results = {name: paths.eval / f"{name}{kind}.json" for name in args.students}
+    todo = [name for name in results if not finished(results[name], alone[name], made_from[name])]
     if not todo:
         return
     if args.labels == "hard":
         data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
     if args.labels == "hard" and before:
         check_recovered(before, args, paths, data, {})
-    images, classes, labels = load_distilled(args, paths, before, data, made_from, list(teachers.values()), device)
+    images, classes, labels = load_distilled(args, paths, before, data, made_from[todo[0]], list(teachers.values()), device)
     check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
+    if starts and (key := next((key for key in data if start_data.get(key) != data[key]), None)):
+        fail(f"{paths.teachers / todo[0]}.pt and the labels or data set differ in {key}; train it again with squeeze.py --overwrite")
     with one_first():
         test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download, args.holdout).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
+    pieces = trainings(args, {"images": images, "classes": classes, "labels": labels, "test": test, "data": data})
     for names in [todo] if world() > 1 else [[name] for name in todo]:                # torchrun deals all trainings at once
         with ExitStack() as stack:
-            works = {name: stack.enter_context(Work(results[name], alone[name], made_from)) for name in names}
-            for name, seed in dealt([(name, seed) for name in names for seed in args.student_seeds]):
-                work, piece = works[name], f"seed{seed}"
-                if (work.read(piece) or {}).get("epoch") != args.epochs:
-                    top1 = train_student(name, seed, images, classes, labels, test, data, args, device,
-                                         partial(work.load, piece), partial(work.keep, piece=piece))
-                    work.save({"epoch": args.epochs, "top1": top1}, piece)
+            works = {name: stack.enter_context(Work(results[name], alone[name], made_from[name])) for name in names}
+            for name, piece in dealt([(name, piece) for name in names for piece in pieces]):
+                if (works[name].read(piece) or {}).get("epoch") != args.epochs:
+                    done = train_piece(name, piece, *pieces[piece], works[name], alone[name], device, starts.get(name))
+                    works[name].save({"epoch": args.epochs, **done}, piece)
             wait_for_all()
             for name in names if rank() == 0 else ():
-                runs = [works[name].read(f"seed{seed}")["top1"] for seed in args.student_seeds]
-                last = [list(top1.values())[-1] for top1 in runs]
-                finish(results[name], "train_eval", alone[name], {
-                    "student": name, "labels": args.labels, "top1": statistics.fmean(last),
-                    "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
-                    "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
-                    "top1_per_seed": last, "top1_by_epoch": runs, "images": len(images), "classes": data["classes"]},
-                    works[name].seconds(), upstream, made_from)
+                metrics = summary(args, [works[name].read(piece) for piece in pieces])
+                finish(results[name], "train_eval", alone[name],
+                       {"student": name, "labels": args.labels, **metrics, "images": len(images), "classes": data["classes"]},
+                       works[name].seconds(), upstream, made_from[name])
+
+
+def load_starts(args, paths, device):
+    """The teachers that --protocol prune begins with, by the names of the students.   -> as of `load_teachers`"""
+    named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})     # as with_precision found them
+    loaded = load_teachers(named, paths.teachers, build_model, device)
+    for name, model in loaded[0].items():
+        if not channel_scales(model):
+            fail(f"--students {name}: it has no channel that a BatchNorm scale alone decides over; prune one such as vgg11_bn or resnet18")
+    return loaded
+
+
+def trainings(args, whole):
+    """What each student goes through, of --protocol.   whole: arguments of train_student, of all images
+    -> {piece of work: (student seed, function() -> the same for this piece)}"""
+    if args.protocol != "continual":
+        return {f"seed{seed}": (seed, lambda: whole) for seed in args.student_seeds}
+
+    def label(rows, seen):
+        if args.labels == "stored":
+            labels = SeenLabels(whole["labels"], min(args.epochs, args.label_epochs or args.epochs), rows, seen)
+            return labels.rows, labels
+        rows = rows.nonzero().flatten()
+        return rows, FreshLabels(args, len(rows), whole["data"]["image_size"], whole["labels"].teachers, seen)
+
+    try:
+        orders = [[partial(incremental_step, seen, label=label, **whole) for seen in classes_so_far(
+            len(whole["data"]["classes"]), args.steps, generator("class order", args.seed, i))] for i in range(args.orders)]
+        for first, *_ in orders:                                     # later steps have more images
+            first()
+    except ValueError as error:
+        fail(f"--steps {args.steps}: {error}")
+    return {f"seed{seed}-order{i}-step{j}": (seed, step) for seed in args.student_seeds
+            for i, order in enumerate(orders) for j, step in enumerate(order)}
+
+
+def train_piece(name, piece, seed, material, work, args, device, start):
+    """One of `trainings`; start: the trained model that prune begins with.   -> {"top1": {epoch: top1}, ...}"""
+    material = material()
+
+    def train(stage="", model=None, penalty=lambda: 0):
+        part = piece + "-sparse" * (stage == "sparse")
+        return train_student(name, seed, **material, args=args, device=device, load=partial(work.load, part),
+                             keep=partial(work.keep, piece=part), model=model, penalty=penalty)
+
+    if args.protocol != "prune":
+        return {"top1": train(), "images": len(material["images"])}
+    model = channels_last(deepcopy(start).requires_grad_())
+    units = torch.tensor([material["data"]["mean"], material["data"]["std"]], device=device)
+    return prune(model, train, partial(tested, test=material["test"], units=units), args.sparsity, args.l1,
+                 (work.read(f"{piece}-sparse") or {}).get("weights"), lambda weights: work.save({"weights": weights}, f"{piece}-sparse"))
+
+
+def summary(args, runs):
+    """Metrics of a student from what its pieces of work gave, in the order of `trainings`."""
+    more = {}
+    if args.protocol == "continual":
+        last, images = ([[value(run) for run in runs[i:i + args.steps]] for i in range(0, len(runs), args.steps)]
+                        for value in (final, lambda run: run["images"]))
+        more, runs = curve(last) | {"curve_images": images}, runs[args.steps - 1::args.steps]
+    if args.protocol == "prune":
+        more = {"stages": {stage: {key: [run["stages"][stage][key] for run in runs] for key in ("top1", "parameters")}
+                           for stage in runs[0]["stages"]}}
+    last = [final(run) for run in runs]
+    return {"top1": statistics.fmean(last), "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
+            "top1_best": statistics.fmean(max(run["top1"].values()) for run in runs), "seeds": args.student_seeds,
+            "top1_per_seed": last, "top1_by_epoch": [run["top1"] for run in runs], **more}
+
+
+def final(run):
+    return list(run["top1"].values())[-1]
 
 
 def earlier_result(args, paths):

@@ -10,8 +10,10 @@ from models.deit import deit_tiny
 from models.efficientnet import efficientnet_b0
 from models.mobilenetv2 import mobilenetv2
 from models.pruning import shrink
+from models.regnet import regnet_x_8gf
 from models.resnet import resnet
 from models.shufflenetv2 import shufflenetv2_05
+from models.squeezenet import squeezenet
 from models.swin import swin_t
 from models.vgg import vgg11_bn
 from models.wrn import WideResNet
@@ -25,6 +27,8 @@ BUILDERS = {
     "shufflenetv2_05": shufflenetv2_05,
     "efficientnet_b0": efficientnet_b0,
     "vgg11_bn": vgg11_bn,
+    "regnet_x_8gf": regnet_x_8gf,
+    "squeezenet": squeezenet,
     "swin_t": swin_t,
     "deit_tiny": deit_tiny,
 }
@@ -33,7 +37,7 @@ PATTERNS = ("convnet_w<width>[_d<depth>]", "wrn<depth>_<width>")  # depth: 3 if 
 PRETRAINED = {  # torchvision's names
     "resnet18": "resnet18", "resnet50": "resnet50", "resnet101": "resnet101", "vgg11_bn": "vgg11_bn",
     "mobilenetv2": "mobilenet_v2", "shufflenetv2_05": "shufflenet_v2_x0_5", "efficientnet_b0": "efficientnet_b0",
-    "swin_t": "swin_t",
+    "regnet_x_8gf": "regnet_x_8gf", "squeezenet": "squeezenet1_0", "swin_t": "swin_t",
 }
 
 

@@ -1,6 +1,6 @@
 """Structured pruning: channels of convolutions removed, together with all that belongs to them.   Needs torch alone.
 
-    kept = random_channels(model, 0.66, generator)                     # {convolution: channels}
+    kept = random_channels(model, 0.66, generator)                     # {convolution: channels}; or largest_scales(model, 0.5)
     left = widths(shrink(model, kept), kept)                           # with model.state_dict() all there is to store
     model = build_model(name, num_classes, image_size, left)           # models/__init__.py: shrink() again
 """
@@ -145,3 +145,21 @@ def random_channels(model, share, generator):
         low, high = (low, middle) if _parameters_left(model, plan, channels(middle)) >= target else (middle, high)
     return {name: torch.randperm(layers[name].out_channels, generator=generator)[:number].sort().values
             for name, number in channels(high).items()}
+
+
+def channel_scales(model):
+    """The BatchNorm scales that decide over channels in network slimming.   -> {prunable convolution: parameter [C]}, of
+    those with one BatchNorm and no other norm behind them"""
+    layers = dict(model.named_modules())
+    norms = {name: [layers[norm] for norm in found] for name, (found, _) in prunable(model).items()}
+    return {name: found[0].weight for name, found in norms.items() if len(found) == 1 and isinstance(found[0], nn.BatchNorm2d)}
+
+
+def largest_scales(model, sparsity):
+    """Network slimming (Liu et al., arXiv:1708.06519): all channels of `channel_scales` but the part `sparsity` of them (0 ..
+    below 1) with the smallest |scale| in the whole network; a convolution keeps one at least.
+    -> {conv name: sorted indices}, as `shrink` takes them"""
+    scales = {name: scale.detach().abs() for name, scale in channel_scales(model).items()}
+    every = torch.cat([*scales.values()]).sort().values
+    threshold = every[int(sparsity * len(every))]
+    return {name: (scale >= threshold.minimum(scale.max())).nonzero().flatten() for name, scale in scales.items()}

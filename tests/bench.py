@@ -209,7 +209,7 @@ def bench_train_eval(rounds, quick, device):
             ("convnet_w128", 100, 5), ("resnet18", 100, 2), ("convnet_w128", 500, 1), ("resnet18", 500, 1)]:
         if quick:
             name, count, epochs = "convnet_w8", count // 10, 2
-        args = train_eval.get_parser().parse_args(["--epochs", str(epochs), "--evaluations", "1"])
+        args = train_eval.for_student(train_eval.get_parser().parse_args(["--epochs", str(epochs), "--evaluations", "1"]), name)
         images, classes = pixels(count).to(device), torch.arange(count, device=device) % 10
         with TemporaryDirectory() as folder:
             store_labels(Path(folder), epochs, count, 10)

@@ -71,14 +71,23 @@ def test_parameters_and_layers_are_those_of_the_papers_networks(name):
         assert (count(net, nn.Conv2d), count(net, nn.BatchNorm2d), count(net, nn.GroupNorm)) == PAPER[name][3:]
 
 
-def test_deit_tiny_has_the_published_number_of_parameters():
-    assert sum(p.numel() for p in skeleton("deit_tiny", 1000, 224).parameters()) == 5_717_416
+@pytest.mark.parametrize("name, parameters", [
+    ("deit_tiny", 5_717_416), ("regnet_x_8gf", 39_572_648), ("squeezenet", 1_248_424)])
+def test_students_at_224_pixels_have_the_published_number_of_parameters(name, parameters):
+    assert sum(p.numel() for p in skeleton(name, 1000, 224).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name, normalised", [
+    ("convnet_w128", nn.GroupNorm), ("swin_t", nn.LayerNorm), ("deit_tiny", nn.LayerNorm), ("squeezenet", ())])
+def test_students_without_batchnorm(name, normalised):
+    norms = {type(layer) for layer in skeleton(name).modules() if "Norm" in type(layer).__name__}
+    assert all(issubclass(norm, normalised) for norm in norms) and bool(norms) == (name != "squeezenet")
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_torchvisions_weights_fit_above_64_pixels(name):
     reference = PRETRAINED[name]
-    with torch.device("meta"):
+    with torch.device("cpu" if name == "regnet_x_8gf" else "meta"):                      # whose widths are tensors' values
         expected = shapes(torchvision.models.get_model(reference))
     for image_size in 68, 224:
         assert shapes(skeleton(name, 1000, image_size)) == expected
@@ -89,6 +98,7 @@ def test_torchvisions_weights_fit_above_64_pixels(name):
 @pytest.mark.parametrize("name, small, large", [  # kernel and stride of the first convolution
     ("resnet18", (3, 1), (7, 2)), ("resnet50", (3, 1), (7, 2)), ("resnet101", (3, 1), (7, 2)),
     ("shufflenetv2_05", (1, 1), (3, 2)), ("efficientnet_b0", (3, 1), (3, 2)), ("swin_t", (2, 2), (4, 4)),
+    ("regnet_x_8gf", (3, 1), (3, 2)), ("squeezenet", (7, 1), (7, 2)),
     ("deit_tiny", (4, 4), (16, 16))])
 def test_the_small_stem_ends_at_64_pixels(name, small, large):
     for image_size in 32, 64, 96:
@@ -98,7 +108,7 @@ def test_the_small_stem_ends_at_64_pixels(name, small, large):
 
 @pytest.mark.parametrize("name, small, large", [
     ("resnet18", 8, 32), ("shufflenetv2_05", 8, 32), ("mobilenetv2_05", 16, 32), ("mobilenetv2", 16, 32),
-    ("efficientnet_b0", 16, 32)])
+    ("efficientnet_b0", 16, 32), ("regnet_x_8gf", 16, 32)])
 def test_the_last_map_is_narrower_than_the_image_by_the_documented_factor(name, small, large):
     for image_size in 32, 64, 96:
         run = forward(name, skeleton(name, 10, image_size), torch.empty(1, 3, image_size, image_size, device="meta"))
@@ -187,6 +197,7 @@ def test_names_are_model_names_and_patterns_take_other_numbers():
     ("convnet_w128", 7, "needs at least 8 pixels, not 7"), ("convnet_w32_d6", 32, "needs at least 64 pixels, not 32"),
     ("vgg11_bn", 28, "needs at least 32 pixels, not 28"), ("wrn17_2", 32, "6n [+] 4.*not 17"),
     ("swin_t", 33, "2x2 pixels.* 33x33"), ("swin_t", 90, "4x4 pixels.* 90x90"),
+    ("squeezenet", 13, "needs at least 14 pixels, not 13"),
     ("deit_tiny", 30, "4x4 pixels.* 30x30"), ("deit_tiny", 100, "16x16 pixels.* 100x100")])
 def test_a_size_that_does_not_fit_is_refused_in_a_sentence(name, image_size, match):
     with pytest.raises(ValueError, match=match):
@@ -197,6 +208,12 @@ def test_a_size_that_does_not_fit_is_refused_in_a_sentence(name, image_size, mat
 def test_networks_without_published_weights_say_so(name):
     with pytest.raises(ValueError, match=f"no ImageNet weights for '{name}'.*resnet18"):
         pretrained_weights(name)
+
+
+@pytest.mark.parametrize("name, smallest", [("squeezenet", 14), ("regnet_x_8gf", 8)])
+def test_the_smallest_images_that_are_taken_make_logits(name, smallest):
+    for image_size in smallest, smallest + 1, 65:
+        assert skeleton(name, 7, image_size).eval()(torch.empty(1, 3, image_size, image_size, device="meta")).shape == (1, 7)
 
 
 def test_the_convnets_pooling_is_the_mean_of_four_pixels():

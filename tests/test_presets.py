@@ -1,4 +1,5 @@
 """The presets are the tables of the paper, every setting has a flag and every flag a reader."""
+import argparse
 import itertools
 import re
 from importlib import import_module
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import train_eval
 from utils.presets import METHODS, PRESETS, preset_values
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +17,9 @@ DATASETS = "cifar10", "cifar100", "tiny", "imagenet"
 SMALL = "resnet18 convnet_w128 mobilenetv2_05 wrn16_2 shufflenetv2_05".split()
 LARGE = "resnet18 mobilenetv2 efficientnet_b0 shufflenetv2_05".split()
 RESNETS = "resnet18 resnet50 resnet101".split()
+BY_ADAMW = "swin_t=adamw deit_tiny=adamw squeezenet=adamw".split()           # ours: what SGD does not train
+SLOWLY = "swin_t=0.001 deit_tiny=0.001 squeezenet=0.001".split()
+DECAYED = "swin_t=0.01 deit_tiny=0.01 squeezenet=0.01".split()
 
 # arXiv:2311.17950, Tables 7-9 and Appendix A, and where they are silent the release; a row: cifar10, cifar100, tiny,
 # imagenet. "-": the phase is skipped there, ImageNet's backbones come trained.
@@ -56,10 +61,10 @@ PAPER = {
     "train_eval epochs":           (1000, 1000, 100, 300),
     "train_eval batch_size":       (64, 64, 128, 1024),
     "train_eval whole_up_to":      (100, 100, 0, 0),
-    "train_eval optimizer":        ("adamw", "sgd", "sgd", "adamw"),
-    "train_eval lr":               (["0.001"], ["0.1"], ["0.1", "resnet18=0.2"], ["0.001"]),
+    "train_eval optimizer":        (["adamw"], ["sgd", *BY_ADAMW], ["sgd", *BY_ADAMW], ["adamw"]),
+    "train_eval lr":               (["0.001"], ["0.1", *SLOWLY], ["0.1", "resnet18=0.2", *SLOWLY], ["0.001"]),
     "train_eval momentum":         (0.9, 0.9, 0.9, 0.9),
-    "train_eval weight_decay":     (0.0, 5e-4, 5e-4, 0.01),
+    "train_eval weight_decay":     (["0.0"], ["0.0005", *DECAYED], ["0.0005", *DECAYED], ["0.01"]),
     "train_eval schedule":         ("cosine", "cosine", "cosine", "cosine"),
     "train_eval loss":             ("mse_gt", "mse_gt", "mse_gt", "mse_gt"),
     "train_eval gamma":            (0.15, 0.15, 0.1, 0.1),
@@ -78,7 +83,7 @@ RELEASE = {  # the rows where it differs
     "relabel logit_norm":          (False, False, False, True),
     "train_eval batch_size":       (100, 64, 100, 1024),
     "train_eval whole_up_to":      (0, 0, 0, 0),
-    "train_eval lr":               (["0.001"], ["0.1"], ["0.1"], ["0.001"]),
+    "train_eval lr":               (["0.001"], ["0.1", *SLOWLY], ["0.1", *SLOWLY], ["0.001"]),
 }
 
 
@@ -128,6 +133,21 @@ def test_statistics_and_samples_are_made_as_in_the_phase_before(dataset):
             assert values["collect_stats"][flag] == values["squeeze"][flag]
         for flag in "batch_size", "whole_up_to", "mix", "epochs", "backbones":
             assert values["train_eval"][flag] == values["relabel"][flag]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_transformers_and_the_squeezenet_get_adamw_wherever_others_get_sgd(method):
+    for preset, dataset in itertools.product(PRESETS, (*DATASETS, "shapes")):
+        values = preset_values(preset, dataset, "train_eval", 10, method)
+        args = argparse.Namespace(**values)
+        for name in "swin_t", "deit_tiny", "squeezenet":
+            own = train_eval.for_student(args, name)
+            assert own.optimizer == "adamw" and float(own.lr[0]) <= 0.005 and own.students == [name]
+            if train_eval.for_student(args, "resnet18").optimizer == "sgd":
+                assert (own.lr, own.weight_decay) == (["0.001"], 0.01)
+    tiny = argparse.Namespace(**preset_values("paper", "tiny", "train_eval"))
+    owns = [train_eval.for_student(tiny, name) for name in ("resnet18", "resnet50")]
+    assert [(own.optimizer, own.lr, own.weight_decay) for own in owns] == [("sgd", ["0.2"], 5e-4), ("sgd", ["0.1"], 5e-4)]
 
 
 def test_nothing_is_dropped_on_imagenet_at_ipc_10_alone():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import train_eval
 from utils import report
 from utils.data import preset_column
 from utils.presets import parse_args
@@ -183,7 +184,9 @@ def assert_repeatable(cell, results):
     for line in report.commands(cell):
         _, script, *words = shlex.split(line)
         phase = script.removesuffix(".py")
-        understood.append((phase, relevant(parse_args(import_module(phase).get_parser(), phase, words, preset_column))))
+        args = parse_args(import_module(phase).get_parser(), phase, words, preset_column)
+        args = train_eval.for_student(args, args.students[0]) if phase == "train_eval" else args
+        understood.append((phase, relevant(args)))
     for result in results:
         for phase, args in report.chain(result):
             assert any(other == phase and all(now[key] == args[key] for key in now if key in args and (phase, key) != ("collect_stats", "patch"))

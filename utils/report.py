@@ -86,7 +86,8 @@ def read_results(folder):
         result = load_json(path, remedy, (*IDENTITY, "top1", "top1_std", "seeds", "args", "upstream", "made_from"))
         if result["method"] not in METHODS or result["labels"] not in LABELS or not isinstance(result["ipc"], int):
             fail(f"{path} is no result of train_eval.py; {remedy}")
-        results[tuple(result[key] for key in IDENTITY)] = result
+        if result["args"].get("protocol", "standard") == "standard":
+            results[tuple(result[key] for key in IDENTITY)] = result
     return results
 
 
@@ -282,7 +283,10 @@ def command(phase, args):
     recipes = [[], *(["--recipe", method] for method in METHODS if phase in ("relabel", "train_eval"))]
     lines = []
     for recipe in recipes:
-        defaults = relevant(parse_args(import_module(phase).get_parser(), phase, identity + recipe, preset_column))
+        module = import_module(phase)
+        parsed = parse_args(module.get_parser(), phase, identity + recipe, preset_column)
+        own = module.for_student(parsed, args["students"][0]) if phase == "train_eval" else parsed
+        defaults = relevant(own) | {"students": getattr(parsed, "students", None)}
         lines.append(identity + recipe + [word for words in differing(phase, args, defaults) for word in words])
     line = shlex.join(["python", f"{phase}.py", *min(lines, key=len)])
     return line.replace(" --method gvbsm", "").replace(" --preset paper", "")

@@ -338,15 +338,15 @@ def trainings(args, whole):
     if args.protocol != "continual":
         return {f"seed{seed}": (seed, lambda: whole) for seed in args.student_seeds}
 
-    def label(rows, seen):
+    def label(labels, rows, seen):
         if args.labels == "stored":
-            labels = SeenLabels(whole["labels"], min(args.epochs, args.label_epochs or args.epochs), rows, seen)
+            labels = SeenLabels(labels, min(args.epochs, args.label_epochs or args.epochs), rows, seen)
             return labels.rows, labels
         rows = rows.nonzero().flatten()
-        return rows, FreshLabels(args, len(rows), whole["data"]["image_size"], whole["labels"].teachers, seen)
+        return rows, FreshLabels(args, len(rows), labels.size, labels.teachers, seen)
 
     try:
-        orders = [[partial(incremental_step, seen, label=label, **whole) for seen in classes_so_far(
+        orders = [[partial(incremental_step, seen, label, **whole) for seen in classes_so_far(
             len(whole["data"]["classes"]), args.steps, generator("class order", args.seed, i))] for i in range(args.orders)]
         for first, *_ in orders:                                     # later steps have more images
             first()

@@ -93,7 +93,9 @@ IMPOSSIBLE = {
     ("train_eval",): ["--students resnet81", "--students convnet_w8 convnet_w8", "--student-seeds 1 0 1", "--student-seeds -1", "--student-seeds one", "--labels soft",
                       "--loss mse", "--gamma -1", "--temperature 0", "--epochs 0", "--evaluations 0", "--lr -1",
                       "--lr nan", "--lr inf", "--lr fast", "--lr resnet18=0.1", "--lr 0.1 resnet18=fast",
-                      "--lr 0.1 resnet18=-1", "--lr 0.1 resnet81=0.1", "--optimizer adam"],
+                      "--lr 0.1 resnet18=-1", "--lr 0.1 resnet81=0.1", "--optimizer adam",
+                      "--optimizer swin_t=adamw", "--optimizer sgd swin_t=adam", "--weight-decay -1", "--weight-decay 0 resnet81=0.1",
+                      "--protocol fast", "--steps 0", "--orders 0", "--sparsity 1", "--sparsity -0.1", "--l1 -1"],
 }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from models import build_model
 from tests.helpers import assert_near
-from models.pruning import prunable, random_channels, shrink, widths
+from models.pruning import channel_scales, largest_scales, prunable, random_channels, shrink, widths
 
 PRUNED = "resnet18", "resnet50", "vgg11_bn", "wrn16_2", "convnet_w16", "mobilenetv2_05", "efficientnet_b0"
 
@@ -247,3 +247,53 @@ def test_random_channels_are_drawn_by_the_generator_and_at_least_one_stays():
     assert all(torch.equal(index, index.unique()) for index in first.values())
     assert [len(index) for index in random_channels(model, 0.0, torch.Generator()).values()] == [1, 1, 1]
     assert [len(index) for index in random_channels(model, 1.0, torch.Generator()).values()] == [16, 16, 16]
+
+
+# By BatchNorm scales
+
+def uneven(name):
+    """`lively`, with scales of both signs that differ from layer to layer."""
+    model = lively(name)
+    for i, scale in enumerate(channel_scales(model).values()):
+        nn.init.normal_(scale, std=1 + i % 3)
+    return model
+
+
+@pytest.mark.parametrize("sparsity", (0.5, 0.9))
+@pytest.mark.parametrize("name", ("vgg11_bn", "resnet18", "resnet50", "wrn16_2", "mobilenetv2_05"))
+def test_a_network_slimmed_by_its_scales_is_the_one_with_those_scales_and_shifts_at_zero(name, sparsity):
+    model = uneven(name)
+    kept, layers = largest_scales(model, sparsity), dict(model.named_modules())
+    norms = {layer: prunable(model)[layer][0][0] for layer in kept}
+    masked = deepcopy(model)
+    for layer, norm in norms.items():
+        alive = torch.zeros(layers[layer].out_channels, dtype=torch.float64).index_fill_(0, kept[layer], 1)
+        norm = masked.get_submodule(norm)
+        norm.weight.data *= alive
+        norm.bias.data *= alive
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    slim = shrink(deepcopy(model), kept)
+    assert_near(slim(images), masked(images), 1e-11)
+    assert (masked(images) - model(images)).abs().max() > 1e-3 * model(images).abs().max() and parameters(slim) < parameters(model)
+
+
+@pytest.mark.parametrize("name", ("vgg11_bn", "resnet18", "wrn16_2"))
+@pytest.mark.parametrize("sparsity", (0, 0.3, 0.5, 0.99))
+def test_one_threshold_for_all_layers_takes_the_part_of_the_channels_with_the_smallest_scales(name, sparsity):
+    model = uneven(name)
+    scales, kept = channel_scales(model), largest_scales(model, sparsity)
+    assert kept.keys() == scales.keys()
+    ranked = sorted((abs(value), layer, i) for layer, scale in scales.items() for i, value in enumerate(scale.tolist()))
+    expected = {layer: [] for layer in scales}                       # the slow loop
+    for _, layer, i in ranked[int(sparsity * len(ranked)):]:
+        expected[layer].append(i)
+    for layer, channels in expected.items():
+        largest = scales[layer].abs().argmax().item()
+        assert kept[layer].tolist() == (sorted(channels) or [largest])
+
+
+def test_only_channels_with_a_batchnorm_of_their_own_have_a_scale():
+    assert not channel_scales(build_model("convnet_w8", 5, 32)) and not channel_scales(build_model("squeezenet", 5, 32))
+    vgg = build_model("vgg11_bn", 5, 32)
+    assert [len(scale) for scale in channel_scales(vgg).values()] == [64, 128, 256, 256, 512, 512, 512, 512]
+    assert all(scale is vgg.features[int(name.split(".")[1]) + 1].weight for name, scale in channel_scales(vgg).items())

@@ -831,6 +831,21 @@ def test_each_student_has_its_learning_rate_and_the_cosine_ends_at_zero(flags, n
     assert len(made) == 6
 
 
+def test_a_student_may_have_another_optimizer_and_weight_decay_and_its_result_tells_its_own(relabelled, monkeypatch):
+    made = []
+    for name in "SGD", "AdamW":
+        kind = getattr(torch.optim, name)
+        monkeypatch.setattr(torch.optim, name, lambda *args, kind=kind, **kwargs: made.append(kind(*args, **kwargs)) or made[-1])
+    relabelled.call("train_eval", "--students convnet_w8 wrn10_1 --optimizer sgd wrn10_1=adamw --lr 0.1 wrn10_1=0.001",
+                    "--weight-decay 0.01 wrn10_1=0")
+    assert [type(optimizer).__name__ for optimizer in made] == ["SGD", "AdamW"]
+    assert [optimizer.param_groups[0]["weight_decay"] for optimizer in made] == [0.01, 0.0]
+    own = [json.loads((relabelled.run() / f"eval/{name}.json").read_text())["args"] for name in ("convnet_w8", "wrn10_1")]
+    assert [(args["optimizer"], args["lr"], args["weight_decay"]) for args in own] == [("sgd", ["0.1"], 0.01), ("adamw", ["0.001"], 0.0)]
+    relabelled.call("train_eval", "--students wrn10_1 --optimizer adamw --lr 0.001 --weight-decay 0")       # is the same, and done
+    assert "already done" in relabelled.printed
+
+
 def test_a_stretched_cosine_is_the_start_of_a_longer_one(relabelled, monkeypatch):
     made, kind = [], torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kwargs: made.append(kind(*args, **kwargs)) or made[-1])

@@ -32,7 +32,8 @@ class SeenLabels:
         while not (fits := rows[partner[:, rows]]).any(0).all():     # whom one left out was the only partner of, too
             rows[rows.nonzero()] = fits.any(0)
         if not rows.any():
-            raise ValueError("no stored sample of the first step's images is free of classes to come")
+            raise ValueError("no stored sample of the first classes is free of classes to come; use fewer steps, --labels online, or "
+                             "relabel.py with more --epochs or --mix none")
         self.stored, self.mix, self.seen = stored, stored.mix, seen
         self.rows, self.place = torch.from_numpy(rows.nonzero()[0]), torch.from_numpy(rows.cumsum() - 1)
         self.count, self.fitting = fits.sum(0), np.argsort(~fits, axis=0, kind="stable")         # [n]; [epochs, n], those first
@@ -50,12 +51,12 @@ class SeenLabels:
         return self.stored.soft_logits(epochs, self.rows[batch], mixed)[:, self.seen.to(mixed.device)]
 
 
-def incremental_step(seen, images, classes, label, test, data):
+def incremental_step(seen, label, images, classes, labels, test, data):
     """What a student is trained and tested on when it has met the classes `seen`: their distilled and test images.
-    label: function(rows, seen), rows [N] booleans -> images to train on (LongTensor), labels of these.
+    label: function(labels, rows, seen), rows [N] booleans -> images to train on (LongTensor), labels of these.
     -> dict of arguments of train_student, whose classes are numbered as in `seen`"""
     number = torch.full((len(data["classes"]),), -1).index_put((seen,), torch.arange(len(seen)))
-    rows, labels = label(number[classes.cpu()] >= 0, seen)
+    rows, labels = label(labels, number[classes.cpu()] >= 0, seen)
     rows, tested = rows.to(images.device), (number[test.labels.cpu()] >= 0).nonzero().flatten()
 
     def batches(size):
@@ -80,18 +81,18 @@ def prune(model, train, test, sparsity, l1, sparse=None, keep=lambda weights: No
     """
     stages, scales = {}, channel_scales(model).values()
 
-    def note(stage):
-        stages[stage] = {"top1": test(model), "parameters": sum(tensor.numel() for tensor in model.parameters())}
+    def note(stage, top1):
+        stages[stage] = {"top1": top1, "parameters": sum(tensor.numel() for tensor in model.parameters())}
 
-    note("teacher")
+    note("teacher", test(model))
     if sparse is None:
         train("sparse", model, lambda: l1 * sum(scale.abs().sum() for scale in scales))
         keep(model.state_dict())
     else:
         model.load_state_dict(sparse)
-    note("sparse")
+    note("sparse", test(model))
     shrink(model, largest_scales(model, sparsity))
-    note("pruned")
+    note("pruned", test(model))
     top1 = train("tuned", model, lambda: 0)
-    note("tuned")
+    note("tuned", list(top1.values())[-1])
     return {"top1": top1, "stages": stages}

@@ -259,11 +259,10 @@ def uneven(name):
     return model
 
 
-@pytest.mark.parametrize("sparsity", (0.5, 0.9))
-@pytest.mark.parametrize("name", ("vgg11_bn", "resnet18", "resnet50", "wrn16_2", "mobilenetv2_05"))
-def test_a_network_slimmed_by_its_scales_is_the_one_with_those_scales_and_shifts_at_zero(name, sparsity):
+@pytest.mark.parametrize("name", ("vgg11_bn", "resnet18", "wrn16_2", "mobilenetv2_05"))
+def test_a_network_slimmed_by_its_scales_is_the_one_with_those_scales_and_shifts_at_zero(name):
     model = uneven(name)
-    kept, layers = largest_scales(model, sparsity), dict(model.named_modules())
+    kept, layers = largest_scales(model, 0.5), dict(model.named_modules())
     norms = {layer: prunable(model)[layer][0][0] for layer in kept}
     masked = deepcopy(model)
     for layer, norm in norms.items():
@@ -277,8 +276,8 @@ def test_a_network_slimmed_by_its_scales_is_the_one_with_those_scales_and_shifts
     assert (masked(images) - model(images)).abs().max() > 1e-3 * model(images).abs().max() and parameters(slim) < parameters(model)
 
 
-@pytest.mark.parametrize("name", ("vgg11_bn", "resnet18", "wrn16_2"))
-@pytest.mark.parametrize("sparsity", (0, 0.3, 0.5, 0.99))
+@pytest.mark.parametrize("name", ("vgg11_bn", "wrn16_2"))
+@pytest.mark.parametrize("sparsity", (0, 0.3, 0.99))
 def test_one_threshold_for_all_layers_takes_the_part_of_the_channels_with_the_smallest_scales(name, sparsity):
     model = uneven(name)
     scales, kept = channel_scales(model), largest_scales(model, sparsity)

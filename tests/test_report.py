@@ -238,7 +238,7 @@ def test_every_number_of_the_paper_without_a_cell_is_not_run(project, evidence):
     assert lines[-1][:4] == ["beasts", "2", "convnet_w8", "gvbsm"] and lines[-1][5] == "not run" and lines[-1][4] != "not run"
     missing = {(dataset, ipc, student): paper for dataset, ipcs, student, _, ours, *_, papers, _, _ in lines[:-1]
                for ipc, paper in zip(ipcs.split(", "), papers.split(", ")) if ours == "not run"}
-    assert len(missing) == 4 + 6 + 6 + 9 and missing["imagenet", "50", "resnet101"] == "61.0 ± 0.4"
+    assert len(missing) == 4 + 6 + 6 + 9 + 3 and missing["imagenet", "50", "resnet101"] == "61.0 ± 0.4"
     assert missing["cifar10", "10", "resnet18"] == "53.5 ± 0.6" and missing["tiny", "100", "resnet50"] == "52.1 ± 0.3"
 
 

@@ -102,6 +102,16 @@ def test_images_labels_and_accuracies_have_the_bytes_of_one_process(alone, new_p
     assert not list(both.root.rglob("*.unfinished"))
 
 
+def test_classes_in_steps_give_the_accuracies_of_one_process(alone, new_project):
+    flags = "--protocol continual --steps 2 --orders 2"
+    for phase in "recover", "relabel":
+        alone.call(phase)
+    both = copy(alone, new_project)
+    expected, (result,) = alone.call("train_eval", flags), ended(torchrun(both, "train_eval", flags))
+    timeless = {key: value for key, value in expected.items() if key not in ("seconds", "peak_memory", "processes", "hardware", "args")}
+    assert timeless.items() <= result.items() and len(result["curves"]) == 2
+
+
 def wait_for(pattern, folder, process):
     while not (found := list(folder.rglob(pattern))):
         assert process.poll() is None, process.communicate()

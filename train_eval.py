@@ -35,7 +35,7 @@ from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import describe, folder_name, list_folder, load_folder, load_split, preset_column
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.presets import Parser, identity_flags, number, parse_args
-from utils.protocols import SeenLabels, classes_so_far, curve, incremental_step, prune
+from utils.protocols import SeenLabels, prune, summary, trainings
 from utils.run import (Finite, Graphed, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
                        check_recovered, check_training, dealt, finish, finished, fingerprint, fingerprints, generator, image_set,
                        load_json, load_teachers, one_first, rank, script, send, wait_for_all, with_precision, world)
@@ -261,10 +261,11 @@ def get_parser():
     optimization.add_argument("--download", action="store_true", help="fetch a named data set when it is missing")
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--protocol", choices=["standard", "continual", "prune"], default="standard",
-                          help="all classes at once; or classes in steps; or teachers of the students' names, pruned")
+                          help="all classes at once, or in steps, or teachers of the students' names are pruned")
     protocol.add_argument("--steps", type=number(int, 1), default=5, help="of continual: in so many the classes arrive")
     protocol.add_argument("--orders", type=number(int, 1), default=5, help="of continual: random orders of the classes, of --seed")
-    protocol.add_argument("--sparsity", type=number(float, 0, 0.99), default=0.5, help="of prune: the part of the channels that goes")
+    protocol.add_argument("--sparsity", type=number(float, 0, 0.99), default=0.5,
+                          help="of prune: the part of the channels that goes")
     protocol.add_argument("--l1", type=number(float, 0), default=1e-4,
                           help="of prune: weight of the BatchNorm scales' L1 norm, 0 = off [lambda of network slimming]")
     return parser
@@ -288,7 +289,7 @@ def main(argv=None):
     if args.protocol == "prune":
         starts, origins, start_data = load_starts(args, paths, device)
         upstream["squeeze"] = upstream.get("squeeze", {}) | {name: record["args"] for name, record in origins.items()}
-        made_from = {name: made_from[name] | {"pruned": origins[name]["fingerprint"]} for name in args.students}
+        made_from = {name: made_from[name] | {"teacher": origins[name]["fingerprint"]} for name in args.students}
     kind = ("" if args.labels == "stored" else f"-{args.labels}") + {
         "standard": "", "continual": f"-continual{args.steps}", "prune": f"-prune{100 * args.sparsity:g}"}[args.protocol]
     results = {name: paths.eval / f"{name}{kind}.json" for name in args.students}
@@ -302,11 +303,12 @@ def main(argv=None):
     images, classes, labels = load_distilled(args, paths, before, data, made_from[todo[0]], list(teachers.values()), device)
     check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
     if starts and (key := next((key for key in data if start_data.get(key) != data[key]), None)):
-        fail(f"{paths.teachers / todo[0]}.pt and the labels or data set differ in {key}; train it again with squeeze.py --overwrite")
+        fail(f"{paths.teachers / todo[0]}.pt and the data of the labels differ in {key}; train it again with squeeze.py --overwrite")
     with one_first():
         test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download, args.holdout).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
-    pieces = trainings(args, {"images": images, "classes": classes, "labels": labels, "test": test, "data": data})
+    whole = {"images": images, "classes": classes, "labels": labels, "test": test, "data": data}
+    pieces = trainings(args, whole, partial(labels_of, args))
     for names in [todo] if world() > 1 else [[name] for name in todo]:                # torchrun deals all trainings at once
         with ExitStack() as stack:
             works = {name: stack.enter_context(Work(results[name], alone[name], made_from[name])) for name in names}
@@ -316,48 +318,37 @@ def main(argv=None):
                     works[name].save({"epoch": args.epochs, **done}, piece)
             wait_for_all()
             for name in names if rank() == 0 else ():
-                metrics = summary(args, [works[name].read(piece) for piece in pieces])
-                finish(results[name], "train_eval", alone[name],
-                       {"student": name, "labels": args.labels, **metrics, "images": len(images), "classes": data["classes"]},
-                       works[name].seconds(), upstream, made_from[name])
+                runs, more = summary(args, [works[name].read(piece) for piece in pieces])
+                last = [list(top1.values())[-1] for top1 in runs]
+                finish(results[name], "train_eval", alone[name], {
+                    "student": name, "labels": args.labels, "top1": statistics.fmean(last),
+                    "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
+                    "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
+                    "top1_per_seed": last, "top1_by_epoch": runs, **more, "images": len(images), "classes": data["classes"]},
+                    works[name].seconds(), upstream, made_from[name])
 
 
 def load_starts(args, paths, device):
     """The teachers that --protocol prune begins with, by the names of the students.   -> as of `load_teachers`"""
-    named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})     # as with_precision found them
+    named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})   # train_student sets its own
     loaded = load_teachers(named, paths.teachers, build_model, device)
     for name, model in loaded[0].items():
         if not channel_scales(model):
-            fail(f"--students {name}: it has no channel that a BatchNorm scale alone decides over; prune one such as vgg11_bn or resnet18")
+            fail(f"--students {name}: no BatchNorm scale decides over a channel of it; prune one such as vgg11_bn or resnet18")
     return loaded
 
 
-def trainings(args, whole):
-    """What each student goes through, of --protocol.   whole: arguments of train_student, of all images
-    -> {piece of work: (student seed, function() -> the same for this piece)}"""
-    if args.protocol != "continual":
-        return {f"seed{seed}": (seed, lambda: whole) for seed in args.student_seeds}
-
-    def label(labels, rows, seen):
-        if args.labels == "stored":
-            labels = SeenLabels(labels, min(args.epochs, args.label_epochs or args.epochs), rows, seen)
-            return labels.rows, labels
-        rows = rows.nonzero().flatten()
-        return rows, FreshLabels(args, len(rows), labels.size, labels.teachers, seen)
-
-    try:
-        orders = [[partial(incremental_step, seen, label, **whole) for seen in classes_so_far(
-            len(whole["data"]["classes"]), args.steps, generator("class order", args.seed, i))] for i in range(args.orders)]
-        for first, *_ in orders:                                     # later steps have more images
-            first()
-    except ValueError as error:
-        fail(f"--steps {args.steps}: {error}")
-    return {f"seed{seed}-order{i}-step{j}": (seed, step) for seed in args.student_seeds
-            for i, order in enumerate(orders) for j, step in enumerate(order)}
+def labels_of(args, labels, rows, seen):
+    """Labels of the images `rows` [N] booleans with logits of the classes `seen`.   -> the rows they are for, labels object"""
+    if args.labels == "stored":
+        labels = SeenLabels(labels, min(args.epochs, args.label_epochs or args.epochs), rows, seen)
+        return labels.rows, labels
+    rows = rows.nonzero().flatten()
+    return rows, FreshLabels(args, len(rows), labels.size, labels.teachers, seen)
 
 
 def train_piece(name, piece, seed, material, work, args, device, start):
-    """One of `trainings`; start: the trained model that prune begins with.   -> {"top1": {epoch: top1}, ...}"""
+    """One piece of `trainings`.   start: the trained model that --protocol prune begins with   -> {"top1": {epoch: top1}, ...}"""
     material = material()
 
     def train(stage="", model=None, penalty=lambda: 0):
@@ -367,30 +358,10 @@ def train_piece(name, piece, seed, material, work, args, device, start):
 
     if args.protocol != "prune":
         return {"top1": train(), "images": len(material["images"])}
-    model = channels_last(deepcopy(start).requires_grad_())
     units = torch.tensor([material["data"]["mean"], material["data"]["std"]], device=device)
-    return prune(model, train, partial(tested, test=material["test"], units=units), args.sparsity, args.l1,
-                 (work.read(f"{piece}-sparse") or {}).get("weights"), lambda weights: work.save({"weights": weights}, f"{piece}-sparse"))
-
-
-def summary(args, runs):
-    """Metrics of a student from what its pieces of work gave, in the order of `trainings`."""
-    more = {}
-    if args.protocol == "continual":
-        last, images = ([[value(run) for run in runs[i:i + args.steps]] for i in range(0, len(runs), args.steps)]
-                        for value in (final, lambda run: run["images"]))
-        more, runs = curve(last) | {"curve_images": images}, runs[args.steps - 1::args.steps]
-    if args.protocol == "prune":
-        more = {"stages": {stage: {key: [run["stages"][stage][key] for run in runs] for key in ("top1", "parameters")}
-                           for stage in runs[0]["stages"]}}
-    last = [final(run) for run in runs]
-    return {"top1": statistics.fmean(last), "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
-            "top1_best": statistics.fmean(max(run["top1"].values()) for run in runs), "seeds": args.student_seeds,
-            "top1_per_seed": last, "top1_by_epoch": [run["top1"] for run in runs], **more}
-
-
-def final(run):
-    return list(run["top1"].values())[-1]
+    sparse = (work.read(f"{piece}-sparse") or {}).get("weights")
+    return prune(channels_last(deepcopy(start).requires_grad_()), train, partial(tested, test=material["test"], units=units),
+                 args.sparsity, args.l1, sparse, lambda weights: work.save({"weights": weights}, f"{piece}-sparse"))
 
 
 def earlier_result(args, paths):

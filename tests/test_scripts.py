@@ -841,7 +841,8 @@ def test_a_student_may_have_another_optimizer_and_weight_decay_and_its_result_te
     assert [type(optimizer).__name__ for optimizer in made] == ["SGD", "AdamW"]
     assert [optimizer.param_groups[0]["weight_decay"] for optimizer in made] == [0.01, 0.0]
     own = [json.loads((relabelled.run() / f"eval/{name}.json").read_text())["args"] for name in ("convnet_w8", "wrn10_1")]
-    assert [(args["optimizer"], args["lr"], args["weight_decay"]) for args in own] == [("sgd", ["0.1"], 0.01), ("adamw", ["0.001"], 0.0)]
+    own = [(args["optimizer"], args["lr"], args["weight_decay"]) for args in own]
+    assert own == [("sgd", ["0.1"], 0.01), ("adamw", ["0.001"], 0.0)]
     relabelled.call("train_eval", "--students wrn10_1 --optimizer adamw --lr 0.001 --weight-decay 0")       # is the same, and done
     assert "already done" in relabelled.printed
 

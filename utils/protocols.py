@@ -1,17 +1,52 @@
 """Evaluations beyond one training on all images: class-incremental learning and data-free pruning, for train_eval.py."""
 import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from models.pruning import channel_scales, largest_scales, shrink
+from utils import fail
+from utils.run import generator
+
+
+def trainings(args, whole, label):
+    """What --protocol trains each student on.   whole: arguments of train_student, of all images; label: as of
+    `incremental_step`   -> {piece of work: (student seed, function() -> the same of this piece)}"""
+    if args.protocol != "continual":
+        return {f"seed{seed}": (seed, lambda: whole) for seed in args.student_seeds}
+    count, chances = len(whole["data"]["classes"]), (generator("class order", args.seed, i) for i in range(args.orders))
+    try:
+        orders = [[partial(incremental_step, seen, label, **whole) for seen in classes_so_far(count, args.steps, chance)]
+                  for chance in chances]
+        for first, *_ in orders:                            # where one has labels, all later ones do
+            first()
+    except ValueError as error:
+        fail(f"--steps {args.steps}: {error}")
+    return {f"seed{seed}-order{i}-step{j}": (seed, step) for seed in args.student_seeds
+            for i, order in enumerate(orders) for j, step in enumerate(order)}
+
+
+def summary(args, runs):
+    """What the pieces of `trainings` gave, in their order.   -> accuracies by epoch of the trainings that end a run, further
+    metrics of the protocol"""
+    more = {}
+    if args.protocol == "continual":
+        runs = [runs[i:i + args.steps] for i in range(0, len(runs), args.steps)]
+        more = curve([[list(step["top1"].values())[-1] for step in run] for run in runs])
+        more["curve_images"] = [[step["images"] for step in run] for run in runs]
+        runs = [run[-1] for run in runs]
+    if args.protocol == "prune":
+        more["stages"] = {stage: {key: [run["stages"][stage][key] for run in runs] for key in ("top1", "parameters")}
+                          for stage in runs[0]["stages"]}
+    return [run["top1"] for run in runs], more
 
 
 def classes_so_far(count, steps, generator):
-    """Class-incremental learning: `count` classes arrive in random order, over steps as equal as possible (DM,
-    arXiv:2110.04181, Sec. 4.3).   -> for each step a sorted LongTensor of the classes up to it. ValueError if there are
-    more steps than classes"""
+    """Class-incremental learning, as in DM (arXiv:2110.04181): `count` classes arrive in random order, over steps as equal
+    as possible.   -> for each step a sorted LongTensor of the classes up to it. ValueError if there are more steps than
+    classes"""
     if steps > count:
         raise ValueError(f"{steps} steps for {count} classes; use at most one for each")
     arriving = torch.randperm(count, generator=generator).tensor_split(steps)
@@ -32,8 +67,8 @@ class SeenLabels:
         while not (fits := rows[partner[:, rows]]).any(0).all():     # whom one left out was the only partner of, too
             rows[rows.nonzero()] = fits.any(0)
         if not rows.any():
-            raise ValueError("no stored sample of the first classes is free of classes to come; use fewer steps, --labels online, or "
-                             "relabel.py with more --epochs or --mix none")
+            raise ValueError("no stored sample of the first classes is free of classes to come; use fewer steps, --labels "
+                             "online, or relabel.py with more --epochs or --mix none")
         self.stored, self.mix, self.seen = stored, stored.mix, seen
         self.rows, self.place = torch.from_numpy(rows.nonzero()[0]), torch.from_numpy(rows.cumsum() - 1)
         self.count, self.fitting = fits.sum(0), np.argsort(~fits, axis=0, kind="stable")         # [n]; [epochs, n], those first

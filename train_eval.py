@@ -303,7 +303,7 @@ def main(argv=None):
     images, classes, labels = load_distilled(args, paths, before, data, made_from[todo[0]], list(teachers.values()), device)
     check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
     if starts and (key := next((key for key in data if start_data.get(key) != data[key]), None)):
-        fail(f"{paths.teachers / todo[0]}.pt and the data of the labels differ in {key}; train it again with squeeze.py --overwrite")
+        fail(f"{paths.teachers / todo[0]}.pt and the labels' data differ in {key}; train it again with squeeze.py --overwrite")
     with one_first():
         test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download, args.holdout).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)

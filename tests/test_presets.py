@@ -17,7 +17,7 @@ DATASETS = "cifar10", "cifar100", "tiny", "imagenet"
 SMALL = "resnet18 convnet_w128 mobilenetv2_05 wrn16_2 shufflenetv2_05".split()
 LARGE = "resnet18 mobilenetv2 efficientnet_b0 shufflenetv2_05".split()
 RESNETS = "resnet18 resnet50 resnet101".split()
-BY_ADAMW = "swin_t=adamw deit_tiny=adamw squeezenet=adamw".split()           # ours: what SGD does not train
+BY_ADAMW = "swin_t=adamw deit_tiny=adamw squeezenet=adamw".split()           # ours
 SLOWLY = "swin_t=0.001 deit_tiny=0.001 squeezenet=0.001".split()
 DECAYED = "swin_t=0.01 deit_tiny=0.01 squeezenet=0.01".split()
 

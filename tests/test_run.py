@@ -209,7 +209,7 @@ def test_a_mistake_is_one_line_whatever_the_message(capsys):
     ("tiny", None, ("runs/tiny/teachers/e20", "runs/tiny/gvbsm-ipc3")),
     ("some/where/", "x", ("runs/where/teachers/e20", "runs/where/gvbsm-ipc3-x"))])
 def test_a_run_is_named_by_data_set_method_ipc_and_tag(dataset, tag, expected):
-    args = argparse.Namespace(dataset=dataset, run_dir="runs", method="gvbsm", ipc=3, tag=tag, teachers="e20")
+    args = argparse.Namespace(dataset=dataset, run_dir="runs", method="gvbsm", ipc=3, tag=tag, teachers="e20", holdout=False)
     paths = run.run_paths(args)
     assert (paths.teachers.as_posix(), paths.run.as_posix()) == expected
     assert all(getattr(paths, name) == paths.run / name for name in ("images", "labels", "eval"))

@@ -498,8 +498,8 @@ def warn(args, models, records, num_classes):
 
 def features(model, split, data, device):
     """What the last linear layer of a backbone is given for every training image.   -> [N, d]"""
-    last, found = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1], []
-    hook = last.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].float().cpu()))
+    linear, found = [layer for layer in model.modules() if isinstance(layer, nn.Linear)], []
+    hook = linear[-1].register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].float().cpu()))
     with torch.inference_mode():
         for images, _ in split.batches(500):
             model(normalize(send(images, device), data["mean"], data["std"]))
@@ -511,7 +511,10 @@ def select(method, count, args, split, data, models, records, device):
     """Which training images of each class a method of SELECTIONS takes.   -> [LongTensor [ipc]]"""
     name = args.backbones[0]
     kept = records.get(name, {}).get("kept", torch.arange(len(split)))
-    known = features(models[name], split, data, device) if method in ("herding", "kcenter") else None
+    by_features = method in ("herding", "kcenter")
+    if by_features and not any(isinstance(layer, nn.Linear) for layer in models[name].modules()):
+        fail(f"--backbones {name}: {method} takes the input of a linear layer as features, and it has none; name another first")
+    known = features(models[name], split, data, device) if by_features else None
     forgotten = records[name].get("forgetting") if method == "forgetting" else {}
     if forgotten is None:
         fail(f"--backbones {name}: squeeze.py counts what a backbone forgets, but not of pretrained and weak ones, nor with "

@@ -269,6 +269,10 @@ def check_moco(args):
     if args.batch_size % 8 or args.batch_size < 16:
         fail(f"--batch-size {args.batch_size}: MoCo normalises 8 parts of a batch, each of at least 2 images; "
              "use a multiple of 8 from 16 on")
+    for name in args.backbones:
+        with torch.device("meta"):
+            if not any(isinstance(layer, nn.Linear) for layer in build_model(name, 10, 224).modules()):
+                fail(f"--backbones {name}: MoCo's outputs take the place of a linear layer, and it has none; name others")
 
 
 def check_moco_data(split, kept, args):

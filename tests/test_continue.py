@@ -80,7 +80,7 @@ def outputs(project):
         if path.is_file() and project.dataset not in path.parents:
             assert ".unfinished" not in str(path) and not path.name.endswith(".tmp")
             found[path.relative_to(project.root).as_posix()] = path.read_bytes() if path.suffix != ".json" else {
-                key: value for key, value in json.loads(path.read_text()).items() if key not in ("seconds", "peak_memory")}
+                key: value for key, value in json.loads(path.read_text()).items() if key not in ("seconds", "peak_memory", "costs")}
     return found
 
 

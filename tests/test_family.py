@@ -484,6 +484,10 @@ def test_a_selection_is_that_of_its_function_class_by_class(method, project):
     if method != "forgetting":
         project.call("recover", f"--init {method} --ipc 3 --lr 0")
         assert (project.images("gvbsm-ipc3") == images[expected]).all()
+    squeezenet = project.teachers / "squeezenet.pt"
+    torch.save(record | {"backbone": "squeezenet", "weights": build_model("squeezenet", 4, 16).state_dict()}, squeezenet)
+    if method != "forgetting":
+        assert "name another first" in project.mistake("recover", f"--method {method} --ipc 4 --backbones squeezenet")
     project.chain(f"--method {method} --ipc 3", first="relabel")
     assert f"--ipc 13" in project.mistake("recover", f"--method {method} --ipc 13")
 
@@ -542,6 +546,7 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
     ("squeeze", "--save-epochs 0:3:1", "first:last:step"), ("squeeze", "--warmup-epochs 2", "--warmup-epochs 2"),
     ("squeeze", "--save-epochs 2:1:1", "ends before it begins"), ("squeeze", "--pruned 1 --backbones shufflenetv2_05", "--pruned 1"),
     ("squeeze", "--backbones wrn10_1@1", "name that, and --save-epochs"),
+    ("squeeze", "--objective moco --backbones squeezenet --batch-size 16", "it has none; name others"),
     ("squeeze", "--objective moco --epochs 1 --batch-size 16", "--epochs 1"),
     ("recover", "--crop none --crop-curriculum cosine", "--crop-curriculum cosine"),
     ("recover", "--init crops --init-images 1", "--init-images 1"),

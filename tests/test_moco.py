@@ -188,7 +188,7 @@ def test_nearest_neighbours_vote_as_in_a_loop(k, chunk):
 
 # The probe
 
-@pytest.mark.parametrize("name", ["convnet_w8", "wrn10_1", *NAMES[2:]])
+@pytest.mark.parametrize("name", ["convnet_w8", "wrn10_1", *(name for name in NAMES[2:] if name != "squeezenet")])   # no nn.Linear
 def test_any_model_becomes_an_encoder_and_a_classifier_again(name):
     with torch.device("meta"):
         model, plain = build_model(name, 10, 64), build_model(name, 7, 64)

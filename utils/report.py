@@ -268,7 +268,8 @@ def chain(result):
         made = [(name.partition("@")[0] if phase == "squeeze" else name, args)
                 for name, args in result["upstream"].get(phase, {}).items() if args]
         for name, args in dict(made).items():
-            alike = [step for other, step in steps if other == phase and step | {"backbones": 0} == args | {"backbones": 0}]
+            alike = [step for other, step in steps if other == phase and all(
+                step[key] == args[key] for key in (step.keys() & args.keys()) - {"backbones"})]
             if alike:
                 alike[0]["backbones"].append(name)
             else:

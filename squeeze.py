@@ -32,8 +32,8 @@ from utils.data import describe, load_split, preset_column
 from utils.moco import MoCo, Probe, as_encoder, join_norms, knn_top1
 from utils.presets import Parser, crop_name, epoch_range, identity_flags, number, parse_args
 from utils.run import (AGAIN, TEACHER, Finite, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
-                       check_origin, check_same, check_training, dealt, fingerprint, finish, finished_before, generator, is_there,
-                       costs, load_torch, one_first, peak_memory, rank, reason, relevant, save_torch, say, script, send, wait_for_all,
+                       check_origin, check_same, check_training, costs, dealt, fingerprint, finish, finished_before, generator,
+                       is_there, load_torch, one_first, peak_memory, rank, reason, relevant, save_torch, say, script, send, wait_for_all,
                        with_precision, world)
 from utils.selection import count_forgetting, drop_largest, last_epoch_weights
 

@@ -214,6 +214,13 @@ def test_a_cell_holds_the_results_the_costs_and_the_bytes_of_its_run(project, ev
     assert (report.EVIDENCE / "beasts-gvbsm-ipc2.png").read_bytes() == (project.run() / "grid.png").read_bytes()
 
 
+def test_what_a_backbone_cost_is_unknown_where_its_result_does_not_say(project, evidence):
+    project.chain(first="recover")
+    path = project.teachers / "squeeze.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "costs"}))
+    assert lines_of(evidence(project.results), "data set")[-1][-2].startswith("–, ")
+
+
 def test_the_commands_of_a_cell_repeat_every_phase_of_it(relabelled, evidence):
     relabelled.call("squeeze", "--backbones wrn10_1 --epochs 1 --teachers other --save-epochs 1:1:1")
     relabelled.call("collect_stats", "--backbones wrn10_1@1 --teachers other")

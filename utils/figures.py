@@ -30,7 +30,7 @@ from utils.augment import normalize
 from utils.data import DATASETS, describe, folder_name, list_folder, load_split, opened, read_images, unreadable_fails
 from utils.losses import pooled_rows
 from utils.presets import Parser, number, plain_name
-from utils.report import LABELS, read_results
+from utils.report import LABELS, read_results, run_name
 from utils.run import check_classes, load_json, load_teachers, load_torch, pick_device, script
 
 STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
@@ -72,7 +72,7 @@ def ipc_curves(results):
     curves = defaultdict(list)
     for (ipc, student, labels, method, tag), result in results.items():
         spread = result["top1_std"] if len(result["seeds"]) > 1 else np.nan
-        curves[student, labels, method + (f"-{tag}" if tag else "")].append((ipc, result["top1"], spread))
+        curves[student, labels, run_name(method, tag)].append((ipc, result["top1"], spread))
     return {key: np.array(sorted(points)) for key, points in sorted(
         curves.items(), key=lambda item: (item[0][0], list(LABELS).index(item[0][1]), item[0][2]))}
 

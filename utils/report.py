@@ -134,7 +134,7 @@ def rows(dataset, results):
                 ours = results.get((ipc, student, labels, method, tag))
                 real = random_beside(ours, results) if ours else results.get((ipc, student, labels, "random", tag)) or results.get(
                     (ipc, student, labels, "random", None))
-                yield (str(ipc), student, LABELS[labels], method + (f"-{tag}" if tag else ""), accuracy(ours), accuracy(real),
+                yield (str(ipc), student, LABELS[labels], run_name(method, tag), accuracy(ours), accuracy(real),
                        f"{ours['top1'] - real['top1']:+.1f}" if ours and real else "",
                        PUBLISHED.get((method, dataset, student, labels), {}).get(ipc, ""))
 
@@ -183,7 +183,8 @@ def folder_of(result):
 def spent(path, backbones=()):
     """Seconds and the most memory of a RESULT file, if there is one; of squeeze.py and collect_stats.py for these backbones."""
     result = load_json(path, "run its phase again", ("seconds", "peak_memory")) if path.exists() else None
-    parts = [result["costs"][name] for name in backbones if name in result["costs"]] if result and backbones else [result]
+    known = result.get("costs", {}) if result else {}
+    parts = [known[name] for name in backbones if name in known] if backbones else [result]
     return {"seconds": sum(part["seconds"] for part in parts), "mib": max(map(memory, parts))} if result and parts else None
 
 
@@ -214,7 +215,7 @@ def main_table(cells):
     shown = {name: cell for name, cell in cells.items() if not is_variant(cell["dataset"], cell["tag"])}
     order, done = [*DATASETS, ...], {(cell["dataset"], cell["ipc"], cell["student"]) for cell in shown.values()}
     lines = [(cell["dataset"], cell["ipc"], [
-        cell["dataset"], str(cell["ipc"]), cell["student"], run_name(cell), *pair(cell, "stored"), *pair(cell, "hard")[:2],
+        cell["dataset"], str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]), *pair(cell, "stored"), *pair(cell, "hard")[:2],
         PUBLISHED.get((cell["method"], cell["dataset"], cell["student"], "stored"), {}).get(cell["ipc"], ""),
         ", ".join(f"{cost['seconds']:.0f}" if cost else "–" for cost in cell["costs"].values()),
         next(iter(cell["distilled"].values()))["hardware"]]) for cell in shown.values()]
@@ -226,8 +227,9 @@ def main_table(cells):
     return table(MAIN_HEADER, [line for _, _, line in lines])
 
 
-def run_name(cell):
-    return cell["method"] + (f"-{cell['tag']}" if cell["tag"] else "")
+def run_name(method, tag):
+    """Of a run, without its IPC."""
+    return method + (f"-{tag}" if tag else "")
 
 
 def is_variant(dataset, tag):

@@ -107,13 +107,13 @@ class PlainMatching:
         return bn, conv, state
 
 
-def crop_floor(curriculum, iterations):
-    """The smallest share of the area that a crop of each iteration t of T takes: 0.08, or with CDA's curriculum (its
-    Sec. 3.2) 0.08 + 0.92 (1 - t / T), linear, or 0.08 + 0.92 (1 + cos(pi t / T)) / 2, cosine.   -> number, or [T, 1]"""
+def crop_floor(curriculum, iterations, floor=0.08):
+    """The smallest share of the area that a crop of each iteration t of T takes: `floor`, or with CDA's curriculum (its
+    Sec. 3.2) from 1 down to it by (1 - t / T), linear, or (1 + cos(pi t / T)) / 2, cosine.   -> number, or [T, 1]"""
     if curriculum == "none":
-        return 0.08
+        return floor
     done = torch.arange(iterations)[:, None] / iterations
-    return 0.08 + 0.92 * ((1 + torch.cos(math.pi * done)) / 2 if curriculum == "cosine" else 1 - done)
+    return floor + (1 - floor) * ((1 + torch.cos(math.pi * done)) / 2 if curriculum == "cosine" else 1 - done)
 
 
 def subset(args, count, slot):
@@ -136,7 +136,7 @@ def draw_iterations(args, matchings, numbers, size, slot=0):
         is_bn = torch.tensor([len(target) == 2 for target in matching.targets.values()], dtype=torch.bool)
         kept.append((chance[:, :len(is_bn)] >= args.drop_rate) | is_bn)
     views = [draw_view(T, size, args.crop, args.flip, args.roll, generator("views", args.seed, T, number),
-                       crop_floor(args.crop_curriculum, T)) for number in numbers]
+                       crop_floor(args.crop_curriculum, T, args.crop_floor)) for number in numbers]
     return backbones, kept, {key: torch.stack([view[key] for view in views], dim=1) for key in views[0]}
 
 
@@ -667,8 +667,10 @@ def get_parser():
     method.add_argument("--mosaic", type=number(int, 1, 8), default=1,
                         help="tiles a side of a start, each a whole image, smaller; 1 = off [factor of RDED]")
     method.add_argument("--crop", type=crop_name, default="resized", help="augmentation: none, resized, pad<pixels>")
+    method.add_argument("--crop-floor", type=number(float, 0.01, 1), default=0.08,
+                        help="of --crop resized: the smallest share of the area that a crop takes, 1 = off")
     method.add_argument("--crop-curriculum", choices=["none", "linear", "cosine"], default="none",
-                        help="of --crop resized: its smallest area falls from 1 to 0.08 [CDA]")
+                        help="of --crop resized: its smallest area falls from 1 to --crop-floor [CDA]")
     method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False,
                         help="augmentation: horizontal flips")
     method.add_argument("--roll", type=number(int, 0), default=0,

@@ -109,7 +109,8 @@ def label_epochs(images, units, models, batch_size, classes, args, folder, work)
         for file in files.values() if todo else ():
             stack.enter_context(file.opened())
         for epoch in todo:
-            draw = draw_epoch(len(images), images.shape[-1], batch_size, args.mix, generator("relabel", args.seed, epoch))
+            draw = draw_epoch(len(images), images.shape[-1], batch_size, args.mix, generator("relabel", args.seed, epoch),
+                              (args.crop_floor, 1.0))
             logits = label_epoch(images, units, draw, batch_size, models, args.mix, args.logit_norm).half().cpu()
             if not logits.isfinite().all():
                 blame(images, units, draw, batch_size, models, args, epoch)
@@ -143,6 +144,8 @@ def get_parser():
     method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
                         help="scale each backbone's logits to the mean norm before averaging [LN, Eq. 8]")
     method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
+    method.add_argument("--crop-floor", type=number(float, 0.01, 1), default=0.08,
+                        help="smallest share of the area that a random crop takes, 1 = off")
     method.add_argument("--epochs", type=number(int, 1), default=300, help="how many times every image is labelled")
     method.add_argument("--batch-size", type=number(int, 1), default=64,
                         help="images that share a mix box and Eq. 8's norms")

@@ -66,12 +66,12 @@ class FreshLabels:
     classes `seen`, by default all."""
 
     def __init__(self, args, count, size, teachers=(), seen=slice(None)):
-        self.mix, self.seed, self.logit_norm = args.mix, args.seed, args.logit_norm
+        self.mix, self.seed, self.logit_norm, self.floor = args.mix, args.seed, args.logit_norm, args.crop_floor
         self.count, self.size, self.teachers, self.seen = count, size, teachers, seen
         self.batch_size = whole_batch(args, count)
 
     def epoch(self, epoch):
-        return draw_epoch(self.count, self.size, self.batch_size, self.mix, generator("relabel", self.seed, epoch))
+        return draw_epoch(self.count, self.size, self.batch_size, self.mix, generator("relabel", self.seed, epoch), (self.floor, 1.0))
 
     @torch.no_grad()
     def soft_logits(self, epoch, batch, mixed):
@@ -232,6 +232,8 @@ def get_parser():
                         help="with --labels online [LN, Eq. 8]")
     method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",
                         help="with --labels online or hard; stored labels know theirs")
+    method.add_argument("--crop-floor", type=number(float, 0.01, 1), default=0.08,
+                        help="with --labels online or hard: smallest share of the area that a random crop takes, 1 = off")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--students", nargs="+", default=["convnet_w128"], metavar="NAME",
                               help="networks to train [f_eval]")

@@ -166,6 +166,8 @@ def test_recover_needs_no_statistics_of_convolutions_where_none_acts(bare):
 def test_the_lower_bound_of_the_crop_falls_from_1_to_008(curriculum, expected):
     floor = torch.as_tensor(recover.crop_floor(curriculum, 8)).expand(8, 1).flatten()
     assert floor.tolist() == pytest.approx([expected(t) for t in range(8)])
+    higher = torch.as_tensor(recover.crop_floor(curriculum, 8, 0.5)).expand(8, 1).flatten()
+    assert higher.tolist() == pytest.approx([0.5 + (expected(t) - 0.08) / 0.92 * 0.5 for t in range(8)])
 
 
 def test_crops_are_drawn_from_the_floor_of_their_iteration_up():
@@ -186,6 +188,8 @@ def test_the_crops_of_recover_follow_the_curriculum():
     assert all(0.4 < part.mean() < 0.6 for part in areas["none"])
     assert areas["cosine"][0].min() > 0.8 and areas["cosine"][0].mean() > areas["cosine"][1].mean() > areas["cosine"][2].mean()
     assert areas["cosine"][3].min() < 0.3
+    boxes = recover.draw_iterations(subset_args(subset=0, iterations=400, crop="resized", crop_floor=0.5), [matching], [0], 32)[2]["crop"]
+    assert boxes[..., 2:].prod(-1).min() > 0.45 * 32 ** 2
 
 
 def test_the_kl_loss_of_tiny_imagenet_has_the_squared_temperature():
@@ -271,7 +275,7 @@ def test_the_later_a_pruned_teacher_the_more_fine_tuning_it_has(bare):
 
 def subset_args(**changes):
     return type("args", (), dict(seed=0, subset=2, iterations=4, choice="uniform", drop_rate=0.0, crop="none", flip=False, roll=0,
-                                 crop_curriculum="none", lr=0.1, ce_weight=1.0, dd_weight=0.0, statistics="closed",
+                                 crop_floor=0.08, crop_curriculum="none", lr=0.1, ce_weight=1.0, dd_weight=0.0, statistics="closed",
                                  cuda_graphs=False) | changes)
 
 

@@ -188,7 +188,7 @@ def test_layer_weights_count_the_first_layer_more():
 
 def arguments(**changes):
     return SimpleNamespace(**dict(
-        seed=0, iterations=4, lr=0.1, choice="uniform", subset=0, drop_rate=0.4, crop="resized", crop_curriculum="none",
+        seed=0, iterations=4, lr=0.1, choice="uniform", subset=0, drop_rate=0.4, crop="resized", crop_floor=0.08, crop_curriculum="none",
         flip=True, roll=5, ce_weight=1.0,
         dd_weight=5.0, tau=4.0, dd_scale="mean", statistics="closed", cuda_graphs=False) | changes)
 

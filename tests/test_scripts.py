@@ -666,6 +666,16 @@ def test_the_norms_of_eq_8_are_those_of_a_label_batch_or_of_a_whole_small_set(pr
             np.testing.assert_allclose(labels(project)["logits"][2, batch], expected, rtol=FP16, atol=FP16)
 
 
+def test_no_crop_of_labels_is_smaller_than_the_floor(project):
+    project.call("recover")
+    for floor, low, high in (0.08, 0, 0.2), (0.5, 0.45, 0.6):
+        project.call("relabel", f"--epochs 20 --crop-floor {floor} --overwrite")
+        assert low < labels(project)["crop"][..., 2:].prod(-1).min() / 16 ** 2 < high
+    args = SimpleNamespace(mix="none", seed=0, logit_norm=True, crop_floor=1.0, batch_size=8, whole_up_to=0)
+    fresh = train_eval.FreshLabels(args, 8, 16)
+    assert fresh.epoch(0)["crop"].tolist() == 8 * [[0, 0, 16, 16]]
+
+
 def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path):
     images, units, model = torch.zeros(50, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 3), build_model("convnet_w8", 40, 8)
     peaks = []

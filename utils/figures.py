@@ -30,7 +30,7 @@ from utils.augment import normalize
 from utils.data import DATASETS, describe, folder_name, list_folder, load_split, opened, read_images, unreadable_fails
 from utils.losses import pooled_rows
 from utils.presets import Parser, number, plain_name
-from utils.report import LABELS, read_results, run_name
+from utils.report import BASES, LABELS, read_results, run_name
 from utils.run import check_classes, load_json, load_teachers, load_torch, pick_device, script
 
 STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
@@ -67,12 +67,13 @@ def loss_curves(entries):
 
 
 def ipc_curves(results):
-    """Of `read_results`.   -> {(student, labels, run without its IPC): [n, 3] of IPC, top-1 in %, deviation over seeds (nan
+    """Of `read_results`, but for tags of BASES.   -> {(student, labels, run without its IPC): [n, 3] of IPC, top-1 in %, deviation over seeds (nan
     of one seed)}"""
     curves = defaultdict(list)
     for (ipc, student, labels, method, tag), result in results.items():
         spread = result["top1_std"] if len(result["seeds"]) > 1 else np.nan
-        curves[student, labels, run_name(method, tag)].append((ipc, result["top1"], spread))
+        if (tag or "").partition("-")[0] not in BASES:
+            curves[student, labels, run_name(method, tag)].append((ipc, result["top1"], spread))
     return {key: np.array(sorted(points)) for key, points in sorted(
         curves.items(), key=lambda item: (item[0][0], list(LABELS).index(item[0][1]), item[0][2]))}
 
@@ -336,12 +337,14 @@ def scale_values(axes, values):
     """A logarithmic axis for values that span more than a factor of ten, linear below a millionth of the largest, which
     densification soon reaches."""
     if (values >= 0).all() and values.max() > 10 * values.min():
-        low = max(values.min(), values.max() * 1e-6)
-        axes.set_yscale("log") if low == values.min() else axes.set_yscale("symlog", linthresh=low)
+        low = values.max() * 1e-6
+        # a threshold at a power of ten: its tick would otherwise stand on that of 0
+        axes.set_yscale("log") if low <= values.min() else axes.set_yscale("symlog", linthresh=10 ** np.ceil(np.log10(low)) * 1.001)
 
 
 def draw_ipc(args, figure):
-    """Top-1 of the last epoch against images per class, a panel for each student; bars: standard deviation over seeds."""
+    """Top-1 of the last epoch against images per class, a panel for each student; bars: standard deviation over seeds. Without
+    runs whose tag begins as one of utils.report's comparisons (ablation, family, search)."""
     curves = ipc_curves(read_results(args.folders[0]))
     if not curves:
         fail(f"{args.folders[0]} holds no evaluation (<run>/eval/<student>.json); name a folder such as runs/cifar10, "
@@ -354,12 +357,13 @@ def draw_ipc(args, figure):
         beside = 1.04 ** (runs.index(run) - (len(runs) - 1) / 2)     # so that bars do not cover each other
         panels[student].errorbar(points[:, 0] * beside, *points[:, 1:].T, marker="o", markersize=4, capsize=3,
                                  color="black" if run == "random" else f"C{runs.index(run)}", linestyle=DASHES[labels],
+                                 markerfacecolor="white" if labels == "hard" else None,
                                  label=f"{run}, {LABELS[labels]} labels")
     for student, axes in panels.items():
         axes.set_xscale("log")
         axes.set_xticks(ipcs, ipcs)
         axes.set_xticks([], minor=True)
-        axes.set(title=student, xlabel="images per class (IPC)")
+        axes.set(title=student, xlabel="images per class (IPC)", xlim=(ipcs[0] / 1.6, ipcs[-1] * 1.6))
     fig.axes[0].set_ylabel("top-1 of the last epoch, %")
     fig.suptitle(args.folders[0].resolve().name)
     entries = {label: bar for axes in fig.axes for bar, label in zip(*axes.get_legend_handles_labels())}

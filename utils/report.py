@@ -86,7 +86,7 @@ COST_HEADER = ("cell", "images", "labels", "teachers", "statistics", *PHASES)
 HEADER = ("ipc", "student", "labels", "run", "top-1", "random real", "margin", "published")
 LABELS = {"stored": "soft", "online": "soft, online", "hard": "hard"}
 RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to", "optimizer", "lr", "momentum", "weight_decay",
-          "schedule", "lr_stretch", "ema_decay", "label_epochs")
+          "schedule", "lr_stretch", "ema_decay", "label_epochs", "crop_floor")
 SOFT = ("loss", "gamma", "temperature", "logit_norm", "seed")                  # of soft labels alone
 
 

@@ -472,7 +472,7 @@ def draw(name, args, path):
 
     with rc_context(STYLE):
         FIGURES[name](args, figure)
-        figures[0].savefig(buffer, format="png")
+        figures[0].savefig(buffer, format="png", pil_kwargs={"optimize": True})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(buffer.getbuffer())

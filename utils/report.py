@@ -11,7 +11,6 @@ same teachers and settings, whatever its tag), of its tag where there are severa
 method, under their own recipes.
 """
 import shlex
-import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -171,8 +170,6 @@ def keep(folder, results, out):
                       "teachers": size(teachers / f"{name}.pt" for name in names),
                       "statistics": size(teachers / f"{name}.stats.pt" for name in names)},
             "distilled": ours, "real": real})
-        if not is_variant(folder.resolve().name, tag) and (run / "grid.png").exists():
-            shutil.copyfile(run / "grid.png", out / f"{folder.resolve().name}-{folder_of(first)}.png")
 
 
 def folder_of(result):

@@ -89,6 +89,15 @@ def parameter_groups(model, weight_decay):
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
 
 
+def make_optimizer(model, args):
+    """args: of `for_student`   -> optimizer, schedule of its learning rate by epoch"""
+    groups, lr, fused = parameter_groups(model, args.weight_decay), float(args.lr[0]), next(model.parameters()).is_cuda
+    optimizer = (torch.optim.AdamW(groups, lr=lr, fused=fused) if args.optimizer == "adamw" else
+                 torch.optim.SGD(groups, lr=lr, momentum=args.momentum, fused=fused))
+    return optimizer, (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.lr_stretch)
+                       if args.schedule == "cosine" else torch.optim.lr_scheduler.ConstantLR(optimizer, 1))
+
+
 def hard_loss(logits, labels, partner_labels, ratio):
     """Cross-entropy with the classes of both images of a mixed sample, by their shares `ratio` [B] and 1 - ratio."""
     base, partner = (F.cross_entropy(logits, y, reduction="none") for y in (labels, partner_labels))
@@ -112,12 +121,7 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
     torch.manual_seed(generator("student", seed, name).initial_seed())
     model = model or build_model(name, len(data["classes"]), data["image_size"]).to(device)
     model = with_precision(channels_last(model), device, args.precision)
-    lr, groups = float(args.lr[0]), parameter_groups(model, args.weight_decay)
-    fused = device.type == "cuda"
-    optimizer = (torch.optim.AdamW(groups, lr=lr, fused=fused) if args.optimizer == "adamw" else
-                 torch.optim.SGD(groups, lr=lr, momentum=args.momentum, fused=fused))
-    schedule = (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.lr_stretch) if args.schedule == "cosine" else
-                torch.optim.lr_scheduler.ConstantLR(optimizer, 1))
+    optimizer, schedule = make_optimizer(model, args)
     trained = model, optimizer, schedule
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     order, units, top1 = generator("order", seed, name), torch.tensor([data["mean"], data["std"]], device=device), {}
@@ -320,14 +324,18 @@ def main(argv=None):
                     works[name].save({"epoch": args.epochs, **done}, piece)
             wait_for_all()
             for name in names if rank() == 0 else ():
-                runs, more = summary(args, [works[name].read(piece) for piece in pieces])
-                last = [list(top1.values())[-1] for top1 in runs]
-                finish(results[name], "train_eval", alone[name], {
-                    "student": name, "labels": args.labels, "top1": statistics.fmean(last),
-                    "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
-                    "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
-                    "top1_per_seed": last, "top1_by_epoch": runs, **more, "images": len(images), "classes": data["classes"]},
-                    works[name].seconds(), upstream, made_from[name])
+                metrics = {"student": name, "labels": args.labels, **accuracies(args, [works[name].read(piece) for piece in pieces]),
+                           "images": len(images), "classes": data["classes"]}
+                finish(results[name], "train_eval", alone[name], metrics, works[name].seconds(), upstream, made_from[name])
+
+
+def accuracies(args, done):
+    """What a RESULT tells of what `train_piece` gave for all pieces; the last epochs count."""
+    runs, more = summary(args, done)
+    last = [list(top1.values())[-1] for top1 in runs]
+    return {"top1": statistics.fmean(last), "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
+            "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
+            "top1_per_seed": last, "top1_by_epoch": runs, **more}
 
 
 def load_starts(args, paths, device):

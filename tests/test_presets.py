@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import train_eval
-from utils.presets import METHODS, PRESETS, preset_values
+from utils.presets import BEST, METHODS, PRESETS, preset_values
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
@@ -156,11 +156,12 @@ def test_nothing_is_dropped_on_imagenet_at_ipc_10_alone():
     assert {key for key, rate in rates.items() if rate == 0} == {("imagenet", 10)} and set(rates.values()) == {0, 0.4}
 
 
-def test_best_equals_paper():
+def test_best_equals_paper_but_for_what_was_measured_on_cifar10():
     for dataset in (*DATASETS, "shapes"):
-        for phase in PHASES:
-            for ipc in 1, 10, 50:
-                assert preset_values("best", dataset, phase, ipc) == preset_values("paper", dataset, phase, ipc)
+        changed = {(phase, flag) for phase in PHASES for ipc in (1, 10, 50)
+                   for flag, value in preset_values("best", dataset, phase, ipc).items()
+                   if value != preset_values("paper", dataset, phase, ipc).get(flag)}
+        assert changed == (set(BEST) if dataset == "cifar10" else set())
 
 
 def typed(flag, value):

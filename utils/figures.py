@@ -67,8 +67,8 @@ def loss_curves(entries):
 
 
 def ipc_curves(results):
-    """Of `read_results`, but for tags of BASES.   -> {(student, labels, run without its IPC): [n, 3] of IPC, top-1 in %, deviation over seeds (nan
-    of one seed)}"""
+    """Of `read_results`, but for tags of BASES.
+    -> {(student, labels, run without its IPC): [n, 3] of IPC, top-1 in %, deviation over seeds (nan of one seed)}"""
     curves = defaultdict(list)
     for (ipc, student, labels, method, tag), result in results.items():
         spread = result["top1_std"] if len(result["seeds"]) > 1 else np.nan

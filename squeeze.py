@@ -424,20 +424,9 @@ def main(argv=None):
     args = parse_args(get_parser(), "squeeze", argv, preset_column)
     device, paths = begin(args)
     check_backbones(args)
-    names, accuracies = [one for name in args.backbones for one in teachers_of(name, args)], {}
-    variances, objective = {}, {"objective": args.objective}
-    for name in names:
-        path = paths.teachers / f"{name}.pt"
-        if is_there(path, args):
-            record = load_torch(path, AGAIN, TEACHER)
-            check_same({"objective": "supervised"} | record["args"], settings(args, name) | objective, path)
-            accuracies[name], variances[name] = record["top1"], first_bn_variance(name, record["weights"])
+    names, objective = [one for name in args.backbones for one in teachers_of(name, args)], {"objective": args.objective}
+    accuracies, variances = already_there(names, args, paths, objective)
     todo = [name for name in names if name not in accuracies]
-    for name in todo:
-        backbone, _, kind = name.partition("@")
-        if kind.isdigit() and backbone not in todo:
-            fail(f"{paths.teachers / name}.pt is missing, and could be saved while {backbone}.pt was trained alone; {AGAIN}, "
-                 "or name another --teachers")
     result = paths.teachers / "squeeze.json"
     if not todo and finished_before(result, settings(args) | {"backbones": args.backbones}, top1=accuracies):
         return None
@@ -502,6 +491,23 @@ def main(argv=None):
     return finish(result, "squeeze", args, {"top1": {name: accuracies[name] for name in names},
                                             "first_bn_variance": {name: variances[name] for name in names}, "costs": spent},
                   sum(spent[name]["seconds"] for name in names if name in spent))
+
+
+def already_there(names, args, paths, objective):
+    """Of the teachers that need not be made.   -> {name: top-1}, {name: `first_bn_variance`}"""
+    accuracies, variances = {}, {}
+    for name in names:
+        path = paths.teachers / f"{name}.pt"
+        if is_there(path, args):
+            record = load_torch(path, AGAIN, TEACHER)
+            check_same({"objective": "supervised"} | record["args"], settings(args, name) | objective, path)
+            accuracies[name], variances[name] = record["top1"], first_bn_variance(name, record["weights"])
+    for name in names:
+        backbone, _, kind = name.partition("@")
+        if name not in accuracies and kind.isdigit() and backbone in accuracies:
+            fail(f"{paths.teachers / name}.pt is missing, and could be saved while {backbone}.pt was trained alone; {AGAIN}, "
+                 "or name another --teachers")
+    return accuracies, variances
 
 
 def check_backbones(args):

@@ -4,6 +4,7 @@
     left = widths(shrink(model, kept), kept)                           # with model.state_dict() all there is to store
     model = build_model(name, num_classes, image_size, left)           # models/__init__.py: shrink() again
 """
+import math
 from collections import Counter
 
 import torch
@@ -155,11 +156,14 @@ def channel_scales(model):
     return {name: found[0].weight for name, found in norms.items() if len(found) == 1 and isinstance(found[0], nn.BatchNorm2d)}
 
 
-def largest_scales(model, sparsity):
+def largest_scales(model, sparsity, least=0.1):
     """Network slimming (Liu et al., arXiv:1708.06519): all channels of `channel_scales` but the part `sparsity` of them (0 ..
-    below 1) with the smallest |scale| in the whole network; a convolution keeps one at least.
+    below 1) with the smallest |scale| in the whole network. Each convolution keeps the part `least` of its own with the
+    largest: where all scales of a layer are small, one threshold alone cuts the network in two.
     -> {conv name: sorted indices}, as `shrink` takes them"""
     scales = {name: scale.detach().abs() for name, scale in channel_scales(model).items()}
+    for scale in scales.values():
+        scale[scale.topk(max(1, math.ceil(least * len(scale)))).indices] = math.inf
     every = torch.cat([*scales.values()]).sort().values
     threshold = every[int(sparsity * len(every))]
-    return {name: (scale >= threshold.minimum(scale.max())).nonzero().flatten() for name, scale in scales.items()}
+    return {name: (scale >= threshold).nonzero().flatten() for name, scale in scales.items()}

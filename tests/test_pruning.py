@@ -1,4 +1,5 @@
 """Which convolutions can be pruned, and pruned networks against whole ones whose removed channels are zero."""
+import math
 from copy import deepcopy
 
 import pytest
@@ -278,17 +279,21 @@ def test_a_network_slimmed_by_its_scales_is_the_one_with_those_scales_and_shifts
 
 @pytest.mark.parametrize("name", ("vgg11_bn", "wrn16_2"))
 @pytest.mark.parametrize("sparsity", (0, 0.3, 0.99))
-def test_one_threshold_for_all_layers_takes_the_part_of_the_channels_with_the_smallest_scales(name, sparsity):
+@pytest.mark.parametrize("least", (0, 0.1, 0.5))
+def test_one_threshold_takes_the_part_of_the_channels_with_the_smallest_scales_but_of_no_layer_nearly_all(name, sparsity, least):
     model = uneven(name)
-    scales, kept = channel_scales(model), largest_scales(model, sparsity)
+    scales, kept = channel_scales(model), largest_scales(model, sparsity, least)
     assert kept.keys() == scales.keys()
-    ranked = sorted((abs(value), layer, i) for layer, scale in scales.items() for i, value in enumerate(scale.tolist()))
-    expected = {layer: [] for layer in scales}                       # the slow loop
-    for _, layer, i in ranked[int(sparsity * len(ranked)):]:
+    expected, rest = {}, []                                          # the slow loop
+    for layer, scale in scales.items():
+        ranked = sorted(((abs(value), layer, i) for i, value in enumerate(scale.tolist())), reverse=True)
+        own = max(1, math.ceil(least * len(scale)))
+        expected[layer], rest = [i for _, _, i in ranked[:own]], rest + ranked[own:]
+    total = sum(map(len, scales.values()))
+    for _, layer, i in sorted(rest)[int(sparsity * total):]:
         expected[layer].append(i)
     for layer, channels in expected.items():
-        largest = scales[layer].abs().argmax().item()
-        assert kept[layer].tolist() == (sorted(channels) or [largest])
+        assert kept[layer].tolist() == sorted(channels)
 
 
 def test_only_channels_with_a_batchnorm_of_their_own_have_a_scale():

@@ -161,7 +161,7 @@ def evidence(tmp_path, monkeypatch, capsys):
 
 def lines_of(text, header):
     """The cells of the lines of a printed table."""
-    block = text[text.index(f"| {header} "):].split("\n\n")[0].splitlines()
+    block = text[re.search(rf"^\| {header} ", text, re.M).start():].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in block[2:]]
 
 
@@ -181,7 +181,7 @@ def test_the_commands_of_a_cell_give_the_arguments_it_was_measured_with(name):
 def assert_repeatable(cell, results):
     """Each step of each result is one of the cell's commands."""
     understood = []
-    for line in report.commands(cell):
+    for line in report.commands([cell]):
         _, script, *words = shlex.split(line)
         phase = script.removesuffix(".py")
         args = parse_args(import_module(phase).get_parser(), phase, words, preset_column)
@@ -233,9 +233,19 @@ def test_the_commands_of_a_cell_repeat_every_phase_of_it(relabelled, evidence):
     assert len(cells) == 2
     for cell in cells.values():
         assert_repeatable(cell, list(cell["distilled"].values()))
-    lines = report.commands(cells["beasts-sre2l-ipc2-odd-convnet_w8"])
+    lines = report.commands([cells["beasts-sre2l-ipc2-odd-convnet_w8"]])
     assert [line.split()[1] for line in lines] == ["squeeze.py", "recover.py", "relabel.py", "train_eval.py"]       # no Eq. 9 in SRe2L
     assert "--recipe gvbsm" in lines[2] and "--no-logit-norm" in lines[2] and "--alpha 0.25" in lines[1]
+
+
+def test_the_students_of_a_run_share_its_commands_and_its_row_of_costs(relabelled, evidence):
+    relabelled.call("train_eval", "--students convnet_w8 wrn10_1")
+    text = evidence(relabelled.results)
+    block, = re.findall("Commands of (.*?)</details>", text, re.S)
+    assert block.startswith("beasts-gvbsm-ipc2<") and [line.split()[1] for line in block.splitlines() if line.startswith("python")] == [
+        "squeeze.py", "collect_stats.py", "recover.py", "relabel.py", "train_eval.py", "train_eval.py"]
+    (name, *_, costs), = lines_of(text, "run")
+    assert name == "beasts-gvbsm-ipc2" and re.fullmatch(r"convnet_w8 \d+ s, [\d.]+ GiB; wrn10_1 \d+ s, [\d.]+ GiB", costs)
 
 
 def test_every_number_of_the_paper_without_a_cell_is_not_run(project, evidence):

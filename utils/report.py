@@ -81,7 +81,7 @@ PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 IDENTITY = "ipc", "student", "labels", "method", "tag"
 MAIN_HEADER = ("data set", "IPC", "student", "run", "distilled", "random real", "margin", "hard: distilled", "hard: random real",
                "paper", "seconds: squeeze, statistics, recover, relabel, a student", "hardware")
-COST_HEADER = ("cell", "images", "labels", "teachers", "statistics", *PHASES)
+COST_HEADER = ("run", "images", "labels", "teachers", "statistics", *PHASES)
 HEADER = ("ipc", "student", "labels", "run", "top-1", "random real", "margin", "published")
 LABELS = {"stored": "soft", "online": "soft, online", "hard": "hard"}
 RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to", "optimizer", "lr", "momentum", "weight_decay",
@@ -304,29 +304,37 @@ def command(phase, args):
     return line.replace(" --method gvbsm", "").replace(" --preset paper", "")
 
 
-def commands(cell):
-    """Those that repeat a cell, one a line."""
-    results = [result for side in ("distilled", "real") for result in cell[side].values()]
+def commands(cells):
+    """Those that repeat cells, one a line."""
+    results = [result for cell in cells for side in ("distilled", "real") for result in cell[side].values()]
     return list(dict.fromkeys(command(phase, args) for result in results for phase, args in chain(result)))
 
 
-def cost_table(cells):
-    """A row for each cell of the main table: bytes on the disk, seconds and memory."""
+def cost_table(runs):
+    """A row for each run: bytes on the disk, seconds and memory."""
     return table(COST_HEADER, [[
-        name, *(f"{cell['bytes'][what] / 1e6:.2f}" for what in ("images", "labels", "teachers", "statistics")),
-        *(f"{cost['seconds']:.0f} s, {cost['mib'] / 1024:.1f} GiB" if (cost := cell["costs"][phase]) else "–" for phase in PHASES)]
-        for name, cell in cells.items() if not is_variant(cell["dataset"], cell["tag"])])
+        name, *(f"{cells[0]['bytes'][what] / 1e6:.2f}" for what in ("images", "labels", "teachers", "statistics")),
+        *(cost(cells[0]["costs"][phase]) for phase in PHASES[:4]),
+        "; ".join(f"{cell['student']} {cost(cell['costs']['train_eval'])}" for cell in cells)] for name, cells in runs.items()])
+
+
+def cost(spent):
+    return f"{spent['seconds']:.0f} s, {spent['mib'] / 1024:.1f} GiB" if spent else "–"
 
 
 def evidence(cells):
     """The README's tables."""
     parts = [main_table(cells)]
     parts += [f"{title}:\n\n{lines}" for title, lines in comparisons(cells)]
-    parts += ["Megabytes on the disk; seconds and most memory of each phase, of one student:\n\n" + cost_table(cells)]
+    main, bases = {}, {}                                                         # run: its cells, one for each student
     for name, cell in cells.items():
-        if not is_variant(cell["dataset"], cell["tag"]) or cell["tag"] in BASES:
-            lines = "\n".join(commands(cell))
-            parts.append(f"<details><summary>Commands of {name}</summary>\n\n```bash\n{lines}\n```\n\n</details>")
+        variant = is_variant(cell["dataset"], cell["tag"])
+        if not variant or cell["tag"] in BASES:
+            (bases if variant else main).setdefault(name.removesuffix("-" + cell["student"]), []).append(cell)
+    parts += ["Megabytes on the disk; seconds and most memory of each phase:\n\n" + cost_table(main)]
+    for name, mine in (main | bases).items():
+        lines = "\n".join(commands(mine))
+        parts.append(f"<details><summary>Commands of {name}</summary>\n\n```bash\n{lines}\n```\n\n</details>")
     return "\n\n".join(parts)
 
 
@@ -344,7 +352,7 @@ def main(argv=None):
         cells = read_evidence(EVIDENCE)
         if args.evidence and args.evidence not in cells:
             fail(f"--evidence {args.evidence}: there is no such cell; name one of: {' '.join(cells)}")
-        print("\n".join(commands(cells[args.evidence])) if args.evidence else evidence(cells))
+        print("\n".join(commands([cells[args.evidence]])) if args.evidence else evidence(cells))
         return
     results = read_results(args.folder)
     if not results:

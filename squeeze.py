@@ -424,25 +424,45 @@ def main(argv=None):
     args = parse_args(get_parser(), "squeeze", argv, preset_column)
     device, paths = begin(args)
     check_backbones(args)
-    names, objective = [one for name in args.backbones for one in teachers_of(name, args)], {"objective": args.objective}
-    accuracies, variances = already_there(names, args, paths, objective)
+    names, result = [one for name in args.backbones for one in teachers_of(name, args)], paths.teachers / "squeeze.json"
+    accuracies, variances = already_there(names, args, paths)
     todo = [name for name in names if name not in accuracies]
-    result = paths.teachers / "squeeze.json"
     if not todo and finished_before(result, settings(args) | {"backbones": args.backbones}, top1=accuracies):
         return None
-    if todo:
-        with one_first():
-            splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
-                                        args.download, args.holdout).to(device) for split in ("train", "test")}
-        data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
-        check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
-        if args.objective == "supervised":
-            splits["train"].check_crop(args.crop)
-        check_models("--backbones", args.backbones, build_model, len(data["classes"]), data["image_size"])
-        seen, files = {"data": fingerprint(json.dumps([data, len(splits["train"])]))}, [paths.teachers / f"{name}.pt" for name in todo]
-        kept = kept_images(splits["train"], data, args, device, paths, seen, files)
-        if args.objective == "moco":
-            check_moco_data(splits["train"], kept, args)
+    made = make(todo, args, device, paths, accuracies, variances) if todo else {}
+    spent = costs(result) | made                                     # now, for it may be another process's too
+    return finish(result, "squeeze", args, {"top1": {name: accuracies[name] for name in names},
+                                            "first_bn_variance": {name: variances[name] for name in names}, "costs": spent},
+                  sum(spent[name]["seconds"] for name in names if name in spent))
+
+
+def load_data(args, device):
+    """-> {split: images}, what teachers remember of the data (`describe`)"""
+    with one_first():
+        splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
+                                    args.download, args.holdout).to(device) for split in ("train", "test")}
+    data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
+    check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
+    if args.objective == "supervised":
+        splits["train"].check_crop(args.crop)
+    check_models("--backbones", args.backbones, build_model, len(data["classes"]), data["image_size"])
+    return splits, data
+
+
+def make(todo, args, device, paths, accuracies, variances):
+    """Train teachers, test them and write their checkpoints; what they reach goes to accuracies and variances, {name: value}.
+    -> {name: what it took}"""
+    splits, data = load_data(args, device)
+    seen, files = {"data": fingerprint(json.dumps([data, len(splits["train"])]))}, [paths.teachers / f"{name}.pt" for name in todo]
+    kept = kept_images(splits["train"], data, args, device, paths, seen, files)
+    if args.objective == "moco":
+        check_moco_data(splits["train"], kept, args)
+
+    def new(backbone):
+        return build_model(backbone, len(data["classes"]), data["image_size"])
+
+    def place(model):
+        return with_precision(channels_last(model.to(device)), device, args.precision)
 
     def save(name, model, **more):
         """Test a model and write its checkpoint."""
@@ -465,19 +485,17 @@ def main(argv=None):
             continue                                                 # saved while its backbone was trained
         how, more = args, {"kept": kept} if args.prune_ratio else {}
         torch.manual_seed(generator("weights", args.seed, backbone).initial_seed())
-        model = build_model(backbone, len(data["classes"]), data["image_size"])
+        model = new(backbone)
         if kind:
             how, more["widths"] = post_generation(name, model, args, paths)
-        model = with_precision(channels_last(model.to(device)), device, args.precision)
+        model = place(model)
         if args.pretrained and not kind:
             with one_first():
                 load_pretrained(name, model, args.download)
-        identity = settings(args, name) | objective | {"backbone": name, "save_epochs": args.save_epochs}
+        identity = settings(args, name) | {"objective": args.objective, "backbone": name, "save_epochs": args.save_epochs}
         with Work(files[i], args, seen, identity, files[i + 1:]) as work:
             if args.objective == "moco":
-                key = build_model(backbone, len(data["classes"]), data["image_size"])
-                key = with_precision(channels_last(key.to(device)), device, args.precision)
-                train_without_labels(model, key, splits, kept, data, args, device, work)
+                train_without_labels(model, place(new(backbone)), splits, kept, data, args, device, work)
             elif kind or not args.pretrained:
                 forgetting = train(
                     model, splits["train"], kept, data, how, device, Progress(f"squeeze {name}", how.epochs * len(kept)),
@@ -487,20 +505,17 @@ def main(argv=None):
                 more |= {} if kind else {"forgetting": forgetting}
             save(name, model, **more)
             made[name] = {"seconds": round(work.seconds(), 1), "peak_memory": peak_memory()}
-    spent = costs(result) | made                                     # now, for it may be another process's too
-    return finish(result, "squeeze", args, {"top1": {name: accuracies[name] for name in names},
-                                            "first_bn_variance": {name: variances[name] for name in names}, "costs": spent},
-                  sum(spent[name]["seconds"] for name in names if name in spent))
+    return made
 
 
-def already_there(names, args, paths, objective):
+def already_there(names, args, paths):
     """Of the teachers that need not be made.   -> {name: top-1}, {name: `first_bn_variance`}"""
     accuracies, variances = {}, {}
     for name in names:
         path = paths.teachers / f"{name}.pt"
         if is_there(path, args):
             record = load_torch(path, AGAIN, TEACHER)
-            check_same({"objective": "supervised"} | record["args"], settings(args, name) | objective, path)
+            check_same({"objective": "supervised"} | record["args"], settings(args, name) | {"objective": args.objective}, path)
             accuracies[name], variances[name] = record["top1"], first_bn_variance(name, record["weights"])
     for name in names:
         backbone, _, kind = name.partition("@")

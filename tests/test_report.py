@@ -270,15 +270,18 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
     kl = f"--tag ablation-kl --images {images}"
     relabelled.call("relabel", kl)
     relabelled.call("train_eval", kl, "--loss kl")
+    relabelled.chain(base, "--method herding", first="recover")
     text = evidence(relabelled.results)
     found = {line[0]: line[1:] for line in lines_of(text, "change")}
-    assert list(found) == ["base", "`recover.py --alpha 0.0`", "`train_eval.py --loss kl`"]
+    assert list(found) == ["base", "`recover.py --alpha 0.0`", "`train_eval.py --loss kl`", "`--method herding`"]
     top1 = {tag: json.loads((relabelled.run(f"{run}-ipc2-{tag}") / "eval/convnet_w8.json").read_text())["top1"]
             for run, tag in (("gvbsm", "ablation"), ("gvbsm", "ablation-alpha0"), ("gvbsm", "ablation-kl"))}
+    herding = json.loads((relabelled.run("herding-ipc2-ablation") / "eval/convnet_w8.json").read_text())["top1"]
     real = json.loads((relabelled.run("random-ipc2-ablation") / "eval/convnet_w8.json").read_text())["top1"]
     assert found["base"] == [f"{top1['ablation']:.1f}", "", f"{top1['ablation'] - real:+.1f}"]
     assert found["`recover.py --alpha 0.0`"] == [f"{top1['ablation-alpha0']:.1f}", f"{top1['ablation-alpha0'] - top1['ablation']:+.1f}",
                                                   f"{top1['ablation-alpha0'] - real:+.1f}"]
+    assert found["`--method herding`"] == [f"{herding:.1f}", f"{herding - top1['ablation']:+.1f}", f"{herding - real:+.1f}"]
     assert found["`train_eval.py --loss kl`"][2] == ""                   # no random images under that loss
     assert "ablation" not in str(lines_of(text, "data set"))             # no part of the main table
 

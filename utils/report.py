@@ -76,7 +76,7 @@ PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
     ("teddy", "imagenet", R50, "stored"): {5: "21.0", 10: "37.2", 50: "58.5"},
 }
 EVIDENCE = Path(__file__).resolve().parents[1] / "tests" / "evidence"
-BASES = "ablation", "family", "search"            # tags of cells with which others, tagged <base>-<word>, are compared
+BASES = "ablation", "family", "search"            # tags of cells with which others, tagged <base>-<word>, and methods are compared
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 IDENTITY = "ipc", "student", "labels", "method", "tag"
 MAIN_HEADER = ("data set", "IPC", "student", "run", "distilled", "random real", "margin", "hard: distilled", "hard: random real",
@@ -235,10 +235,11 @@ def is_variant(dataset, tag):
 
 
 def comparisons(cells):
-    """A table for each base, a cell whose tag is one of BASES: what each change of one thing is worth."""
-    for base in (cell for cell in cells.values() if cell["tag"] in BASES and "stored" in cell["distilled"]):
-        alike = [cell for cell in cells.values() if (cell["tag"] or "").startswith(base["tag"] + "-") and all(
-            cell[key] == base[key] for key in ("dataset", "ipc", "student"))]
+    """A table for each base, a cell of G-VBSM whose tag is one of BASES: what each change of one thing, or another method
+    under the base's tag, is worth."""
+    for base in (cell for cell in cells.values() if cell["tag"] in BASES and cell["method"] == "gvbsm" and "stored" in cell["distilled"]):
+        alike = [cell for cell in cells.values() if all(cell[key] == base[key] for key in ("dataset", "ipc", "student")) and (
+            (cell["tag"] or "").startswith(base["tag"] + "-") or cell["tag"] == base["tag"] and cell["method"] != base["method"])]
         start = base["distilled"]["stored"]
         lines = [["base", accuracy(start), "", pair(base, "stored")[2]]]
         for cell in alike:
@@ -249,7 +250,9 @@ def comparisons(cells):
 
 
 def changes(base, result):
-    """The flags in which a run differs from its base, behind the phase they are for if it is one alone."""
+    """The flags in which a run differs from its base, behind the phase they are for if it is one alone; or its method."""
+    if result["method"] != base["method"]:
+        return f"`--method {result['method']}`"
     found = {}
     for phase, args in chain(result):
         before = [earlier for other, earlier in chain(base) if other == phase]

@@ -284,6 +284,8 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
     assert found["`--method herding`"] == [f"{herding:.1f}", f"{herding - top1['ablation']:+.1f}", f"{herding - real:+.1f}"]
     assert found["`train_eval.py --loss kl`"][2] == ""                   # no random images under that loss
     assert "ablation" not in str(lines_of(text, "data set"))             # no part of the main table
+    rows = report.rows("beasts", report.read_results(relabelled.results))
+    assert {row[2] for row in rows} == {"soft"}                          # and hard labels are not missed
 
 
 @pytest.mark.parametrize("words, told", [([], "--evidence"), (["runs", "--evidence"], "--evidence"), (["--evidence", "x"], "no such cell")])

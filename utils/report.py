@@ -323,8 +323,8 @@ def cost_table(runs):
         "; ".join(f"{cell['student']} {cost(cell['costs']['train_eval'])}" for cell in cells)] for name, cells in runs.items()])
 
 
-def cost(spent):
-    return f"{spent['seconds']:.0f} s, {spent['mib'] / 1024:.1f} GiB" if spent else "–"
+def cost(took):
+    return f"{took['seconds']:.0f} s, {took['mib'] / 1024:.1f} GiB" if took else "–"
 
 
 def evidence(cells):

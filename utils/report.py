@@ -331,13 +331,13 @@ def evidence(cells):
     """The README's tables."""
     parts = [main_table(cells)]
     parts += [f"{title}:\n\n{lines}" for title, lines in comparisons(cells)]
-    main, bases = {}, {}                                                         # run: its cells, one for each student
+    shown, bases = {}, {}                                                        # run: its cells, one for each student
     for name, cell in cells.items():
         variant = is_variant(cell["dataset"], cell["tag"])
         if not variant or cell["tag"] in BASES:
-            (bases if variant else main).setdefault(name.removesuffix("-" + cell["student"]), []).append(cell)
-    parts += ["Megabytes on the disk; seconds and most memory of each phase:\n\n" + cost_table(main)]
-    for name, mine in (main | bases).items():
+            (bases if variant else shown).setdefault(name.removesuffix("-" + cell["student"]), []).append(cell)
+    parts += ["Megabytes on the disk; seconds and most memory of each phase:\n\n" + cost_table(shown)]
+    for name, mine in (shown | bases).items():
         lines = "\n".join(commands(mine))
         parts.append(f"<details><summary>Commands of {name}</summary>\n\n```bash\n{lines}\n```\n\n</details>")
     return "\n\n".join(parts)

@@ -35,6 +35,7 @@ from utils.run import (Progress, Work, begin, channels_last, check_classes, chec
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
          "ratio": (np.float32, ())}                                   # what a mixed sample is made with
+FILLING = 1 << 20       # pixels in a pass that leave no GPU idle, so 1024 images at 32x32; an estimate
 
 
 class RowFile:
@@ -74,15 +75,16 @@ class RowFile:
 
 
 @torch.inference_mode()
-def label_epoch(images, units, draw, batch_size, models, mix, logit_norm):
-    """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch.
+def label_epoch(images, units, draw, batch_size, models, mix, logit_norm, together=1):
+    """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch, of which `together` go through the models at once.
     images: uint8 [N, 3, S, S]; units: their mean and deviation [2, 3]   -> [N, classes]"""
     draw, logits = send(draw, images.device), None
-    for batch in draw["order"].split(batch_size):
-        mixed = apply_epoch(images, draw, batch, mix, units)
-        ensemble = ensemble_logits(torch.stack([model(mixed) for model in models]), logit_norm)
-        logits = ensemble.new_empty(len(images), ensemble.shape[1]) if logits is None else logits
-        logits[batch] = ensemble
+    for rows in draw["order"].split(batch_size * together):
+        mixed = apply_epoch(images, draw, rows, mix, units)
+        outputs = torch.stack([model(mixed) for model in models])
+        logits = outputs.new_empty(len(images), outputs.shape[2]) if logits is None else logits
+        for batch, output in zip(rows.split(batch_size), outputs.split(batch_size, dim=1)):
+            logits[batch] = ensemble_logits(output, logit_norm)
     return logits
 
 
@@ -104,6 +106,7 @@ def label_epochs(images, units, models, batch_size, classes, args, folder, work)
         return {"done": sorted(done)}
 
     todo = dealt([epoch for epoch in range(args.epochs) if epoch not in done])
+    together = 1 if images.device.type == "cpu" else max(1, FILLING // (batch_size * images[0, 0].numel()))
     progress = Progress("relabel", len(todo))
     with ExitStack() as stack:
         for file in files.values() if todo else ():
@@ -111,7 +114,7 @@ def label_epochs(images, units, models, batch_size, classes, args, folder, work)
         for epoch in todo:
             draw = draw_epoch(len(images), images.shape[-1], batch_size, args.mix, generator("relabel", args.seed, epoch),
                               (args.crop_floor, 1.0))
-            logits = label_epoch(images, units, draw, batch_size, models, args.mix, args.logit_norm).half().cpu()
+            logits = label_epoch(images, units, draw, batch_size, models, args.mix, args.logit_norm, together).half().cpu()
             if not logits.isfinite().all():
                 blame(images, units, draw, batch_size, models, args, epoch)
             for key, file in files.items():

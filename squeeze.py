@@ -16,6 +16,8 @@ python squeeze.py --dataset shapes                                         # smo
 """
 import argparse
 import json
+import os
+from collections import defaultdict
 from functools import cache, partial
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from utils.augment import apply_colour, apply_view, draw_colour, draw_view, norm
 from utils.data import describe, load_split, preset_column
 from utils.moco import MoCo, Probe, as_encoder, join_norms, knn_top1
 from utils.presets import Parser, crop_name, epoch_range, identity_flags, number, parse_args
-from utils.run import (AGAIN, TEACHER, Finite, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
+from utils.run import (AGAIN, TEACHER, Finite, Graphed, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
                        check_origin, check_same, check_training, costs, dealt, fingerprint, finish, finished_before, generator,
                        is_there, load_torch, one_first, peak_memory, rank, reason, relevant, save_torch, say, script, send, wait_for_all,
                        with_precision, world)
@@ -60,6 +62,18 @@ def train(model, split, kept, data, args, device, progress, load=lambda: None, k
         right, before, learned, events = send(start["forgetting"], device)
         progress.skip(epoch * len(kept) + min(done * args.batch_size, len(kept)))
     network = in_parallel(model, device)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def loss_and_gradients(images, labels, *drawn):
+        """-> loss, whether each image is told right, gradients of the parameters; of `batch` and its `view` as drawn"""
+        images = apply_view(images.float(), dict(zip(view, drawn)))
+        logits = network(normalize(images, *units))
+        loss = F.cross_entropy(logits, labels) * share_weight(len(images), len(batch))
+        optimizer.zero_grad()
+        loss.backward()                                              # autograd.grad would not ask the other processes
+        return loss.detach(), logits.argmax(1) == labels, *(parameter.grad for parameter in parameters)
+
+    graphed = defaultdict(partial(Graphed, loss_and_gradients))      # by the size of a batch: the last may be short
 
     def state():
         check_training(finite, model, progress.what, lr_flag)
@@ -74,19 +88,15 @@ def train(model, split, kept, data, args, device, progress, load=lambda: None, k
         model.train()
         todo = batches[done:]
         for batch, (images, labels) in zip(todo, split.batches([share(batch) for batch in todo], crop_seed=epoch)):
-            images, labels = send(images, device), send(labels, device)
-            if not split.streamed:
-                view = draw_view(len(batch), data["image_size"], args.crop, True, 0, draw)
-                view = {key: share(rows) for key, rows in view.items()}
-                images = apply_view(images.float(), send(view, device))
-            logits = network(normalize(images, *units))
-            loss = F.cross_entropy(logits, labels) * share_weight(len(images), len(batch))
-            right[send(batch, device)] = gathered(logits.argmax(1) == labels, len(batch))
-            optimizer.zero_grad()
-            loss.backward()
+            view = {} if split.streamed else draw_view(len(batch), data["image_size"], args.crop, True, 0, draw)
+            step = graphed[len(batch)] if args.cuda_graphs else loss_and_gradients
+            loss, hits, *gradients = step(*send([images, labels, *map(share, view.values())], device))
+            right[send(batch, device)] = gathered(hits, len(batch))
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient                            # a graph fills it without being told of .grad
             optimizer.step()
             done += 1
-            finite.see(epoch * len(batches) + done, loss.detach())
+            finite.see(epoch * len(batches) + done, loss)
             keep(state)
             progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", len(batch))
         schedule.step()
@@ -417,12 +427,18 @@ def get_parser():
                               help="of the learning rate")
     optimization.add_argument("--step-epochs", type=number(int, 1), default=30, help="of step: a tenth after so many epochs")
     optimization.add_argument("--warmup-epochs", type=number(int, 0), default=0, help="of a rising learning rate first, 0 = off")
+    optimization.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
+                              help="replay a step of supervised training as one launch; for GPUs that wait for the host")
     return parser
 
 
 def main(argv=None):
     args = parse_args(get_parser(), "squeeze", argv, preset_column)
     device, paths = begin(args)
+    if device.type == "cuda" and (gpus := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        fail(f"--nproc-per-node is more than the {gpus} GPUs of this machine; squeeze.py takes one for each process")
+    if args.cuda_graphs and (device.type != "cuda" or world() > 1):
+        fail("--cuda-graphs needs a GPU (--device cuda) and a single process; leave it out")
     check_backbones(args)
     names, result = [one for name in args.backbones for one in teachers_of(name, args)], paths.teachers / "squeeze.json"
     accuracies, variances = already_there(names, args, paths)

@@ -142,22 +142,27 @@ def train_student(name, seed, images, classes, labels, test, data, args, device,
         return {"epoch": epoch, "done": done, "order": before, "top1": top1, "average": average,
                 "trained": [part.state_dict() for part in trained]}
 
+    def mixed_samples(batch, *drawn):
+        drawn = dict(zip(draw, drawn))
+        mixed = apply_epoch(images, drawn, batch, labels.mix, units)
+        return mixed, classes[batch], classes[drawn["partner"][batch]], drawn["ratio"][batch]
+
     def loss_and_gradients(mixed, *targets):
         loss = student_loss(args, model(mixed), *targets) + penalty()
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
-    graphed = defaultdict(lambda: Graphed(loss_and_gradients))       # by the size of a batch: the last may be short
+    # by the size of a batch: the last may be short
+    graphs = [defaultdict(partial(Graphed, function)) for function in (mixed_samples, loss_and_gradients)]
     while epoch < args.epochs:
         model.train()
         labelled = epoch % (args.label_epochs or args.epochs)
         draw = send(labels.epoch(labelled), device)
         batches = torch.randperm(len(images), generator=order).split(whole_batch(args, len(images)))
         for rows in batches[done:]:
-            batch = send(rows, device)
-            mixed = apply_epoch(images, draw, batch, labels.mix, units)
+            mix, step = (graph[len(rows)] for graph in graphs) if args.cuda_graphs else (mixed_samples, loss_and_gradients)
+            mixed, y, partner_y, ratio = mix(send(rows, device), *draw.values())
             soft = labels.soft_logits(labelled, rows, mixed) if args.labels != "hard" else mixed.new_zeros(0)
-            step = graphed[len(rows)] if args.cuda_graphs else loss_and_gradients
-            loss, *gradients = step(mixed, classes[batch], soft, classes[draw["partner"][batch]], draw["ratio"][batch])
+            loss, *gradients = step(mixed, y, soft, partner_y, ratio)
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
             optimizer.step()

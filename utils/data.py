@@ -195,8 +195,8 @@ class Split:
         """
         index = torch.arange(len(self)).split(index) if isinstance(index, int) else index
         if not self.streamed:
-            yield from ((self.images[batch], self.labels[batch]) for batch in (
-                batch.to(self.labels.device) for batch in index))
+            rows = torch.cat([torch.empty(0, dtype=torch.long), *index]).to(self.labels.device)           # a GPU waits once
+            yield from ((self.images[batch], self.labels[batch]) for batch in rows.split([len(batch) for batch in index]))
             return
         loader = DataLoader(index, batch_size=None, num_workers=self.workers, generator=torch.Generator(),
                             collate_fn=partial(self._load, crop_seed),      # generator: not torch's global one

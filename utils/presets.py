@@ -89,10 +89,10 @@ BEST = {
     ("recover", "init"):            ("herding",     None,          None,          None,          None,          "+12.1"),
     ("recover", "lr"):              (0.01,          None,          None,          None,          None,          "+2.2, with"),
     ("recover", "iterations"):      (800,           None,          None,          None,          None,          "these"),
-    ("relabel", "mix"):             ("none",        None,          None,          None,          None,          "+2.6"),
-    ("train_eval", "mix"):          ("none",        None,          None,          None,          None,          "as the labels"),
     ("train_eval", "batch_size"):   (25,            None,          None,          None,          None,          "+7.6, with"),
     ("train_eval", "whole_up_to"):  (0,             None,          None,          None,          None,          "this"),
+    ("train_eval", "lr_stretch"):   (2.0,           None,          None,          None,          None,          "+2.0"),
+    ("train_eval", "ema_decay"):    (0.99,          None,          None,          None,          None,          "+0.1; WRN-16-2 +1.8"),
 }
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER, BEST]}
 AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           # P, Appendix A

@@ -44,17 +44,15 @@ def begin(args):
             signal.signal(number, stop)
     device = args.device
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        gpus, mine = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-        if device == "cuda" or (device == "auto" and gpus):
-            device = f"cuda:{mine}"
-            if mine >= gpus:
-                fail(f"--nproc-per-node is more than the {gpus} GPUs of this machine; use at most one process for each")
+        gpus = torch.cuda.device_count()
+        if gpus and device in ("auto", "cuda"):
+            device = f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}"  # several may share one, which small networks leave idle
         elif device.startswith("cuda:"):
-            fail(f"--device {device} would be that of every process; under torchrun use cuda, of which each takes one")
+            fail(f"--device {device} would be that of every process; under torchrun use cuda, which is dealt to them")
         dist.init_process_group("gloo", timeout=timedelta(30))       # days: one may wait for another's work
     device = pick_device(device, args.precision)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     return device, run_paths(args)
 
 
@@ -159,8 +157,9 @@ def send(value, device):
 
 class Graphed:
     """function(*tensors) -> tensors as a CUDA graph. The first two calls run as they are, the third is captured, and it and
-    all others are replayed. The function must not ask the device for a value, nor its tensors change their shapes. Graphs
-    with one `pool` (torch.cuda.graph_pool_handle) share their memory."""
+    all others are replayed. The function must not ask the device for a value, nor its tensors change their shapes. What a
+    replay returns is written over by the next. Graphs with one `pool` (torch.cuda.graph_pool_handle) share their memory,
+    and return copies."""
 
     def __init__(self, function, pool=None):
         self.function, self.pool, self.graph, self.calls = function, pool, None, 0
@@ -176,7 +175,7 @@ class Graphed:
         for mine, tensor in zip(self.inputs, inputs):
             mine.copy_(tensor)
         self.graph.replay()
-        return [tensor.clone() for tensor in self.outputs]           # the pool's next graph writes over them
+        return [tensor.clone() for tensor in self.outputs] if self.pool else self.outputs
 
 
 def keep_freed_memory():

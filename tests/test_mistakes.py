@@ -122,8 +122,15 @@ def test_patches_larger_than_the_images(bare):
 
 
 def test_graphs_need_a_gpu(relabelled):
-    for phase in "recover", "train_eval":
+    for phase in "squeeze", "recover", "train_eval":
         tells(relabelled.mistake(phase, "--cuda-graphs --device cpu"), "--cuda-graphs", "needs a GPU", "leave it out")
+
+
+def test_squeeze_takes_a_gpu_for_each_process(bare, monkeypatch):
+    monkeypatch.setattr(squeeze, "begin", lambda args: (torch.device("cuda"), None))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    tells(bare.mistake("squeeze"), "--nproc-per-node", "1 GPUs")
 
 
 def test_a_network_too_deep_for_the_images(bare):

@@ -213,6 +213,15 @@ def test_a_cell_holds_the_results_the_costs_and_the_bytes_of_its_run(project, ev
     assert cell["bytes"]["statistics"] > 0
 
 
+def test_random_images_alone_are_kept_in_the_row_of_gvbsm(project, evidence):
+    project.chain("--method random", first="recover")
+    line = lines_of(evidence(project.results), "data set")[-1]
+    (name, cell), = report.read_evidence(report.EVIDENCE).items()
+    assert name == "beasts-gvbsm-ipc2-convnet_w8" and cell["distilled"] == {} and list(cell["real"]) == ["stored"]
+    assert cell["costs"]["recover"] is None and cell["bytes"]["images"] == 0
+    assert line[3:5] == ["gvbsm", "not run"] and float(line[5]) == pytest.approx(cell["real"]["stored"]["top1"], abs=0.05)
+
+
 def test_what_a_backbone_cost_is_unknown_where_its_result_does_not_say(project, evidence):
     project.chain(first="recover")
     path = project.teachers / "squeeze.json"

@@ -2,6 +2,7 @@
 import argparse
 import itertools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -105,6 +106,20 @@ def test_precision_is_that_of_the_layers_and_not_of_weights_or_outputs(precision
     outputs.sum().backward()
     assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32] and outputs.dtype == torch.float32
     assert list(model.state_dict()) == keys and all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("processes, local_rank, asked, device", [
+    (1, 0, "auto", None), (1, 0, "cuda", None), (1, 0, "cuda:1", 1), (8, 1, "auto", 1), (8, 2, "cuda", 0), (8, 7, "auto", 1)])
+def test_processes_are_dealt_two_gpus_and_one_alone_takes_the_one_it_names(processes, local_rank, asked, device, monkeypatch):
+    taken = []
+    for name, value in dict(WORLD_SIZE=processes, LOCAL_RANK=local_rank).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: taken.append(operator.index(index)))    # no device without one
+    monkeypatch.setattr(run.dist, "init_process_group", lambda *args, **more: None)
+    monkeypatch.setattr(run, "pick_device", lambda name, precision: torch.device(name.replace("auto", "cuda")))
+    args = arguments(device=asked, precision="tf32", dataset="shapes", run_dir="runs", holdout=False, method="gvbsm", ipc=1, teachers="a")
+    assert run.begin(args)[0] == torch.device("cuda", device) and taken == [device or 0]
 
 
 def test_what_is_sent_to_a_device_arrives_there():

@@ -120,10 +120,7 @@ def random_beside(result, results):
 def rows(dataset, results):
     """The cells of the table: a row for each run and kind of labels. Random ones are the comparison, and stand in a row
     where there is none to compare."""
-    runs = {(ipc, student, method, tag) for ipc, student, _, method, tag in results if method != "random"}
-    compared = {run[:2] for run in runs}
-    runs |= {(ipc, student, "gvbsm", tag) for ipc, student, _, _, tag in results if (ipc, student) not in compared}
-    methods = list(METHODS)
+    runs, methods = shown_runs(results), list(METHODS)
     for ipc, student in sorted({run[:2] for run in runs}):
         mine = sorted((run for run in runs if run[:2] == (ipc, student)), key=lambda run: (methods.index(run[2]), run[3] or ""))
         for labels in LABELS:
@@ -138,6 +135,14 @@ def rows(dataset, results):
                 yield (str(ipc), student, LABELS[labels], run_name(method, tag), accuracy(ours), accuracy(real),
                        f"{ours['top1'] - real['top1']:+.1f}" if ours and real else "",
                        PUBLISHED.get((method, dataset, student, labels), {}).get(ipc, ""))
+
+
+def shown_runs(results):
+    """(ipc, student, method, tag) of all runs but those of random images, which stand beside G-VBSM's where there is none to
+    compare."""
+    runs = {(ipc, student, method, tag) for ipc, student, _, method, tag in results if method != "random"}
+    compared = {run[:2] for run in runs}
+    return runs | {(ipc, student, "gvbsm", tag) for ipc, student, _, _, tag in results if (ipc, student) not in compared}
 
 
 def accuracy(result):
@@ -156,16 +161,17 @@ def table(header, lines):
 def keep(folder, results, out):
     """Write a file for each run, IPC and student: RESULT objects of train_eval.py, by labels, of the run ("distilled") and of
     random real images beside it ("real"); what each phase has cost, and bytes on the disk."""
-    for ipc, student, method, tag in {(key[0], key[1], *key[3:]): None for key in results if key[3] != "random"}:
+    for ipc, student, method, tag in shown_runs(results):
         ours = {labels: results[key] for labels in LABELS if (key := (ipc, student, labels, method, tag)) in results}
-        real = {labels: other for labels, result in ours.items() if (other := random_beside(result, results))}
-        first = next(iter(ours.values()))
-        run, teachers, names = folder / folder_of(first), folder / "teachers" / first["args"]["teachers"], first["args"]["backbones"]
+        real = {labels: other for labels in LABELS if (other := random_beside(ours[labels], results) if labels in ours else
+                                                       results.get((ipc, student, labels, "random", tag)))}
+        first, stem = next(iter((ours or real).values())), folder_of({"ipc": ipc, "method": method, "tag": tag})
+        run, teachers, names = folder / stem, folder / "teachers" / first["args"]["teachers"], first["args"]["backbones"]
         whole = list(dict.fromkeys(name.partition("@")[0] for name in names))                # weak teachers come with these
         costs = [spent(teachers / "squeeze.json", whole), spent(teachers / "collect_stats.json", names),
                  spent(run / "result.json"), spent(run / "labels" / "result.json"),
                  {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first)}]
-        save_json(out / f"{folder.resolve().name}-{folder_of(first)}-{student}.json", {
+        save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", {
             "dataset": folder.resolve().name, "ipc": ipc, "student": student, "method": method, "tag": tag,
             "costs": dict(zip(PHASES, costs)),
             "bytes": {"images": size(run.glob("images/*/*")), "labels": size(run.glob("labels/*.npy")),
@@ -217,7 +223,7 @@ def main_table(cells):
         cell["dataset"], str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]), *pair(cell, "stored"), *pair(cell, "hard")[:2],
         PUBLISHED.get((cell["method"], cell["dataset"], cell["student"], "stored"), {}).get(cell["ipc"], ""),
         ", ".join(f"{cost['seconds']:.0f}" if cost else "–" for cost in cell["costs"].values()),
-        next(iter(cell["distilled"].values()))["hardware"]]) for cell in shown.values()]
+        next(iter((cell["distilled"] or cell["real"]).values()))["hardware"]]) for cell in shown.values()]
     for (method, dataset, student, _), published in PUBLISHED.items():
         if left := [ipc for ipc in published if method == "gvbsm" and (dataset, ipc, student) not in done]:
             lines.append((dataset, 10 ** 6, [dataset, ", ".join(map(str, left)), student, method, "not run", "not run", "", "not run",
@@ -240,7 +246,7 @@ def comparisons(cells):
     """A table for each base, a cell of G-VBSM whose tag is one of BASES: what each change of one thing, or another method
     under the base's tag, is worth."""
     for base in (cell for cell in cells.values() if cell["tag"] in BASES and cell["method"] == "gvbsm" and "stored" in cell["distilled"]):
-        alike = [cell for cell in cells.values() if all(cell[key] == base[key] for key in ("dataset", "ipc", "student")) and (
+        alike = [cell for cell in cells.values() if cell["distilled"] and all(cell[key] == base[key] for key in ("dataset", "ipc", "student")) and (
             (cell["tag"] or "").startswith(base["tag"] + "-") or cell["tag"] == base["tag"] and cell["method"] != base["method"])]
         start = base["distilled"]["stored"]
         lines = [["base", accuracy(start), "", pair(base, "stored")[2]]]

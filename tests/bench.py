@@ -33,7 +33,7 @@ from tests.helpers import counted_operations, saved_bytes
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import Split
 from utils.losses import mse_gt_loss
-from utils.run import Finite, Progress, Work, channels_last, generator, pick_device
+from utils.run import Finite, Graphed, Progress, Work, channels_last, generator, pick_device
 from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
@@ -134,6 +134,30 @@ def bench_recover(rounds, quick, device):
         yield name, {**columns, "ops": ops["closed"], "plain ops": ops["plain"], "bare ops": counted_operations(bare),
                      "saved": saved["closed"] / only, "plain saved": saved["plain"] / only, "bare_ms": 500 * alone}
     yield "all five, by time", {case: sums[case] / sums["bare"] for case in ("drop 0", "drop 0.4")}
+
+
+def bench_passes(rounds, quick, device):
+    """recover.py: a pass over several batches of 50, forward and backward with statistics, against that of the bare frozen
+    backbone; on a GPU both as CUDA graphs, and of 20 batches too."""
+    for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
+        model, targets = frozen(name, device)
+        matching = ClosedFormMatching(freeze(deepcopy(model)), targets, recover.layer_weights(model, 0.01, 0.01, 10.0), 0.8, 4)
+        kept = torch.ones(len(matching.targets), dtype=torch.bool, device=device)
+        for groups in (2, 20) if device.type == "cuda" else (2,):
+            labels = torch.arange(5, device=device).repeat_interleave(2 if quick else 10).repeat(groups, 1)
+            images = torch.randn(*labels.shape, 3, 32, 32, generator=generator("bench")).to(device)
+            view = {"crop": torch.tensor([[2, 3, 25, 20]], device=device).repeat(groups, 1)}
+
+            def matched(x):
+                return recover.matching_gradient(matching, labels, 1.0, x, view, kept, matching.start(groups))[:1]
+
+            def bare(x):
+                leaf = x.flatten(0, 1).requires_grad_()
+                return torch.autograd.grad(F.cross_entropy(model(leaf), labels.flatten()), leaf)
+
+            functions = [Graphed(function) if device.type == "cuda" else function for function in (matched, bare)]
+            times = interleaved([partial(function, images) for function in functions], rounds + 2)  # a graph is caught in the third
+            yield f"{name}, {groups} batches of {labels.shape[1]}", ratio(times)
 
 
 def bench_keeping(rounds, quick, device):
@@ -316,7 +340,7 @@ def label(images, units, models, size, classes, args, folder):
         relabel.label_epochs(images, units, models, size, classes, args, folder, work)
 
 
-BENCHES = {"recover": bench_recover, "keeping": bench_keeping, "relabel": bench_relabel, "train_eval": bench_train_eval, "squeeze": bench_squeeze,
+BENCHES = {"recover": bench_recover, "passes": bench_passes, "keeping": bench_keeping, "relabel": bench_relabel, "train_eval": bench_train_eval, "squeeze": bench_squeeze,
            "augment": bench_augment, "labels": bench_labels}
 
 

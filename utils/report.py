@@ -163,8 +163,9 @@ def keep(folder, results, out):
     random real images beside it ("real"); what each phase has cost, and bytes on the disk."""
     for ipc, student, method, tag in shown_runs(results):
         ours = {labels: results[key] for labels in LABELS if (key := (ipc, student, labels, method, tag)) in results}
-        real = {labels: other for labels in LABELS if (other := random_beside(ours[labels], results) if labels in ours else
-                                                       results.get((ipc, student, labels, "random", tag)))}
+        alone = {labels: results.get((ipc, student, labels, "random", tag)) for labels in LABELS}
+        real = alone | {labels: random_beside(result, results) for labels, result in ours.items()}
+        real = {labels: result for labels, result in real.items() if result}
         first, stem = next(iter((ours or real).values())), folder_of({"ipc": ipc, "method": method, "tag": tag})
         run, teachers, names = folder / stem, folder / "teachers" / first["args"]["teachers"], first["args"]["backbones"]
         whole = list(dict.fromkeys(name.partition("@")[0] for name in names))                # weak teachers come with these

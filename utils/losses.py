@@ -50,7 +50,8 @@ class ClosedFormDensification(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, tau):
         exact = rows.double() if rows.is_cuda else rows              # a GPU may take float32 factors as TF32
-        eigenvalues, vectors = (part.to(rows) for part in torch.linalg.eigh((exact @ exact.mT).cpu()))   # and longer for this
+        gram = (exact @ exact.mT).cpu()                              # of small matrices the host's eigh is the faster one
+        eigenvalues, vectors = (part.to(rows) for part in torch.linalg.eigh(gram))
         soft, sharp = (eigenvalues / tau).log_softmax(-1), eigenvalues.log_softmax(-1)
         ctx.save_for_backward(2 * (vectors * (sharp.exp() - soft.exp()).unsqueeze(-2)) @ (vectors.mT @ rows))
         return F.kl_div(sharp, soft, reduction="sum", log_target=True)

@@ -218,6 +218,8 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
         terms = []
         for k in backbones[t]:
             gradient, losses, states[k] = gradients[k](pixels, view, kept[k][t], states[k], dropped[k][t])
+            if args.unit_gradients:                                  # of each batch, as if it were alone
+                gradient = F.normalize(gradient.flatten(1)).view_as(gradient)
             terms.append((gradient, *losses))
         pixels.grad, ce, bn, conv = (reduce(torch.add, term) for term in zip(*terms))
         dd = pixels.new_zeros(())
@@ -655,6 +657,9 @@ def get_parser():
     method.add_argument("--loop", choices=["reorder", "original"], default="reorder", help="grouping of images, Fig. 4")
     method.add_argument("--choice", choices=["uniform", "cycle"], default="uniform",
                         help="of the backbone of an iteration, Eq. 7")
+    method.add_argument("--unit-gradients", action=argparse.BooleanOptionalAction, default=False,
+                        help="scale what a backbone says of a batch's pixels to norm 1, so that none whose statistics are far "
+                        "off sets the size of everybody's steps (Adam's second moment); densification is added after it")
     method.add_argument("--subset", type=number(int, 0), default=0,
                         help="so many backbones, drawn for each image slot, act in every iteration [S_i of Teddy]; 0 = one, Eq. 7")
     method.add_argument("--class-statistics", action=argparse.BooleanOptionalAction, default=False,

@@ -18,6 +18,7 @@ python relabel.py --dataset shapes                                              
 import argparse
 import math
 import os
+import sys
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -88,6 +89,20 @@ def label_epoch(images, units, draw, batch_size, models, mix, logit_norm, togeth
     return logits
 
 
+def draw_labelled(args, images, batch_size, epoch):
+    """What is random in an epoch, a function of (seed, epoch)."""
+    return draw_epoch(len(images), images.shape[-1], batch_size, args.mix, generator("relabel", args.seed, epoch),
+                      (args.crop_floor, 1.0))
+
+
+@torch.inference_mode()
+def logit_rms(images, units, draw, batch_size, models, mix):
+    """Root mean square of each model's logits on the first batch of an epoch.   -> [float]   One that is far above the others
+    rules the mean norm of Eq. 8, and with it the scale of all labels."""
+    mixed = apply_epoch(images, send(draw, images.device), draw["order"][:batch_size].to(images.device), mix, units)
+    return [model(mixed).square().mean().sqrt().item() for model in models]
+
+
 def label_epochs(images, units, models, batch_size, classes, args, folder, work):
     """Labels and draws of all epochs, into the files of a folder; none is kept in memory. The processes of torchrun deal
     the epochs among them."""
@@ -112,8 +127,7 @@ def label_epochs(images, units, models, batch_size, classes, args, folder, work)
         for file in files.values() if todo else ():
             stack.enter_context(file.opened())
         for epoch in todo:
-            draw = draw_epoch(len(images), images.shape[-1], batch_size, args.mix, generator("relabel", args.seed, epoch),
-                              (args.crop_floor, 1.0))
+            draw = draw_labelled(args, images, batch_size, epoch)
             logits = label_epoch(images, units, draw, batch_size, models, args.mix, args.logit_norm, together).half().cpu()
             if not logits.isfinite().all():
                 blame(images, units, draw, batch_size, models, args, epoch)
@@ -137,6 +151,14 @@ def blame(images, units, draw, batch_size, models, args, epoch):
         images, units, draw, batch_size, [model], args.mix, False).half().isfinite().all()]
     fail(f"--backbones: the logits of {' '.join(guilty) or 'the ensemble'} are not finite in float16 in epoch {epoch}; "
          "train again with squeeze.py, or name others")
+
+
+def warn(rms):
+    """Say whose logits are far larger than another's.   rms: {backbone: of `logit_rms`}"""
+    least, most = min(rms, key=rms.get), max(rms, key=rms.get)
+    if rms[most] > 8 * rms[least] and rank() == 0:
+        print(f"warning: the logits of {most} are {rms[most] / rms[least]:.0f} times as large as those of {least}, as when a BatchNorm's "
+              "running statistics have not settled; train it again with squeeze.py --schedule cosine, or leave it out", file=sys.stderr)
 
 
 def get_parser():
@@ -178,13 +200,16 @@ def main(argv=None):
     if not args.images and image_set(folder, files) != images:
         fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
     batch_size = len(raw) if len(raw) <= args.whole_up_to else args.batch_size
-    units = torch.tensor([data["mean"], data["std"]], device=device)
+    raw, units = raw.to(device), torch.tensor([data["mean"], data["std"]], device=device)
+    models = [channels_last(model) for model in models.values()]
     with Work(result, args, made_from) as work:
-        label_epochs(raw.to(device), units, [channels_last(model) for model in models.values()], batch_size, len(classes),
-                     args, paths.labels, work)
+        rms = dict(zip(args.backbones, logit_rms(raw, units, draw_labelled(args, raw, batch_size, 0), batch_size, models, args.mix)))
+        warn(rms)
+        label_epochs(raw, units, models, batch_size, len(classes), args, paths.labels, work)
         return finish(result, "relabel", args,
                       {"images": len(raw), "classes": data["classes"], "data": data,
-                       "teacher_top1": {name: record["top1"] for name, record in records.items()}, "label_batch": batch_size},
+                       "teacher_top1": {name: record["top1"] for name, record in records.items()}, "teacher_logit_rms": rms,
+                       "label_batch": batch_size},
                       work.seconds(), upstream, made_from)
 
 

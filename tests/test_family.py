@@ -274,9 +274,9 @@ def test_the_later_a_pruned_teacher_the_more_fine_tuning_it_has(bare):
 
 
 def subset_args(**changes):
-    return type("args", (), dict(seed=0, subset=2, iterations=4, choice="uniform", drop_rate=0.0, crop="none", flip=False, roll=0,
-                                 crop_floor=0.08, crop_curriculum="none", lr=0.1, ce_weight=1.0, dd_weight=0.0, statistics="closed",
-                                 cuda_graphs=False) | changes)
+    return type("args", (), dict(seed=0, subset=2, iterations=4, choice="uniform", unit_gradients=False, drop_rate=0.0, crop="none",
+                                 flip=False, roll=0, crop_floor=0.08, crop_curriculum="none", lr=0.1, ce_weight=1.0, dd_weight=0.0,
+                                 statistics="closed", cuda_graphs=False) | changes)
 
 
 def test_a_subset_of_the_pool_belongs_to_a_slot_and_all_slots_together_use_the_pool():

@@ -294,6 +294,19 @@ def test_statistics_that_are_not_finite(bare, capsys):
     tells(capsys.readouterr().err, "wrn10_1.stats.pt", "not finite", "train the backbone again")
 
 
+def test_a_teacher_whose_logits_rule_the_labels_is_named(relabelled, capsys):
+    def rms(tag):
+        return relabelled.call("relabel", f"--overwrite --tag {tag} --images", relabelled.run() / "images")["teacher_logit_rms"]
+
+    before, quiet = rms("before"), capsys.readouterr().err
+    weights = torch.load(relabelled.teachers / "wrn10_1.pt", weights_only=True)["weights"]
+    edit(relabelled.teachers / "wrn10_1.pt", weights=weights | {key: 1000 * weights[key] for key in ("fc.weight", "fc.bias")})
+    after, warned = rms("after"), capsys.readouterr().err
+    assert "warning" not in quiet and after["convnet_w8"] == before["convnet_w8"]
+    assert after["wrn10_1"] == pytest.approx(1000 * before["wrn10_1"], rel=1e-4)
+    tells(warned, "warning: the logits of wrn10_1", f"{after['wrn10_1'] / after['convnet_w8']:.0f} times", "--schedule cosine")
+
+
 def test_a_teacher_that_knows_nothing_is_named(project, capsys):
     recover.main(project.arguments("recover"))
     before = capsys.readouterr().err

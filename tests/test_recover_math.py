@@ -188,9 +188,9 @@ def test_layer_weights_count_the_first_layer_more():
 
 def arguments(**changes):
     return SimpleNamespace(**dict(
-        seed=0, iterations=4, lr=0.1, choice="uniform", subset=0, drop_rate=0.4, crop="resized", crop_floor=0.08, crop_curriculum="none",
-        flip=True, roll=5, ce_weight=1.0,
-        dd_weight=5.0, tau=4.0, dd_scale="mean", statistics="closed", cuda_graphs=False) | changes)
+        seed=0, iterations=4, lr=0.1, choice="uniform", unit_gradients=False, subset=0, drop_rate=0.4, crop="resized", crop_floor=0.08,
+        crop_curriculum="none", flip=True, roll=5, ce_weight=1.0, dd_weight=5.0, tau=4.0, dd_scale="mean", statistics="closed",
+        cuda_graphs=False) | changes)
 
 
 def recovered(pixels, labels, numbers, matchings, args):
@@ -208,9 +208,10 @@ def matchings_of(form, names):
     return [matching_of(form, name, 16) for name in names]
 
 
-def test_batches_that_share_a_pass_move_as_if_each_were_alone():
+@pytest.mark.parametrize("unit", (False, True))
+def test_batches_that_share_a_pass_move_as_if_each_were_alone(unit):
     labels, numbers = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 2, 0, 2, 3]], [7, 2, 3]
-    pixels, args = randn(3, 5, 3, 16, 16), arguments(iterations=6)
+    pixels, args = randn(3, 5, 3, 16, 16), arguments(iterations=6, unit_gradients=unit)
     matchings = matchings_of(ClosedFormMatching, ("wrn10_1", "convnet_w8"))
     together, reports = recovered(pixels, labels, numbers, matchings, args)
     sums = [Counter() for _ in reports]
@@ -298,9 +299,10 @@ def test_auto_is_one_batch_on_a_cpu_and_on_a_gpu_what_fits_and_fills(monkeypatch
     assert fitting_groups(matchings, 5000, 224, gpu) == 1
 
 
-def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_valid_pixels():
+@pytest.mark.parametrize("unit", (False, True))
+def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_valid_pixels(unit):
     pixels, labels = 1.5 * randn(1, 5, 3, 16, 16), [[0, 0, 0, 1, 1]]
-    args = arguments(iterations=5, choice="cycle", drop_rate=0.0, crop="none", flip=False, roll=0, ce_weight=2.0)
+    args = arguments(iterations=5, choice="cycle", unit_gradients=unit, drop_rate=0.0, crop="none", flip=False, roll=0, ce_weight=2.0)
     matchings = matchings_of(PlainMatching, ("wrn10_1", "convnet_w8"))
     x, first, second = pixels[0].clone(), 0, 0
     states = [matching.start(1) for matching in matchings]
@@ -310,9 +312,9 @@ def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_vali
         with matching.hooks() as inputs:
             logits = matching.model(x)
         bn, conv, states[t % 2] = matching.inject(inputs, states[t % 2])
-        densification = data_densification(x, torch.tensor(labels[0]), 4.0, "mean")
-        total = 2 * F.cross_entropy(logits, torch.tensor(labels[0])) + bn + conv + 5 * densification
-        slope, = torch.autograd.grad(total, x)
+        slope, = torch.autograd.grad(2 * F.cross_entropy(logits, torch.tensor(labels[0])) + bn + conv, x)
+        slope = slope / slope.norm() if unit else slope
+        slope = slope + torch.autograd.grad(5 * data_densification(x, torch.tensor(labels[0]), 4.0, "mean"), x)[0]
         first, second = 0.5 * first + 0.5 * slope, 0.9 * second + 0.1 * slope ** 2
         step = first / (1 - 0.5 ** (t + 1)) / ((second / (1 - 0.9 ** (t + 1))).sqrt() + 1e-8)
         x = (x.detach() - 0.1 * (1 + math.cos(math.pi * t / 5)) / 2 * step).maximum(LOW).minimum(HIGH)
@@ -320,6 +322,16 @@ def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_vali
         args.statistics = statistics
         result, _ = recovered(pixels, labels, [0], matchings_of(form, ("wrn10_1", "convnet_w8")), args)
         assert (result[0] - x).abs().max() < 1e-6                                   # the bounds are those of float32
+
+
+@pytest.mark.parametrize("unit", (False, True))
+def test_with_unit_gradients_no_backbone_is_louder_than_another(unit):
+    pixels, args = randn(1, 4, 3, 16, 16), arguments(choice="cycle", unit_gradients=unit, ce_weight=0.0, dd_weight=0.0)
+    names = "wrn10_1", "convnet_w8"
+    alike, louder = ([matching_of(ClosedFormMatching, name, 16, bn=loud, conv=loud) for name, loud in zip(names, (1, times))]
+                     for times in (1, 1000))
+    images, others = (recovered(pixels, [[0, 0, 1, 1]], [0], matchings, args)[0] for matchings in (alike, louder))
+    assert torch.allclose(images, others, atol=1e-6) == unit
 
 
 def test_pixels_stay_in_the_valid_range_of_every_channel():

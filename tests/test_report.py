@@ -70,6 +70,8 @@ def test_a_tagged_run_is_compared_with_the_random_images_of_its_tag_or_else_with
     ("stored", dict(args={"epochs": 9}), False), ("stored", dict(args={"loss": "kl"}), False),
     ("stored", dict(upstream={"relabel": {"mix": "mixup"}}), False), ("stored", dict(made_from={"weights": {"a": "0"}}), False),
     ("stored", dict(args={"student_seeds": [1]}, upstream={"recover": {"lr": 1}}, made_from={"images": "0"}), True),
+    ("stored", dict(args={"crop_floor": 0.08}), True),              # older than a flag
+    ("stored", dict(args={"crop_floor": 0.25}), False),
     ("hard", dict(args={"lr": ["1"]}), False), ("hard", dict(args={"loss": "kl", "seed": 1}), True),
     ("online", dict(args={"logit_norm": False}), False)])
 def test_only_random_images_of_the_same_labels_and_training_are_compared(labels, other, same, write, tmp_path, capsys):
@@ -189,8 +191,17 @@ def assert_repeatable(cell, results):
         understood.append((phase, relevant(args)))
     for result in results:
         for phase, args in report.chain(result):
-            assert any(other == phase and all(now[key] == args[key] for key in now if key in args and (phase, key) != ("collect_stats", "patch"))
+            assert any(other == phase and all(now[key] == report.setting(phase, args, key) for key in now
+                                              if (phase, key) != ("collect_stats", "patch"))
                        for other, now in understood), phase
+
+
+def test_a_result_older_than_a_flag_was_made_without_it_whatever_a_preset_says_now():
+    words = "--dataset cifar10 --preset best".split()
+    args = relevant(parse_args(import_module("recover").get_parser(), "recover", words, preset_column))
+    assert report.command("recover", args) == "python recover.py --dataset cifar10 --ipc 10 --preset best"
+    assert args.pop("init") == "herding"
+    assert report.command("recover", args).endswith(" --preset best --init noise")
 
 
 def test_a_cell_holds_the_results_the_costs_and_the_bytes_of_its_run(project, evidence):

@@ -11,13 +11,14 @@ same teachers and settings, whatever its tag), of its tag where there are severa
 method, under their own recipes.
 """
 import shlex
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 from utils import fail
 from utils.data import DATASETS, preset_column
 from utils.presets import METHODS, Parser, parse_args
-from utils.run import load_json, relevant, save_json
+from utils.run import NEUTRAL, load_json, relevant, save_json
 
 R18, R50, R101, CONVNET = "resnet18", "resnet50", "resnet101", "convnet_w128"
 PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
@@ -105,8 +106,19 @@ def read_results(folder):
 def recipe(result):
     """What decides an accuracy but for the images: the settings of labels and training, and the teachers' weights."""
     keys = RECIPE + SOFT * (result["labels"] != "hard")
-    return ([result["args"].get(key) for key in keys], [result["upstream"].get("relabel", {}).get(key) for key in keys],
+    return ([setting("train_eval", result["args"], key) for key in keys],
+            [setting("relabel", args, key) for args in [result["upstream"].get("relabel")] if args for key in keys],
             result["made_from"].get("weights"))
+
+
+@cache
+def parser_of(phase):
+    return import_module(phase).get_parser()
+
+
+def setting(phase, args, flag):
+    """What a phase ran with; a result older than a flag was made as the parser's default has it, whatever a preset says now."""
+    return args.get(flag, parser_of(phase).get_default(flag))
 
 
 def random_beside(result, results):
@@ -292,9 +304,9 @@ def chain(result):
 def differing(phase, args, others):
     """The flags of a phase whose arguments are other than others'.   -> [[--flag, values]]"""
     words = []
-    for action in import_module(phase).get_parser()._actions:
-        value, key = args.get(action.dest), action.dest
-        if key in args and key in others and value != others[key] and value is not None:
+    for action in parser_of(phase)._actions:
+        value, other = (setting(phase, known, action.dest) for known in (args, others))
+        if action.dest not in NEUTRAL and value != other and value is not None:
             flag = action.option_strings[value is False]             # --flag, --no-flag
             words.append([flag] if isinstance(value, bool) else [flag, *map(str, value if isinstance(value, list) else [value])])
     return words

@@ -218,10 +218,11 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
         terms = []
         for k in backbones[t]:
             gradient, losses, states[k] = gradients[k](pixels, view, kept[k][t], states[k], dropped[k][t])
-            if args.unit_gradients:                                  # of each batch, as if it were alone
-                gradient = F.normalize(gradient.flatten(1)).view_as(gradient)
-            terms.append((gradient, *losses))
-        pixels.grad, ce, bn, conv = (reduce(torch.add, term) for term in zip(*terms))
+            norms = torch.linalg.vector_norm(gradient, dim=(1, 2, 3, 4), keepdim=True)   # of each batch, as if it were alone
+            if args.unit_gradients:
+                gradient = gradient / norms.clamp(min=1e-12)
+            terms.append((gradient, *losses, norms.sum()))
+        pixels.grad, ce, bn, conv, norm = (reduce(torch.add, term) for term in zip(*terms))
         dd = pixels.new_zeros(())
         if args.dd_weight and args.statistics == "plain":
             dd = args.dd_weight * sum(data_densification(x, y, args.tau, args.dd_scale) for x, y in zip(pixels, labels))
@@ -232,7 +233,7 @@ def recover_batches(pixels, labels, numbers, matchings, data, args, report=lambd
         optimizer.step()
         with torch.no_grad():
             pixels.clamp_(low, high)
-        report(t, {"backbone": backbones[t], "ce": ce, "bn": bn, "conv": conv, "dd": dd}, pixels)
+        report(t, {"backbone": backbones[t], "ce": ce, "bn": bn, "conv": conv, "dd": dd, "gradient": norm}, pixels)
         keep(lambda: {"iterations": t + 1, "pixels": pixels.detach(), "adam": optimizer.state_dict(), "averages": states})
     return pixels.detach()
 
@@ -421,7 +422,7 @@ def recover_group(group, models, statistics, data, starts, args, paths, device, 
     pixels = torch.stack(pixels).view(shape).to(device)
     labels, slot = torch.tensor([label for label, _ in flat], device=device).view(len(group), -1), slot_of(*group[0], args)
     matchings = make_matchings(models, statistics, labels, args, device)
-    finite, start = Finite(["ce", "bn", "conv", "dd", "pixel"], device), work.read(piece)
+    finite, start = Finite(["ce", "bn", "conv", "dd", "gradient", "pixel"], device), work.read(piece)
     if start and start["numbers"] != numbers:                        # another --groups-per-step
         start = None
     progress.skip(len(flat) * start["iterations"] if start else 0)

@@ -172,7 +172,7 @@ def bench_keeping(rounds, quick, device):
         args, states = recover.get_parser().parse_args(["--iterations", str(iterations)]), []
         with TemporaryDirectory() as folder, Work(Path(folder, "result.json"), args) as work:
             def run():
-                finite, spent = Finite(["ce", "bn", "conv", "dd", "pixel"], device), []
+                finite, spent = Finite(["ce", "bn", "conv", "dd", "gradient", "pixel"], device), []
 
                 def timed(function, *what):
                     started = time.perf_counter()

@@ -124,7 +124,7 @@ def test_losses_are_those_of_the_log(labelled):
             mine = [entry for entry in entries if entry["iteration"] == iteration]
             assert value == pytest.approx(sum(entry[term] for entry in mine) / len(mine))
             assert backbone in ("", mine[0]["backbone"])
-    assert {term for term, _ in curves} == {"ce", "bn", "conv", "dd"}
+    assert {term for term, _ in curves} == {"ce", "bn", "conv", "dd", "gradient"}
 
 
 def test_curves_of_accuracy_are_by_student_labels_and_run_without_comparisons():

@@ -304,7 +304,7 @@ def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_vali
     pixels, labels = 1.5 * randn(1, 5, 3, 16, 16), [[0, 0, 0, 1, 1]]
     args = arguments(iterations=5, choice="cycle", unit_gradients=unit, drop_rate=0.0, crop="none", flip=False, roll=0, ce_weight=2.0)
     matchings = matchings_of(PlainMatching, ("wrn10_1", "convnet_w8"))
-    x, first, second = pixels[0].clone(), 0, 0
+    x, first, second, norms = pixels[0].clone(), 0, 0, []
     states = [matching.start(1) for matching in matchings]
     for t in range(5):
         x.requires_grad_()
@@ -313,14 +313,16 @@ def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_vali
             logits = matching.model(x)
         bn, conv, states[t % 2] = matching.inject(inputs, states[t % 2])
         slope, = torch.autograd.grad(2 * F.cross_entropy(logits, torch.tensor(labels[0])) + bn + conv, x)
-        slope = slope / slope.norm() if unit else slope
+        norms.append(slope.norm().item())
+        slope = slope / norms[-1] if unit else slope
         slope = slope + torch.autograd.grad(5 * data_densification(x, torch.tensor(labels[0]), 4.0, "mean"), x)[0]
         first, second = 0.5 * first + 0.5 * slope, 0.9 * second + 0.1 * slope ** 2
         step = first / (1 - 0.5 ** (t + 1)) / ((second / (1 - 0.9 ** (t + 1))).sqrt() + 1e-8)
         x = (x.detach() - 0.1 * (1 + math.cos(math.pi * t / 5)) / 2 * step).maximum(LOW).minimum(HIGH)
     for form, statistics in zip(FORMS, ("plain", "closed")):
         args.statistics = statistics
-        result, _ = recovered(pixels, labels, [0], matchings_of(form, ("wrn10_1", "convnet_w8")), args)
+        result, reports = recovered(pixels, labels, [0], matchings_of(form, ("wrn10_1", "convnet_w8")), args)
+        assert [losses["gradient"] for losses in reports] == pytest.approx(norms, rel=1e-4)
         assert (result[0] - x).abs().max() < 1e-6                                   # the bounds are those of float32
 
 

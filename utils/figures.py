@@ -303,11 +303,11 @@ def draw_statistics(args, figure):
 
 
 def draw_losses(args, figure):
-    """The weighted terms of recover.py's loss over its iterations, mean over image batches; by the backbone that an iteration
-    has drawn (Eq. 7). A term that is always 0 is left out."""
+    """The weighted terms of recover.py's loss over its iterations and the norm of their gradient, mean over image batches; by
+    the backbone that an iteration has drawn (Eq. 7). A term that is always 0 is left out."""
     found = {run: loss_curves(read_log(folder)) for run, folder in zip(titles(args), args.folders)}
     names = {"ce": "cross-entropy", "bn": "BatchNorm statistics, L'_BN", "conv": "convolution statistics, L'_Conv",
-             "dd": "data densification, L_DD", "dm": "distribution matching"}
+             "dd": "data densification, L_DD", "gradient": "gradient at the pixels, without L_DD", "dm": "distribution matching"}
     there = {term for curves in found.values() for term, _ in curves}
     terms = [term for term in names if term in there] + sorted(there - names.keys())
     backbones = sorted({backbone for curves in found.values() for _, backbone in curves if backbone})
@@ -325,7 +325,7 @@ def draw_losses(args, figure):
                           markersize=4, linewidth=1.2, label=f"{run}, {backbone or 'all backbones'}")
         scale_values(axes, np.concatenate([
             curve[:, 1] for curves in found.values() for (part, _), curve in curves.items() if part == term]))
-        axes.set(title=names.get(term, term), ylabel="weighted loss")
+        axes.set(title=names.get(term, term), ylabel="norm" if term == "gradient" else "weighted loss")
         if i >= len(terms) - 2:
             axes.set_xlabel("iteration")
             axes.tick_params(labelbottom=True)

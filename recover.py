@@ -422,7 +422,7 @@ def recover_group(group, models, statistics, data, starts, args, paths, device, 
     pixels = torch.stack(pixels).view(shape).to(device)
     labels, slot = torch.tensor([label for label, _ in flat], device=device).view(len(group), -1), slot_of(*group[0], args)
     matchings = make_matchings(models, statistics, labels, args, device)
-    finite, start = Finite(["ce", "bn", "conv", "dd", "gradient", "pixel"], device), work.read(piece)
+    finite, start = Finite(["ce", "bn", "conv", "dd", "pixel"], device), work.read(piece)
     if start and start["numbers"] != numbers:                        # another --groups-per-step
         start = None
     progress.skip(len(flat) * start["iterations"] if start else 0)
@@ -438,7 +438,7 @@ def recover_group(group, models, statistics, data, starts, args, paths, device, 
 
     def report(t, losses, pixels):
         backbone = named(losses.pop("backbone"))
-        finite.see(t, *losses.values(), pixels.detach().sum())
+        finite.see(t, *(losses[term] for term in finite.names[:-1]), pixels.detach().sum())
         last = t + 1 == args.iterations
         if t % args.log_every == 0 or last:
             check()

@@ -158,7 +158,7 @@ def warn(rms):
     least, most = min(rms, key=rms.get), max(rms, key=rms.get)
     if rms[most] > 8 * rms[least] and rank() == 0:
         print(f"warning: the logits of {most} are {rms[most] / rms[least]:.0f} times as large as those of {least}, as when a BatchNorm's "
-              "running statistics have not settled; train it again with squeeze.py --schedule cosine, or leave it out", file=sys.stderr)
+              "running statistics have not settled; train it again with another --seed or --schedule, or leave it out", file=sys.stderr)
 
 
 def get_parser():

@@ -157,8 +157,8 @@ def warn(rms):
     """Say whose logits are far larger than another's.   rms: {backbone: of `logit_rms`}"""
     least, most = min(rms, key=rms.get), max(rms, key=rms.get)
     if rms[most] > 8 * rms[least] and rank() == 0:
-        print(f"warning: the logits of {most} are {rms[most] / rms[least]:.0f} times as large as those of {least}, as when a BatchNorm's "
-              "running statistics have not settled; train it again with another --seed or --schedule, or leave it out", file=sys.stderr)
+        print(f"warning: the logits of {most} are of size {rms[most]:.3g}, those of {least} {rms[least]:.3g}, as when a BatchNorm's running "
+              "statistics have not settled; train it again with another --seed or --schedule, or leave it out", file=sys.stderr)
 
 
 def get_parser():

@@ -304,7 +304,7 @@ def test_a_teacher_whose_logits_rule_the_labels_is_named(relabelled, capsys):
     after, warned = rms("after"), capsys.readouterr().err
     assert "warning" not in quiet and after["convnet_w8"] == before["convnet_w8"]
     assert after["wrn10_1"] == pytest.approx(1000 * before["wrn10_1"], rel=1e-4)
-    tells(warned, "warning: the logits of wrn10_1", f"{after['wrn10_1'] / after['convnet_w8']:.0f} times", "--schedule")
+    tells(warned, "warning: the logits of wrn10_1", f"of size {after['wrn10_1']:.3g}", "--schedule")
 
 
 def test_a_teacher_that_knows_nothing_is_named(project, capsys):

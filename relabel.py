@@ -99,7 +99,8 @@ def draw_labelled(args, images, batch_size, epoch):
 def logit_rms(images, units, draw, batch_size, models, mix):
     """Root mean square of each model's logits on the first batch of an epoch.   -> [float]   One that is far above the others
     rules the mean norm of Eq. 8, and with it the scale of all labels."""
-    mixed = apply_epoch(images, send(draw, images.device), draw["order"][:batch_size].to(images.device), mix, units)
+    draw = send(draw, images.device)
+    mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, units)
     return [model(mixed).square().mean().sqrt().item() for model in models]
 
 

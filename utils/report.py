@@ -107,8 +107,7 @@ def recipe(result):
     """What decides an accuracy but for the images: the settings of labels and training, and the teachers' weights."""
     keys = RECIPE + SOFT * (result["labels"] != "hard")
     return ([setting("train_eval", result["args"], key) for key in keys],
-            [setting("relabel", args, key) for args in [result["upstream"].get("relabel")] if args for key in keys],
-            result["made_from"].get("weights"))
+            [setting("relabel", result["upstream"].get("relabel", {}), key) for key in keys], result["made_from"].get("weights"))
 
 
 @cache

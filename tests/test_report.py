@@ -278,6 +278,13 @@ def test_every_number_of_the_paper_without_a_cell_is_not_run(project, evidence):
     assert missing["cifar10", "10", "resnet18"] == "53.5 ± 0.6" and missing["tiny", "100", "resnet50"] == "52.1 ± 0.3"
 
 
+def test_a_tagged_cell_leaves_the_papers_number_not_run():
+    name = "cifar10-gvbsm-ipc10-best-convnet_w128"
+    text = report.main_table({name: report.read_evidence(report.EVIDENCE)[name]})
+    found = [(line[3], line[4] == "not run", line[9]) for line in lines_of(text, "data set") if line[0] == "cifar10" and line[2] == "convnet_w128"]
+    assert found == [("gvbsm-best", False, "46.5 ± 0.7"), ("gvbsm", True, "46.5 ± 0.7, 54.3 ± 0.3")]
+
+
 def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabelled, evidence):
     base = "--tag ablation"
     for method in "random", "gvbsm":

@@ -228,16 +228,17 @@ def pair(cell, labels):
 
 
 def main_table(cells):
-    """A row for each cell that is no part of a comparison (tag), and one for each number of the paper without one."""
+    """A row for each cell that is no part of a comparison (tag), and one for each number of the paper without an untagged one."""
     shown = {name: cell for name, cell in cells.items() if not is_variant(cell["dataset"], cell["tag"])}
-    order, done = [*DATASETS, ...], {(cell["dataset"], cell["ipc"], cell["student"]) for cell in shown.values()}
+    order = [*DATASETS, ...]
+    done = {(cell["method"], cell["dataset"], cell["ipc"], cell["student"]) for cell in shown.values() if not cell["tag"]}
     lines = [(cell["dataset"], cell["ipc"], [
         cell["dataset"], str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]), *pair(cell, "stored"), *pair(cell, "hard")[:2],
         PUBLISHED.get((cell["method"], cell["dataset"], cell["student"], "stored"), {}).get(cell["ipc"], ""),
         ", ".join(f"{cost['seconds']:.0f}" if cost else "–" for cost in cell["costs"].values()),
         next(iter((cell["distilled"] or cell["real"]).values()))["hardware"]]) for cell in shown.values()]
     for (method, dataset, student, _), published in PUBLISHED.items():
-        if left := [ipc for ipc in published if method == "gvbsm" and (dataset, ipc, student) not in done]:
+        if left := [ipc for ipc in published if method == "gvbsm" and (method, dataset, ipc, student) not in done]:
             lines.append((dataset, 10 ** 6, [dataset, ", ".join(map(str, left)), student, method, "not run", "not run", "", "not run",
                                              "not run", ", ".join(published[ipc] for ipc in left), "", ""]))
     lines.sort(key=lambda line: (order.index(line[0] if line[0] in order else ...), *line[1:]))

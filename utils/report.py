@@ -278,8 +278,9 @@ def changes(base, result):
     for phase, args in chain(result):
         before = [earlier for other, earlier in chain(base) if other == phase]
         options = [differing(phase, args, earlier) for earlier in before]
+        unsaid = "--tag", "--images", *(("--backbones", "--save-epochs") if phase in PHASES[:2] else ())       # the run's own tell
         for words in min(options, key=len, default=[]):
-            if words[0] not in ("--tag", "--images"):
+            if words[0] not in unsaid:
                 found.setdefault(shlex.join(words), {})[phase] = None
     return ", ".join(f"`{words}`" if len(phases) > 1 else f"`{''.join(phases)}.py {words}`" for words, phases in found.items())
 

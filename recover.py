@@ -1,16 +1,16 @@
 """Recover: synthesise the distilled images (phase 3 of 5).   G-VBSM, arXiv:2311.17950, Sec. 3, Eqs. 2, 5-7, 10.
 
 Pixels start as noise and are all that is optimised. An iteration augments the batch, draws one backbone (Eq. 7), and takes
-an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; Eq. 2 is the same without the last two terms).
+an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; in Eq. 2 CE and L_BN alone).
 --method sre2l, cda, scdd and teddy are other settings of the same; random, herding, kcenter and forgetting write real
 training images into the same layout instead. dm matches the mean features of the training images in random networks
 (arXiv:2110.04181), and bilp prunes these images (arXiv:2305.18381).
 
-reads   data/<dataset>/...                                            the training images, for --init and selections
+reads   data/<dataset>/...                                            the training images: --init, selections, dm, bilp
         runs/<dataset>/teachers/<teachers>/<backbone>.pt              squeeze.py
         runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt        collect_stats.py
 writes  runs/<dataset>/<run>/images/<class>/<id>.png                  an ImageFolder
-        runs/<dataset>/<run>/grid.png, log.jsonl, result.json
+        runs/<dataset>/<run>/grid.png, result.json; log.jsonl of an optimisation
 
 python recover.py --dataset cifar100 --ipc 10                              # paper setting, Table 9
 python recover.py --dataset cifar100 --ipc 10 --drop-rate 0 --tag nodrop   # ablation, Fig. 6
@@ -47,7 +47,7 @@ from utils.stats import (ClosedFormMatching, channel_stats, freeze, layer_inputs
                          patch_stats)
 
 
-FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 83 batches of 50 at 32x32; an estimate
+FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 81 batches of 50 at 32x32; an estimate
 
 
 def make_batches(num_classes, ipc, batch_size, loop):
@@ -511,7 +511,7 @@ def features(model, split, data, device):
 
 
 def select(method, count, args, split, data, models, records, device):
-    """Which training images of each class a method of SELECTIONS takes.   -> [LongTensor [ipc]]"""
+    """Which training images of each class a method of SELECTIONS takes.   -> [LongTensor [count]]"""
     name = args.backbones[0]
     kept = records.get(name, {}).get("kept", torch.arange(len(split)))
     by_features = method in ("herding", "kcenter")

@@ -1,4 +1,4 @@
-"""Relabel: soft labels by the ensemble of backbones (phase 4 of 5).   G-VBSM, arXiv:2311.17950, Sec. 3.2, Eqs. 3, 8.
+"""Relabel: soft labels by the ensemble of backbones (phase 4 of 5).   G-VBSM, arXiv:2311.17950, Sec. 3.2, Eq. 8.
 
 For each epoch every image is cropped, flipped and mixed (CutMix); the backbones see the mixed image, and their logits are
 averaged, with or without logit normalisation (Eq. 8). Logits are stored, so Eq. 3's temperature is the student's choice.
@@ -32,7 +32,8 @@ from utils.data import folder_name, list_folder, load_folder, preset_column
 from utils.losses import ensemble_logits
 from utils.presets import Parser, identity_flags, number, parse_args
 from utils.run import (Progress, Work, begin, channels_last, check_classes, check_recovered, dealt, fingerprints, finish,
-                       finished, generator, image_set, load_json, load_teachers, rank, script, send, wait_for_all, whole_file, writable)
+                       finished, generator, identity, image_set, load_json, load_teachers, rank, script, send, wait_for_all,
+                       whole_file, writable)
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
          "ratio": (np.float32, ())}                                   # what a mixed sample is made with
@@ -188,8 +189,8 @@ def main(argv=None):
     if args.images:
         images = image_set(folder, list_folder(folder)[2])
     else:
-        recovered = load_json(paths.run / "result.json", f"run: python recover.py --dataset {args.dataset} --ipc {args.ipc} "
-                              f"--method {args.method}", ("args", "upstream", "made_from", "image_set", "classes"))
+        recovered = load_json(paths.run / "result.json", f"run: python recover.py {identity(args)}",
+                              ("args", "upstream", "made_from", "image_set", "classes"))
         upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
         check_recovered(recovered, args, paths, data, records)
     upstream["squeeze"] = upstream.get("squeeze", {}) | squeezed

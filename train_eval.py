@@ -1,4 +1,4 @@
-"""Train and evaluate: students from scratch on the distilled images (phase 5 of 5).   G-VBSM, arXiv:2311.17950, Eq. 11.
+"""Train and evaluate: students from scratch on the distilled images (phase 5 of 5).   G-VBSM, arXiv:2311.17950, Eqs. 3, 11.
 
 Accuracy of the last epoch is the result; the best of the evaluated epochs stands beside it under its own name. Compare
 with --method random, real images under the same recipe, and with --labels hard.
@@ -6,12 +6,12 @@ with --method random, real images under the same recipe, and with --labels hard.
 reads   data/<dataset>/...                                       the test images
         runs/<dataset>/<run>/images/<class>/<id>.png             recover.py, or any ImageFolder (--images)
         runs/<dataset>/<run>/labels/...                          relabel.py; not with --labels online or hard
-        runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py; only with --labels online
+        runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py; --labels online, --protocol prune
 writes  runs/<dataset>/<run>/eval/<student>[-online|-hard].json  top1 of the last epoch, per seed, mean, deviation
         runs/<dataset>/<run>/eval/<student>...-<protocol>.json   of --protocol continual and prune (utils/protocols.py)
 
 python train_eval.py --dataset cifar100 --ipc 10                                   # paper setting, Table 9
-python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20        # ablation, Fig. 6; give it a --tag
+python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20        # ablation, Fig. 6; --overwrite or a --tag
 python train_eval.py --dataset shapes                                              # smoke run: a minute
 """
 import argparse
@@ -37,8 +37,8 @@ from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.presets import Parser, identity_flags, number, parse_args
 from utils.protocols import SeenLabels, prune, summary, trainings
 from utils.run import (Finite, Graphed, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
-                       check_recovered, check_training, dealt, finish, finished, fingerprint, fingerprints, generator, image_set,
-                       load_json, load_teachers, one_first, rank, script, send, wait_for_all, with_precision, world)
+                       check_recovered, check_training, dealt, finish, finished, fingerprint, fingerprints, generator, identity,
+                       image_set, load_json, load_teachers, one_first, rank, script, send, wait_for_all, with_precision, world)
 
 
 class StoredLabels:
@@ -62,8 +62,8 @@ class StoredLabels:
 
 
 class FreshLabels:
-    """Draws as relabel.py makes them, and the logits of the teachers, asked while training (none for hard labels), for the
-    classes `seen`, by default all."""
+    """What relabel.py would draw in batches of this size, and the logits of the teachers, asked while training (none for hard
+    labels), for the classes `seen`, by default all."""
 
     def __init__(self, args, count, size, teachers=(), seen=slice(None)):
         self.mix, self.seed, self.logit_norm, self.floor = args.mix, args.seed, args.logit_norm, args.crop_floor
@@ -385,8 +385,7 @@ def earlier_result(args, paths):
     if args.labels != "stored" and args.images:
         return {}, {}
     phase, path = ("relabel", paths.labels) if args.labels == "stored" else ("recover", paths.run)
-    result = load_json(path / "result.json", f"run: python {phase}.py --dataset {args.dataset} --ipc {args.ipc} "
-                       f"--method {args.method}", ("args", "upstream", "made_from", "classes"))
+    result = load_json(path / "result.json", f"run: python {phase}.py {identity(args)}", ("args", "upstream", "made_from", "classes"))
     return result, result["upstream"] | {phase: result["args"]}
 
 

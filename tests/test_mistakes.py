@@ -57,6 +57,8 @@ def test_without_backbones(phase, flags, words, bare):
     ("train_eval", "", ["result.json is missing", "relabel.py", "--ipc 2"]),
     ("train_eval", "--labels hard", ["result.json is missing", "recover.py"]),
     ("train_eval", "--labels online", ["result.json is missing", "recover.py"]),
+    ("relabel", "--method random --tag a", ["run: python recover.py --dataset ", " --ipc 2 --method random --tag a"]),
+    ("train_eval", "--holdout --tag a --images its", ["run: python relabel.py --dataset ", " --holdout --ipc 2 --method gvbsm --tag a --images its"]),
     ("recover", "--teachers other", ["other/convnet_w8.pt", "squeeze.py", "--teachers other"]),
     ("collect_stats", "--backbones resnet81", ["resnet81.pt", "squeeze.py"])])
 def test_without_images(phase, flags, words, project):

@@ -289,6 +289,13 @@ def image_set(folder, files):
     return fingerprint(*(part for name in sorted(files) for part in (name, folder / name)))
 
 
+def identity(args):
+    """The flags that name a run, and its --images, for the command of another phase."""
+    named = {"--method": args.method, "--tag": args.tag, "--images": getattr(args, "images", None)}
+    return shlex.join(["--dataset", str(args.dataset), *["--holdout"] * args.holdout, "--ipc", str(args.ipc),
+                       *(word for flag, value in named.items() if value for word in (flag, str(value)))])
+
+
 def need_files(args, folder, suffix, script):
     """A file for each backbone, or the command that makes those which are missing.   -> the command for others"""
     method = args.recipe or args.method

@@ -233,6 +233,13 @@ def test_random_images_alone_are_kept_in_the_row_of_gvbsm(project, evidence):
     assert line[3:5] == ["gvbsm", "not run"] and float(line[5]) == pytest.approx(cell["real"]["stored"]["top1"], abs=0.05)
 
 
+def test_images_that_match_no_statistics_cost_none(project, evidence):
+    project.chain("--method herding", first="recover")
+    evidence(project.results)
+    (_, cell), = report.read_evidence(report.EVIDENCE).items()
+    assert cell["costs"]["collect_stats"] is None and cell["bytes"]["statistics"] == 0 and cell["costs"]["squeeze"]["seconds"] > 0
+
+
 def test_what_a_backbone_cost_is_unknown_where_its_result_does_not_say(project, evidence):
     project.chain(first="recover")
     path = project.teachers / "squeeze.json"

@@ -38,7 +38,7 @@ from utils.augment import (apply_resized_crop, apply_siamese, apply_view, draw_r
 from utils.data import describe, folder_name, load_split, preset_column, read_images
 from utils.dm import dm_loss, ite_norms, new_pruning, prune
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
-from utils.presets import SELECTIONS, Parser, crop_name, identity_flags, number, number_or_auto, parse_args
+from utils.presets import SELECTIONS, UNMATCHED, Parser, crop_name, identity_flags, number, number_or_auto, parse_args
 from utils.run import (Finite, Graphed, Progress, Work, begin, check_classes, check_trained, dealt, fingerprint, fingerprints, finish, finished, generator,
                        image_set, load_teachers, load_torch, need_files, rank, relevant, script, send, wait_for_all, whole_file, world,
                        writable)
@@ -719,7 +719,7 @@ def main(argv=None):
              f"takes; use at least {count}")
     if args.mosaic > 1 and args.init == "noise":
         fail(f"--mosaic {args.mosaic} is of real images; name an --init")
-    selects, taught = args.method in SELECTIONS, args.method not in (*SELECTIONS, "dm", "bilp")
+    selects, taught = args.method in SELECTIONS, args.method not in UNMATCHED
     result, upstream, made_from, records, models = paths.run / "result.json", {}, {}, {}, {}
     if args.method != "random":
         asked = argparse.Namespace(**vars(args) | {"backbones": args.backbones if taught else args.backbones[:1]})

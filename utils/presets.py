@@ -216,6 +216,7 @@ BILP = DM | {  # arXiv:2305.18381, supplement, Table 12, at IPC 10 (see AT_IPC);
 METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY, "dm": DM, "bilp": BILP,
            "random": {}, "herding": {}, "kcenter": {}, "forgetting": {}}
 SELECTIONS = "random", "herding", "kcenter", "forgetting"                       # write real images
+UNMATCHED = (*SELECTIONS, "dm", "bilp")                                         # take no statistics of the backbones
 
 
 def preset_values(preset, column, phase, ipc=None, method="gvbsm"):
@@ -266,7 +267,7 @@ def identity_flags(parser):
     group.add_argument("--image-size", type=number(int, 8, 4096), help="of a folder of one's own; found out by default")
     run = parser.add_argument_group("run")
     run.add_argument("--run-dir", default="runs", help="where results go")
-    run.add_argument("--seed", type=number(int, 0, 10 ** 18), default=0, 
+    run.add_argument("--seed", type=number(int, 0, 10 ** 18), default=0,
                      help="of everything random in this phase but students, which have --student-seeds")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
     run.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="tf32",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from utils import fail
 from utils.data import DATASETS, preset_column
-from utils.presets import METHODS, SELECTIONS, Parser, parse_args
+from utils.presets import METHODS, UNMATCHED, Parser, parse_args
 from utils.run import NEUTRAL, load_json, relevant, save_json
 
 R18, R50, R101, CONVNET = "resnet18", "resnet50", "resnet101", "convnet_w128"
@@ -180,7 +180,7 @@ def keep(folder, results, out):
         first, stem = next(iter((ours or real).values())), folder_of({"ipc": ipc, "method": method, "tag": tag})
         run, teachers, names = folder / stem, folder / "teachers" / first["args"]["teachers"], first["args"]["backbones"]
         whole = list(dict.fromkeys(name.partition("@")[0] for name in names))                # weak teachers come with these
-        matched = [] if method in (*SELECTIONS, "dm", "bilp") else names                     # by their statistics
+        matched = [] if method in UNMATCHED else names
         costs = [spent(teachers / "squeeze.json", whole), spent(teachers / "collect_stats.json", matched) if matched else None,
                  spent(run / "result.json"), spent(run / "labels" / "result.json"),
                  {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first)}]

@@ -291,7 +291,7 @@ def image_set(folder, files):
 
 def identity(args):
     """The flags that name a run, and its --images, for the command of another phase."""
-    named = {"--method": args.method, "--tag": args.tag, "--images": getattr(args, "images", None)}
+    named = {"--method": args.method, "--tag": args.tag, "--images": args.images}
     return shlex.join(["--dataset", str(args.dataset), *["--holdout"] * args.holdout, "--ipc", str(args.ipc),
                        *(word for flag, value in named.items() if value for word in (flag, str(value)))])
 

@@ -247,6 +247,19 @@ def test_what_a_backbone_cost_is_unknown_where_its_result_does_not_say(project, 
     assert lines_of(evidence(project.results), "data set")[-1][-2].startswith("–, ")
 
 
+def test_a_row_names_the_hardware_of_its_phases_in_turn(project, evidence):
+    project.chain(first="recover")
+    path = project.run() / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"hardware": "abacus"}))
+    here = result["hardware"]
+    assert lines_of(evidence(project.results), "data set")[-1][-1] == f"{here}, then abacus"
+    (kept,) = report.EVIDENCE.glob("*.json")
+    cell = json.loads(kept.read_text())
+    cell["costs"] = {phase: {key: cost[key] for key in ("seconds", "mib")} for phase, cost in cell["costs"].items()}
+    assert report.hardware(cell) == here                            # files from before the costs told it
+
+
 def test_the_commands_of_a_cell_repeat_every_phase_of_it(relabelled, evidence):
     relabelled.call("squeeze", "--backbones wrn10_1 --epochs 1 --teachers other --save-epochs 1:1:1")
     relabelled.call("collect_stats", "--backbones wrn10_1@1 --teachers other")

@@ -183,7 +183,7 @@ def keep(folder, results, out):
         matched = [] if method in UNMATCHED else names
         costs = [spent(teachers / "squeeze.json", whole), spent(teachers / "collect_stats.json", matched) if matched else None,
                  spent(run / "result.json"), spent(run / "labels" / "result.json"),
-                 {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first)}]
+                 {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first), "hardware": first["hardware"]}]
         save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", {
             "dataset": folder.resolve().name, "ipc": ipc, "student": student, "method": method, "tag": tag,
             "costs": dict(zip(PHASES, costs)),
@@ -199,11 +199,12 @@ def folder_of(result):
 
 
 def spent(path, backbones=()):
-    """Seconds and the most memory of a RESULT file, if there is one; of squeeze.py and collect_stats.py for these backbones."""
-    result = load_json(path, "run its phase again", ("seconds", "peak_memory")) if path.exists() else None
+    """Seconds, most memory and hardware of a RESULT file, if there is one; of squeeze.py and collect_stats.py for these backbones."""
+    result = load_json(path, "run its phase again", ("seconds", "peak_memory", "hardware")) if path.exists() else None
     known = result.get("costs", {}) if result else {}
     parts = [known[name] for name in backbones if name in known] if backbones else [result]
-    return {"seconds": sum(part["seconds"] for part in parts), "mib": max(map(memory, parts))} if result and parts else None
+    return {"seconds": sum(part["seconds"] for part in parts), "mib": max(map(memory, parts)),
+            "hardware": result["hardware"]} if result and parts else None
 
 
 def memory(result):
@@ -237,13 +238,19 @@ def main_table(cells):
         cell["dataset"], str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]), *pair(cell, "stored"), *pair(cell, "hard")[:2],
         PUBLISHED.get((cell["method"], cell["dataset"], cell["student"], "stored"), {}).get(cell["ipc"], ""),
         ", ".join(f"{cost['seconds']:.0f}" if cost else "–" for cost in cell["costs"].values()),
-        next(iter((cell["distilled"] or cell["real"]).values()))["hardware"]]) for cell in shown.values()]
+        hardware(cell)]) for cell in shown.values()]
     for (method, dataset, student, _), published in PUBLISHED.items():
         if left := [ipc for ipc in published if method == "gvbsm" and (method, dataset, ipc, student) not in done]:
             lines.append((dataset, 10 ** 6, [dataset, ", ".join(map(str, left)), student, method, "not run", "not run", "", "not run",
                                              "not run", ", ".join(published[ipc] for ipc in left), "", ""]))
     lines.sort(key=lambda line: (order.index(line[0] if line[0] in order else ...), *line[1:]))
     return table(MAIN_HEADER, [line for _, _, line in lines])
+
+
+def hardware(cell):
+    """Of its phases; the student's where a file does not tell that of the others."""
+    student = next(iter((cell["distilled"] or cell["real"]).values()))["hardware"]
+    return ", then ".join(dict.fromkeys(cost.get("hardware", student) for cost in cell["costs"].values() if cost))
 
 
 def run_name(method, tag):

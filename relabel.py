@@ -31,8 +31,8 @@ from utils.augment import apply_epoch, draw_epoch
 from utils.data import folder_name, list_folder, load_folder, preset_column
 from utils.losses import ensemble_logits
 from utils.presets import Parser, identity_flags, number, parse_args
-from utils.run import (Progress, Work, begin, channels_last, check_classes, check_recovered, dealt, fingerprints, finish,
-                       finished, generator, identity, image_set, load_json, load_teachers, rank, script, send, wait_for_all,
+from utils.run import (Progress, Work, begin, call, channels_last, check_classes, check_recovered, dealt, fingerprints, finish,
+                       finished, generator, image_set, load_json, load_teachers, rank, script, send, wait_for_all,
                        whole_file, writable)
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
@@ -189,7 +189,7 @@ def main(argv=None):
     if args.images:
         images = image_set(folder, list_folder(folder)[2])
     else:
-        recovered = load_json(paths.run / "result.json", f"run: python recover.py {identity(args)}",
+        recovered = load_json(paths.run / "result.json", "run: " + call("recover.py", args),
                               ("args", "upstream", "made_from", "image_set", "classes"))
         upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
         check_recovered(recovered, args, paths, data, records)

@@ -36,8 +36,8 @@ from utils.data import describe, folder_name, list_folder, load_folder, load_spl
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.presets import Parser, identity_flags, number, parse_args
 from utils.protocols import SeenLabels, prune, summary, trainings
-from utils.run import (Finite, Graphed, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
-                       check_recovered, check_training, dealt, finish, finished, fingerprint, fingerprints, generator, identity,
+from utils.run import (Finite, Graphed, Progress, Work, accuracy, begin, call, channels_last, check_classes, check_models,
+                       check_recovered, check_training, dealt, finish, finished, fingerprint, fingerprints, generator,
                        image_set, load_json, load_teachers, one_first, rank, script, send, wait_for_all, with_precision, world)
 
 
@@ -385,7 +385,7 @@ def earlier_result(args, paths):
     if args.labels != "stored" and args.images:
         return {}, {}
     phase, path = ("relabel", paths.labels) if args.labels == "stored" else ("recover", paths.run)
-    result = load_json(path / "result.json", f"run: python {phase}.py {identity(args)}", ("args", "upstream", "made_from", "classes"))
+    result = load_json(path / "result.json", "run: " + call(f"{phase}.py", args, images=args.images), ("args", "upstream", "made_from", "classes"))
     return result, result["upstream"] | {phase: result["args"]}
 
 

@@ -1,12 +1,15 @@
 """A mistake of the user's ends in one line that names the flag or file, the value and the remedy, with exit code 2;
 nothing is written or destroyed by it (`Project.mistake` sees to all of this but the words)."""
+import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +24,10 @@ import relabel
 import squeeze
 import train_eval
 from models import build_model
+from tests.conftest import FLAGS
 from utils import run
-from utils.data import folder_name
+from utils.data import folder_name, preset_column
+from utils.presets import parse_args
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 RUN = "gvbsm-ipc2"
@@ -58,11 +63,39 @@ def test_without_backbones(phase, flags, words, bare):
     ("train_eval", "--labels hard", ["result.json is missing", "recover.py"]),
     ("train_eval", "--labels online", ["result.json is missing", "recover.py"]),
     ("relabel", "--method random --tag a", ["run: python recover.py --dataset ", " --ipc 2 --method random --tag a"]),
-    ("train_eval", "--holdout --tag a --images its", ["run: python relabel.py --dataset ", " --holdout --ipc 2 --method gvbsm --tag a --images its"]),
+    ("train_eval", "--holdout --tag a --images its", ["run: python relabel.py --dataset ", " --ipc 2 --tag a", " --holdout", " --images its"]),
     ("recover", "--teachers other", ["other/convnet_w8.pt", "squeeze.py", "--teachers other"]),
     ("collect_stats", "--backbones resnet81", ["resnet81.pt", "squeeze.py"])])
 def test_without_images(phase, flags, words, project):
     tells(project.mistake(phase, flags), *words)
+
+
+def follow(phase, words, followed):
+    """Call a phase, and first the command that its mistake names, as often as there is one."""
+    err = io.StringIO()
+    with redirect_stderr(err), redirect_stdout(io.StringIO()):
+        try:
+            return import_module(phase).main(words)
+        except SystemExit:
+            pass
+    script, *flags = shlex.split(err.getvalue().partition("run: python ")[2])
+    followed.append(script)
+    assert len(followed) < 9
+    follow(script.removesuffix(".py"), flags + FLAGS[script.removesuffix(".py")].split(), followed)
+    return follow(phase, words, followed)
+
+
+@pytest.mark.parametrize("flags, phases", [
+    ("--tag a --holdout --preset best --teachers others", ["relabel.py", "squeeze.py", "recover.py", "collect_stats.py"]),
+    ("--method random --recipe sre2l", ["relabel.py", "squeeze.py", "recover.py"]),
+    ("--method herding --labels online", ["recover.py", "squeeze.py", "squeeze.py"])])
+def test_the_remedies_lead_from_nothing_to_a_result(flags, phases, bare):
+    followed = []
+    follow("train_eval", bare.arguments("train_eval", flags), followed)
+    assert followed == phases
+    assert len(list(bare.root.glob("runs/*/*/eval/*.json"))) == 1
+    bare.call("train_eval", flags)
+    assert "already done" in bare.printed
 
 
 def test_without_statistics(project):
@@ -338,7 +371,8 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
     assert all(name.startswith("runs/beasts/gvbsm-ipc2") for name in new)
     assert sorted(path.name for path in (project.run() / "images").iterdir()) == ["%2E.%2Fx", "%2Fetc", "a%2Fb", "bee"]
     assert json.loads((project.run() / "labels/result.json").read_text())["classes"] == CLASSES
-    args = train_eval.get_parser().parse_args("--backbones convnet_w8 wrn10_1 --epochs 1".split())
+    flags = "--backbones convnet_w8 wrn10_1 --epochs 1".split()
+    args = parse_args(train_eval.get_parser(), "train_eval", flags, preset_column)
     paths = SimpleNamespace(run=project.run(), labels=project.run() / "labels", images=project.run() / "images")
     labelled, _ = train_eval.earlier_result(args, paths)
     made_from = train_eval.origin(args, paths, labelled, {})

@@ -69,7 +69,7 @@ def checkpoint(path):
 
 def teachers(project, *names, folder=None):
     """Frozen backbones of a project, {name: model}."""
-    args = SimpleNamespace(backbones=names, dataset=project.dataset, teachers="", precision="fp32", method="gvbsm", recipe=None, holdout=False)
+    args = SimpleNamespace(backbones=names, teachers="", precision="fp32", recipe=None, given={})
     return load_teachers(args, folder or project.teachers, build_model, torch.device("cpu"))[0]
 
 

@@ -155,8 +155,8 @@ def read_teacher(args, result):
     asked = result["args"]
     args.backbone, args.teachers = args.backbone or asked["backbones"][0], args.teachers or asked["teachers"]
     device, folder = pick_device(args.device), args.folders[0].parent / "teachers" / args.teachers
-    wanted = SimpleNamespace(backbones=[args.backbone], dataset=asked["dataset"], method=asked["method"], recipe=None,
-                             holdout=asked.get("holdout", False), teachers=args.teachers, precision="fp32")
+    wanted = SimpleNamespace(backbones=[args.backbone], recipe=None, teachers=args.teachers, precision="fp32",
+                             given={key: asked.get(key) for key in ("dataset", "method", "holdout")})
     models, _, data = load_teachers(wanted, folder, build_model, device)
     return models[args.backbone], data, device
 

@@ -217,6 +217,8 @@ METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY
            "random": {}, "herding": {}, "kcenter": {}, "forgetting": {}}
 SELECTIONS = "random", "herding", "kcenter", "forgetting"                       # write real images
 UNMATCHED = (*SELECTIONS, "dm", "bilp")                                         # take no statistics of the backbones
+SHARED = {"dataset", "ipc", "method", "recipe", "tag", "teachers", "backbones", "preset", "data_dir", "holdout", "image_size",
+          "run_dir"}                                                            # flags that a chain of phases has in common
 
 
 def preset_values(preset, column, phase, ipc=None, method="gvbsm"):
@@ -298,7 +300,8 @@ def parse_args(parser, phase, argv, find_column):
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
     parser.set_defaults(**values)
     args = parser.parse_args(argv)
-    args.recipe = recipe                                             # of the other phases there is none
+    args.recipe = recipe if recipe != args.method else None
+    args.given = {flag: value for flag, value in vars(known).items() if flag in SHARED and value != early.get_default(flag)}
     for flag in "backbones", "students", "student_seeds":
         names = getattr(args, flag, None) or []
         if twice := [str(name) for name in names if names.count(name) > 1]:

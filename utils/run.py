@@ -28,8 +28,8 @@ from torch import nn
 from utils import fail
 
 NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every",
-           "log_every", "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe"}
-# arguments that leave the result as it is, up to rounding; recipe decides others, which do not
+           "log_every", "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given"}
+# arguments that leave the result as it is, up to rounding; recipe decides others, which do not, and given repeats some
 TEACHER = ("weights", "backbone", "data", "top1", "tested", "args")            # what squeeze.py stores
 AGAIN = "start again with --overwrite"
 
@@ -289,17 +289,19 @@ def image_set(folder, files):
     return fingerprint(*(part for name in sorted(files) for part in (name, folder / name)))
 
 
-def identity(args):
-    """The flags that name a run, and its --images, for the command of another phase."""
-    named = {"--method": args.method, "--tag": args.tag, "--images": args.images}
-    return shlex.join(["--dataset", str(args.dataset), *["--holdout"] * args.holdout, "--ipc", str(args.ipc),
-                       *(word for flag, value in named.items() if value for word in (flag, str(value)))])
+def call(script, args, **instead):
+    """The command of another phase with the flags that this call gave and all phases share, but for those `instead`."""
+    words = ["python", *script.split()]
+    for flag, value in (args.given | instead).items():
+        if value not in (None, False):
+            words += [f"--{flag.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value] * (value is not True))]
+    return shlex.join(words)
 
 
 def need_files(args, folder, suffix, script):
     """A file for each backbone, or the command that makes those which are missing.   -> the command for others"""
-    method = args.recipe or args.method
-    command = f"run: python {script} --dataset {shlex.quote(str(args.dataset))}{' --holdout' * args.holdout}{f' --method {method}' * (method != 'gvbsm')} --teachers {args.teachers}"
+    of_recipe = {"method": args.recipe, "recipe": None} if args.recipe else {}
+    command = "run: " + call(script, args, **of_recipe, teachers=args.teachers, backbones=None)
     missing = [name for name in args.backbones if not (folder / f"{name}{suffix}").exists()]
     if missing and script == "squeeze.py" and "@" in "".join(missing):
         whole = " ".join(dict.fromkeys(name.partition("@")[0] for name in missing))
@@ -425,7 +427,7 @@ def check_recovered(recovered, args, paths, data, records):
     path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
     check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
     if records and had and recovered["args"]["teachers"] == args.teachers:
-        names = had.keys() & records.keys() if args.recipe != args.method else had.keys() | records.keys()
+        names = had.keys() & records.keys() if args.recipe else had.keys() | records.keys()
         check_origin({"weights": {name: had.get(name) for name in names}},
                      fingerprints({name: records[name] for name in names & records.keys()}), path, "name the same --backbones, "
                      f"run recover.py --overwrite, or name --images {paths.images} under another --tag")

@@ -310,6 +310,7 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
     for method in "random", "gvbsm":
         relabelled.chain(base, f"--method {method}", first="recover")
     alpha = "--tag ablation-alpha0"
+    relabelled.call("collect_stats", "--class-statistics --overwrite")       # nothing to a recover.py without that flag
     relabelled.call("recover", alpha, "--alpha 0")
     relabelled.call("relabel", alpha)
     relabelled.call("train_eval", alpha)

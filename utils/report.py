@@ -286,7 +286,8 @@ def changes(base, result):
     for phase, args in chain(result):
         before = [earlier for other, earlier in chain(base) if other == phase]
         options = [differing(phase, args, earlier) for earlier in before]
-        unsaid = "--tag", "--images", *(("--backbones", "--save-epochs") if phase in PHASES[:2] else ())       # the run's own tell
+        made = ("--backbones", "--save-epochs", "--class-statistics") if phase in PHASES[:2] else ()   # recover.py's own tell
+        unsaid = "--tag", "--images", *made
         for words in min(options, key=len, default=[]):
             if words[0] not in unsaid:
                 found.setdefault(shlex.join(words), {})[phase] = None

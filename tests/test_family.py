@@ -562,7 +562,7 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
     ("recover", "--init real --mosaic 3", "16 pixels"), ("recover", "--init real --ipc 4 --mosaic 2", "--ipc 4 with --mosaic 2 takes 16"),
     ("recover", "--init crops --init-images 7 --mosaic 2", "at least 8"),
     ("relabel", "--method sre2l", "squeeze.py --dataset"), ("relabel", "--recipe sre2l", "--method sre2l --teachers sre2l"),
-    ("recover", "--method sre2l --recipe gvbsm", "--method sre2l --teachers sre2l"),
+    ("recover", "--method sre2l --recipe gvbsm", "--teachers sre2l --backbones"),
     ("relabel", "--method teddy --backbones wrn10_1@1", "--backbones wrn10_1, with --save-epochs")])
 def test_mistakes_end_in_a_line_and_lose_nothing(phase, flags, told, project):
     assert told in project.mistake(phase, flags)

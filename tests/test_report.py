@@ -335,6 +335,9 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
                                                   f"{top1['ablation-alpha0'] - real:+.1f}"]
     assert found["`--method herding`"] == [f"{herding:.1f}", f"{herding - top1['ablation']:+.1f}", f"{herding - real:+.1f}"]
     assert found["`train_eval.py --loss kl`"][2] == ""                   # no random images under that loss
+    kept = {cell["tag"]: cell for cell in report.read_evidence(report.EVIDENCE).values() if cell["method"] == "gvbsm"}
+    assert kept["ablation-kl"]["bytes"]["images"] == kept["ablation"]["bytes"]["images"] > 0
+    assert kept["ablation-kl"]["costs"]["recover"] == kept["ablation"]["costs"]["recover"] is not None
     assert "ablation" not in str(lines_of(text, "data set"))             # no part of the main table
     rows = report.rows("beasts", report.read_results(relabelled.results))
     assert {row[2] for row in rows} == {"soft"}                          # and hard labels are not missed

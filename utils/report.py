@@ -181,13 +181,14 @@ def keep(folder, results, out):
         run, teachers, names = folder / stem, folder / "teachers" / first["args"]["teachers"], first["args"]["backbones"]
         whole = list(dict.fromkeys(name.partition("@")[0] for name in names))                # weak teachers come with these
         matched = [] if method in UNMATCHED else names
+        images = Path(ours and first["args"]["images"] or run / "images")                    # another run's, with its cost
         costs = [spent(teachers / "squeeze.json", whole), spent(teachers / "collect_stats.json", matched) if matched else None,
-                 spent(run / "result.json"), spent(run / "labels" / "result.json"),
+                 spent(images.parent / "result.json"), spent(run / "labels" / "result.json"),
                  {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first), "hardware": first["hardware"]}]
         save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", {
             "dataset": folder.resolve().name, "ipc": ipc, "student": student, "method": method, "tag": tag,
             "costs": dict(zip(PHASES, costs)),
-            "bytes": {"images": size(run.glob("images/*/*")), "labels": size(run.glob("labels/*.npy")),
+            "bytes": {"images": size(images.glob("*/*")), "labels": size(run.glob("labels/*.npy")),
                       "teachers": size(teachers / f"{name}.pt" for name in names),
                       "statistics": size(teachers / f"{name}.stats.pt" for name in matched)},
             "distilled": ours, "real": real})

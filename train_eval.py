@@ -36,9 +36,10 @@ from utils.data import describe, folder_name, list_folder, load_folder, load_spl
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.presets import Parser, identity_flags, number, parse_args
 from utils.protocols import SeenLabels, prune, summary, trainings
-from utils.run import (Finite, Graphed, Progress, Work, accuracy, begin, call, channels_last, check_classes, check_models,
-                       check_recovered, check_training, dealt, finish, finished, fingerprint, fingerprints, generator,
-                       image_set, load_json, load_teachers, one_first, rank, script, send, wait_for_all, with_precision, world)
+from utils.run import (AGAIN, Finite, Graphed, Progress, Work, accuracy, begin, call, channels_last, check_classes, check_models,
+                       check_origin, check_recovered, check_same, check_training, dealt, finish, finished, fingerprint,
+                       fingerprints, generator, image_set, load_json, load_teachers, one_first, rank, script, send,
+                       wait_for_all, with_precision, world)
 
 
 class StoredLabels:
@@ -304,7 +305,8 @@ def main(argv=None):
     kind = ("" if args.labels == "stored" else f"-{args.labels}") + {
         "standard": "", "continual": f"-continual{args.steps}", "prune": f"-prune{100 * args.sparsity:g}"}[args.protocol]
     results = {name: paths.eval / f"{name}{kind}.json" for name in args.students}
-    todo = [name for name in results if not finished(results[name], alone[name], made_from[name])]
+    earlier = {name: earlier_seeds(results[name], alone[name], made_from[name]) for name in results}
+    todo = [name for name in results if earlier[name] or not finished(results[name], alone[name], made_from[name])]
     if not todo:
         return
     if args.labels == "hard":
@@ -322,16 +324,32 @@ def main(argv=None):
     pieces = trainings(args, whole, partial(labels_of, args))
     for names in [todo] if world() > 1 else [[name] for name in todo]:                # torchrun deals all trainings at once
         with ExitStack() as stack:
-            works = {name: stack.enter_context(Work(results[name], alone[name], made_from[name])) for name in names}
-            for name, piece in dealt([(name, piece) for name in names for piece in pieces]):
+            works = {name: stack.enter_context(Work(results[name], alone[name], made_from[name], extends=bool(earlier[name])))
+                     for name in names}
+            for name, piece in dealt([(name, piece) for name in names for piece in pieces if piece not in earlier[name]]):
                 if (works[name].read(piece) or {}).get("epoch") != args.epochs:
                     done = train_piece(name, piece, *pieces[piece], works[name], alone[name], device, starts.get(name))
                     works[name].save({"epoch": args.epochs, **done}, piece)
             wait_for_all()
             for name in names if rank() == 0 else ():
-                metrics = {"student": name, "labels": args.labels, **accuracies(args, [works[name].read(piece) for piece in pieces]),
-                           "images": len(images), "classes": data["classes"]}
-                finish(results[name], "train_eval", alone[name], metrics, works[name].seconds(), upstream, made_from[name])
+                done = [earlier[name].get(piece) or works[name].read(piece) for piece in pieces]
+                metrics = {"student": name, "labels": args.labels, **accuracies(args, done), "images": len(images),
+                           "classes": data["classes"]}
+                seconds = works[name].seconds() + earlier[name].get("seconds", 0)
+                finish(results[name], "train_eval", alone[name], metrics, seconds, upstream, made_from[name])
+
+
+def earlier_seeds(path, args, made_from):
+    """Of a finished result of some of the --student-seeds, all else the same: what `train_piece` gave for each piece, and
+    "seconds"; {} where there is none."""
+    result = load_json(path, AGAIN, ("args", "made_from")) if path.exists() and not args.overwrite else {}
+    seeds = result.get("seeds", args.student_seeds)
+    if args.protocol != "standard" or not set(seeds) < set(args.student_seeds):
+        return {}
+    check_same(result["args"] | {"student_seeds": args.student_seeds}, args, path)
+    check_origin(result["made_from"], made_from, path)
+    return {"seconds": result["seconds"]} | {f"seed{seed}": {"top1": {int(epoch): value for epoch, value in top1.items()}}
+                                             for seed, top1 in zip(seeds, result["top1_by_epoch"])}
 
 
 def accuracies(args, done):

@@ -18,6 +18,7 @@ import torch
 
 import recover
 import squeeze
+import train_eval
 from tests.conftest import Project
 from utils import run
 
@@ -287,6 +288,24 @@ def test_the_seconds_of_a_result_are_those_of_all_processes(halfway, counted, on
     spent = json.loads(begun.read_text())
     begun.write_text(json.dumps(spent | {"seconds": spent["seconds"] + 1000}))
     assert 1000 < project.call("recover")["seconds"] < 1100
+
+
+def test_more_student_seeds_train_what_is_new_alone(halfway, counted, one_thread):
+    whole, project = halfway("train_eval"), halfway("train_eval")
+    flags = "--epochs 6 --batch-size 2 --whole-up-to 0 --student-seeds"
+    whole.call("train_eval", flags, "0 2 1")
+    first = project.call("train_eval", flags, "2")
+    assert "made with --gamma 0.15 (now 0.3);" in project.mistake("train_eval", flags, "0 2 1 --gamma 0.3")
+    path = project.run() / "eval/convnet_w8.json"
+    path.write_text(json.dumps(first | {"seconds": 1000}))
+    counted("train_eval", 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train_eval.main(project.arguments("train_eval", flags, "0 2 1"))
+    assert json.loads(path.read_text()) == first | {"seconds": 1000}             # it stays until there is more
+    left = counted("train_eval", 0, None)
+    assert 1000 < project.call("train_eval", flags, "0 2 1")["seconds"] < 1100
+    assert len(left) == 2 * 6 * 4 - 9 and outputs(project) == outputs(whole)
+    assert "--student-seeds [0, 2, 1] (now [0, 1])" in project.mistake("train_eval", flags, "0 1")
 
 
 @pytest.mark.parametrize("at", [1, 40])

@@ -517,13 +517,14 @@ class Work:
         # write the result
 
     One work may have several pieces, each with a state of its own. torch's generators are kept beside a state.
-    settings: what is compared instead of args; outputs: other files that the work writes, which go when it starts again.
+    settings: what is compared instead of args; outputs: other files that the work writes, which go when it starts again;
+    extends: the result is there and stays until a larger one takes its place.
     seconds(): spent on it, earlier processes included, up to what they kept last.
     """
     going_on, stopped_by, stopped_at = 0, None, 0
 
-    def __init__(self, result, args, made_from=None, settings=None, outputs=()):
-        self.result, self.outputs, self.overwrite = Path(result), [Path(result), *outputs], args.overwrite
+    def __init__(self, result, args, made_from=None, settings=None, outputs=(), extends=False):
+        self.result, self.outputs, self.overwrite = Path(result), [] if extends else [Path(result), *outputs], args.overwrite
         self.folder = unfinished(self.result)
         self.begun, self.period = self.folder / "begun.json", 60 * args.checkpoint_minutes
         self.identity = {"args": settings or relevant(args), "made_from": made_from or {}}
@@ -538,7 +539,7 @@ class Work:
 
     def _begin(self):
         if not self.overwrite and not self.begun.exists():
-            if self.result.exists():                                 # it was not when this process began
+            if self.result in self.outputs and self.result.exists():     # it was not when this process began
                 fail(f"{self.result} has just been made by another process; the same command repeats it")
             for old in self.outputs:
                 if old.exists():

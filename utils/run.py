@@ -525,7 +525,7 @@ class Work:
 
     def __init__(self, result, args, made_from=None, settings=None, outputs=(), extends=False):
         self.result, self.outputs, self.overwrite = Path(result), [] if extends else [Path(result), *outputs], args.overwrite
-        self.folder = unfinished(self.result)
+        self.folder = unfinished(self.result.with_stem(f"{self.result.stem}+") if extends else self.result)
         self.begun, self.period = self.folder / "begun.json", 60 * args.checkpoint_minutes
         self.identity = {"args": settings or relevant(args), "made_from": made_from or {}}
 

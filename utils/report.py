@@ -288,7 +288,7 @@ def changes(base, result):
         before = [earlier for other, earlier in chain(base) if other == phase]
         options = [differing(phase, args, earlier) for earlier in before]
         made = ("--backbones", "--save-epochs", "--class-statistics") if phase in PHASES[:2] else ()   # recover.py's own tell
-        unsaid = "--tag", "--images", *made
+        unsaid = "--tag", "--images", "--student-seeds", *made
         for words in min(options, key=len, default=[]):
             if words[0] not in unsaid:
                 found.setdefault(shlex.join(words), {})[phase] = None

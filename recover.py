@@ -39,9 +39,9 @@ from utils.data import describe, folder_name, load_split, preset_column, read_im
 from utils.dm import dm_loss, ite_norms, new_pruning, prune
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import SELECTIONS, UNMATCHED, Parser, crop_name, identity_flags, number, number_or_auto, parse_args
-from utils.run import (Finite, Graphed, Progress, Work, begin, check_classes, check_trained, dealt, fingerprint, fingerprints, finish, finished, generator,
-                       image_set, load_teachers, load_torch, need_files, rank, relevant, script, send, wait_for_all, whole_file, world,
-                       writable)
+from utils.run import (Finite, Graphed, Progress, Work, begin, check_classes, check_trained, dealt, fingerprint, fingerprints,
+                       finish, finished, generator, image_set, load_teachers, load_torch, need_files, rank, relevant, script, send,
+                       wait_for_all, whole_file, world, writable)
 from utils.selection import herding, k_center, mosaic, most_forgotten, surest_crops
 from utils.stats import (ClosedFormMatching, channel_stats, freeze, layer_inputs, layer_target, matched_layers, mixed_moments,
                          patch_stats)
@@ -469,7 +469,8 @@ def load_statistics(args, paths, models, records):
     -> {backbone: file's dict, "fingerprint"}"""
     if not (args.conv_weight or args.class_statistics):
         return {name: {"statistics": {}, "patch": 4} for name in models}
-    stored, command = {}, need_files(args, paths.teachers, ".stats.pt", "collect_stats.py" + " --class-statistics" * args.class_statistics)
+    stored, single = {}, " --class-statistics" * args.class_statistics
+    command = need_files(args, paths.teachers, ".stats.pt", f"collect_stats.py{single}")
     for name, model in models.items():
         path, again = paths.teachers / f"{name}.stats.pt", f"{command} --backbones {name} --overwrite"
         stored[name] = load_torch(path, again, ("statistics", "patch", "checkpoint", "classes", "args"))
@@ -558,10 +559,10 @@ def random_embedding(data, key, device):
 
 def match_distributions(pixels, split, kept, data, args, report=lambda *_: None, start=None, keep=lambda state: None):
     """Optimise the images of all classes by DM.   pixels [classes, ipc, 3, S, S] in normalised units, changed in place and,
-    as in the original, not clamped; kept [n]: the real images, of the split; report(iteration, loss, share of real images kept, pixels); keep, start as in
-    `recover_batches`. An iteration's network is a function of (seed, iteration), a class's real images and augmentation of
-    the class too. Every --adaptive-period iterations the real images are drawn from all, scored, and those that fall out are
-    left out; otherwise they are drawn from those kept, so that none is lost for ever.
+    as in the original, not clamped; kept [n]: the real images, of the split; report(iteration, loss, share of real images
+    kept, pixels); keep, start as in `recover_batches`. An iteration's network is a function of (seed, iteration), a class's
+    real images and augmentation of the class too. Every --adaptive-period iterations the real images are drawn from all,
+    scored, and those that fall out are left out; otherwise they are drawn from those kept, so that none is lost for ever.
     """
     members = [kept[split.labels.cpu()[kept] == label] for label in range(len(data["classes"]))]
     optimizer = torch.optim.SGD([pixels.requires_grad_()], lr=args.lr, momentum=0.5)
@@ -715,8 +716,8 @@ def main(argv=None):
     if args.crop_curriculum != "none" and args.crop != "resized":
         fail(f"--crop-curriculum {args.crop_curriculum} is of --crop resized, not {args.crop}; name both, or neither")
     if args.init == "crops" and args.init_images < (count := args.ipc * args.mosaic ** 2):
-        fail(f"--init-images {args.init_images} is fewer than --ipc {args.ipc}{f' with --mosaic {args.mosaic}' * (args.mosaic > 1)} "
-             f"takes; use at least {count}")
+        fail(f"--init-images {args.init_images} is fewer than --ipc {args.ipc} "
+             f"{f'with --mosaic {args.mosaic} ' * (args.mosaic > 1)}takes; use at least {count}")
     if args.mosaic > 1 and args.init == "noise":
         fail(f"--mosaic {args.mosaic} is of real images; name an --init")
     selects, taught = args.method in SELECTIONS, args.method not in UNMATCHED

@@ -159,8 +159,9 @@ def warn(rms):
     """Say whose logits are far larger than another's.   rms: {backbone: of `logit_rms`}"""
     least, most = min(rms, key=rms.get), max(rms, key=rms.get)
     if rms[most] > 8 * rms[least] and rank() == 0:
-        print(f"warning: the logits of {most} are of size {rms[most]:.3g}, those of {least} {rms[least]:.3g}, as when a BatchNorm's running "
-              "statistics have not settled; train it again with another --seed or --schedule, or leave it out", file=sys.stderr)
+        print(f"warning: the logits of {most} are of size {rms[most]:.3g}, those of {least} {rms[least]:.3g}, as when a "
+              "BatchNorm's running statistics have not settled; train it again with another --seed or --schedule, or leave it out",
+              file=sys.stderr)
 
 
 def get_parser():
@@ -205,7 +206,8 @@ def main(argv=None):
     raw, units = raw.to(device), torch.tensor([data["mean"], data["std"]], device=device)
     models = [channels_last(model) for model in models.values()]
     with Work(result, args, made_from) as work:
-        rms = dict(zip(args.backbones, logit_rms(raw, units, draw_labelled(args, raw, batch_size, 0), batch_size, models, args.mix)))
+        first = draw_labelled(args, raw, batch_size, 0)
+        rms = dict(zip(args.backbones, logit_rms(raw, units, first, batch_size, models, args.mix)))
         warn(rms)
         label_epochs(raw, units, models, batch_size, len(classes), args, paths.labels, work)
         return finish(result, "relabel", args,

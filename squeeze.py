@@ -35,8 +35,8 @@ from utils.moco import MoCo, Probe, as_encoder, join_norms, knn_top1
 from utils.presets import Parser, crop_name, epoch_range, identity_flags, number, parse_args
 from utils.run import (AGAIN, TEACHER, Finite, Graphed, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
                        check_origin, check_same, check_training, costs, dealt, fingerprint, finish, finished_before, generator,
-                       is_there, load_torch, one_first, peak_memory, rank, reason, relevant, save_torch, say, script, send, wait_for_all,
-                       with_precision, world)
+                       is_there, load_torch, one_first, peak_memory, rank, reason, relevant, save_torch, say, script, send,
+                       wait_for_all, with_precision, world)
 from utils.selection import count_forgetting, drop_largest, last_epoch_weights
 
 MOCO = ["objective", "queue", "key_momentum", "moco_temperature", "probe_epochs", "probe_lr"]
@@ -408,7 +408,8 @@ def get_parser():
     pool.add_argument("--pruned", type=number(int, 0, 1000), default=0,
                       help="also make so many, <backbone>@pruned<i>: without random channels, fine-tuned a little")
     pool.add_argument("--pruned-share", type=number(float, 0.05, 1), default=0.66, help="of the parameters they keep")
-    pool.add_argument("--pruned-epochs", type=number(int, 0), default=2, help="of fine-tuning for the last of them, 0 for the first")
+    pool.add_argument("--pruned-epochs", type=number(int, 0), default=2,
+                      help="of fine-tuning for the last of them, 0 for the first")
     pool.add_argument("--pruned-lr", type=number(float, 0), default=0.1, help="of fine-tuning, a tenth after every epoch")
     pruning = parser.add_argument_group("pruning of the training images [BiLP]")
     pruning.add_argument("--prune-ratio", type=number(float, 0, 0.999), default=0.0,

@@ -318,7 +318,8 @@ def main(argv=None):
     if starts and (key := next((key for key in data if start_data.get(key) != data[key]), None)):
         fail(f"{paths.teachers / todo[0]}.pt and the labels' data differ in {key}; train it again with squeeze.py --overwrite")
     with one_first():
-        test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download, args.holdout).to(device)
+        test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download,
+                          args.holdout).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
     whole = {"images": images, "classes": classes, "labels": labels, "test": test, "data": data}
     pieces = trainings(args, whole, partial(labels_of, args))
@@ -403,7 +404,8 @@ def earlier_result(args, paths):
     if args.labels != "stored" and args.images:
         return {}, {}
     phase, path = ("relabel", paths.labels) if args.labels == "stored" else ("recover", paths.run)
-    result = load_json(path / "result.json", "run: " + call(f"{phase}.py", args, images=args.images), ("args", "upstream", "made_from", "classes"))
+    result = load_json(path / "result.json", "run: " + call(f"{phase}.py", args, images=args.images),
+                       ("args", "upstream", "made_from", "classes"))
     return result, result["upstream"] | {phase: result["args"]}
 
 
@@ -431,10 +433,11 @@ def load_distilled(args, paths, before, data, made_from, teachers, device):
              f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
     if args.labels == "stored":
         labels = StoredLabels(paths.labels, before["args"]["mix"])
-        if min(args.epochs, args.label_epochs or args.epochs) > len(labels.logits):
-            flag = f"--epochs {args.epochs}" if args.epochs <= (args.label_epochs or args.epochs) else f"--label-epochs {args.label_epochs}"
+        wanted = min(args.epochs, args.label_epochs or args.epochs)
+        if wanted > len(labels.logits):
+            flag = f"--epochs {wanted}" if wanted == args.epochs else f"--label-epochs {wanted}"
             fail(f"{flag} is more than the {len(labels.logits)} in {paths.labels}; use --label-epochs {len(labels.logits)}, "
-                 f"or run relabel.py --epochs {flag.split()[1]} --overwrite")
+                 f"or run relabel.py --epochs {wanted} --overwrite")
     else:
         labels = FreshLabels(args, len(raw), data["image_size"], [channels_last(teacher) for teacher in teachers])
     number = torch.tensor([expected.index(name) for name in names])

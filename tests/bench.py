@@ -340,8 +340,8 @@ def label(images, units, models, size, classes, args, folder):
         relabel.label_epochs(images, units, models, size, classes, args, folder, work)
 
 
-BENCHES = {"recover": bench_recover, "passes": bench_passes, "keeping": bench_keeping, "relabel": bench_relabel, "train_eval": bench_train_eval, "squeeze": bench_squeeze,
-           "augment": bench_augment, "labels": bench_labels}
+BENCHES = {"recover": bench_recover, "passes": bench_passes, "keeping": bench_keeping, "relabel": bench_relabel,
+           "train_eval": bench_train_eval, "squeeze": bench_squeeze, "augment": bench_augment, "labels": bench_labels}
 
 
 def main(argv=None):

@@ -200,7 +200,8 @@ def folder_of(result):
 
 
 def spent(path, backbones=()):
-    """Seconds, most memory and hardware of a RESULT file, if there is one; of squeeze.py and collect_stats.py for these backbones."""
+    """Seconds, most memory and hardware of a RESULT file, if there is one; of squeeze.py and collect_stats.py for these
+    backbones."""
     result = load_json(path, "run its phase again", ("seconds", "peak_memory", "hardware")) if path.exists() else None
     known = result.get("costs", {}) if result else {}
     parts = [known[name] for name in backbones if name in known] if backbones else [result]
@@ -236,14 +237,15 @@ def main_table(cells):
     order = [*DATASETS, ...]
     done = {(cell["method"], cell["dataset"], cell["ipc"], cell["student"]) for cell in shown.values() if not cell["tag"]}
     lines = [(cell["dataset"], cell["ipc"], [
-        cell["dataset"], str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]), *pair(cell, "stored"), *pair(cell, "hard")[:2],
+        cell["dataset"], str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]),
+        *pair(cell, "stored"), *pair(cell, "hard")[:2],
         PUBLISHED.get((cell["method"], cell["dataset"], cell["student"], "stored"), {}).get(cell["ipc"], ""),
         ", ".join(f"{cost['seconds']:.0f}" if cost else "–" for cost in cell["costs"].values()),
         hardware(cell)]) for cell in shown.values()]
     for (method, dataset, student, _), published in PUBLISHED.items():
         if left := [ipc for ipc in published if method == "gvbsm" and (method, dataset, ipc, student) not in done]:
-            lines.append((dataset, 10 ** 6, [dataset, ", ".join(map(str, left)), student, method, "not run", "not run", "", "not run",
-                                             "not run", ", ".join(published[ipc] for ipc in left), "", ""]))
+            lines.append((dataset, 10 ** 6, [dataset, ", ".join(map(str, left)), student, method, "not run", "not run", "",
+                                             "not run", "not run", ", ".join(published[ipc] for ipc in left), "", ""]))
     lines.sort(key=lambda line: (order.index(line[0] if line[0] in order else ...), *line[1:]))
     return table(MAIN_HEADER, [line for _, _, line in lines])
 
@@ -267,14 +269,19 @@ def is_variant(dataset, tag):
 def comparisons(cells):
     """A table for each base, a cell of G-VBSM whose tag is one of BASES: what each change of one thing, or another method
     under the base's tag, is worth."""
-    for base in (cell for cell in cells.values() if cell["tag"] in BASES and cell["method"] == "gvbsm" and "stored" in cell["distilled"]):
-        alike = [cell for cell in cells.values() if cell["distilled"] and all(cell[key] == base[key] for key in ("dataset", "ipc", "student")) and (
+    def where(cell):
+        return cell["dataset"], cell["ipc"], cell["student"]
+
+    for base in (cell for cell in cells.values() if cell["tag"] in BASES and cell["method"] == "gvbsm"
+                 and "stored" in cell["distilled"]):
+        alike = [cell for cell in cells.values() if cell["distilled"] and where(cell) == where(base) and (
             (cell["tag"] or "").startswith(base["tag"] + "-") or cell["tag"] == base["tag"] and cell["method"] != base["method"])]
         start = base["distilled"]["stored"]
         lines = [["base", accuracy(start), "", pair(base, "stored")[2]]]
         for cell in alike:
             labels, result = next(iter(cell["distilled"].items()))
-            lines.append([changes(start, result), accuracy(result), f"{result['top1'] - start['top1']:+.1f}", pair(cell, labels)[2]])
+            lines.append([changes(start, result), accuracy(result), f"{result['top1'] - start['top1']:+.1f}",
+                          pair(cell, labels)[2]])
         yield f"{base['dataset']}, IPC {base['ipc']}, {base['student']}, base `--tag {base['tag']}`", table(
             ("change", "top-1", "against the base", "margin over random real"), lines)
 

@@ -305,7 +305,8 @@ def need_files(args, folder, suffix, script):
     missing = [name for name in args.backbones if not (folder / f"{name}{suffix}").exists()]
     if missing and script == "squeeze.py" and "@" in "".join(missing):
         whole = " ".join(dict.fromkeys(name.partition("@")[0] for name in missing))
-        fail(f"{folder / missing[0]}{suffix} is missing; {command} --backbones {whole}, with --save-epochs or --pruned for what @ names")
+        fail(f"{folder / missing[0]}{suffix} is missing; {command} --backbones {whole}, with --save-epochs or --pruned for what "
+             "@ names")
     if missing:
         fail(f"{folder / missing[0]}{suffix} is missing; {command} --backbones {' '.join(missing)}")
     return command

@@ -323,9 +323,12 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
     relabelled.call("relabel", f"--tag ablation-more --images {images} {more}")
     relabelled.call("train_eval", f"--tag ablation-more --images {images} {more}")
     relabelled.chain(base, "--method herding", first="recover")
+    for phase, loss in ("recover", ""), ("relabel", ""), ("train_eval", "--loss kl"):
+        relabelled.call(phase, "--method herding --tag ablation-kl", loss)
     text = evidence(relabelled.results)
     found = {line[0]: line[1:] for line in lines_of(text, "change")}
-    assert list(found) == ["base", "`recover.py --alpha 0.0`", "`train_eval.py --loss kl`", f"`{more}`", "`--method herding`"]
+    assert list(found) == ["base", "`recover.py --alpha 0.0`", "`train_eval.py --loss kl`", f"`{more}`", "`--method herding`",
+                           "`--method herding`, `train_eval.py --loss kl`"]
     top1 = {tag: json.loads((relabelled.run(f"{run}-ipc2-{tag}") / "eval/convnet_w8.json").read_text())["top1"]
             for run, tag in (("gvbsm", "ablation"), ("gvbsm", "ablation-alpha0"), ("gvbsm", "ablation-kl"))}
     herding = json.loads((relabelled.run("herding-ipc2-ablation") / "eval/convnet_w8.json").read_text())["top1"]

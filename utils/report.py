@@ -287,11 +287,12 @@ def comparisons(cells):
 
 
 def changes(base, result):
-    """The flags in which a run differs from its base, behind the phase they are for if it is one alone; or its method."""
-    if result["method"] != base["method"]:
-        return f"`--method {result['method']}`"
-    found = {}
+    """The flags in which a run differs from its base, behind the phase they are for if it is one alone; of another method
+    without those of recover.py, which come with it."""
+    found, other = {}, result["method"] != base["method"]
     for phase, args in chain(result):
+        if other and phase in PHASES[1:3]:
+            continue
         before = [earlier for other, earlier in chain(base) if other == phase]
         options = [differing(phase, args, earlier) for earlier in before]
         made = ("--backbones", "--save-epochs", "--class-statistics") if phase in PHASES[:2] else ()   # recover.py's own tell

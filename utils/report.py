@@ -288,10 +288,10 @@ def comparisons(cells):
 
 def changes(base, result):
     """The flags in which a run differs from its base, behind the phase they are for if it is one alone; of another method
-    without those of recover.py, which come with it."""
-    found, other = {}, result["method"] != base["method"]
+    without those of recover.py and its statistics, which come with it."""
+    found, implied = {}, PHASES[1:3] if result["method"] != base["method"] else ()
     for phase, args in chain(result):
-        if other and phase in PHASES[1:3]:
+        if phase in implied:
             continue
         before = [earlier for other, earlier in chain(base) if other == phase]
         options = [differing(phase, args, earlier) for earlier in before]

@@ -86,12 +86,9 @@ def test_an_array_takes_no_room_on_the_disk_before_it_is_written(tmp_path):
     assert os.stat(tmp_path / "rows.npy").st_blocks * 512 < 100_000
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d, lambda width: torch.nn.GroupNorm(width, width)])
-def test_channels_come_last_unless_group_norms_are_trained(norm, frozen):
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm(8)).requires_grad_(not frozen)
-    outputs = run.channels_last(model)(torch.rand(2, 3, 9, 9))
-    expected = frozen or isinstance(model[1], torch.nn.BatchNorm2d)
+@pytest.mark.parametrize("norm, expected", [(torch.nn.BatchNorm2d, True), (lambda width: torch.nn.GroupNorm(width, width), False)])
+def test_channels_come_last_unless_there_are_group_norms(norm, expected):
+    outputs = run.channels_last(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm(8)))(torch.rand(2, 3, 9, 9))
     assert outputs.is_contiguous(memory_format=torch.channels_last) == expected
     assert outputs.is_contiguous() != expected
 

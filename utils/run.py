@@ -136,8 +136,8 @@ def with_precision(model, device, precision):
 
 
 def channels_last(model):
-    """The model in the layout that convolutions are fastest in, unless it trains GroupNorms: these are slower by more."""
-    if not any(isinstance(layer, nn.GroupNorm) and layer.weight.requires_grad for layer in model.modules()):
+    """The model in the layout that convolutions are fastest in, unless it has GroupNorms: these are slower by more."""
+    if not any(isinstance(layer, nn.GroupNorm) for layer in model.modules()):
         model.to(memory_format=torch.channels_last)
     return model
 

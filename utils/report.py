@@ -295,8 +295,8 @@ def changes(base, result):
             continue
         before = [earlier for other, earlier in chain(base) if other == phase]
         options = [differing(phase, args, earlier) for earlier in before]
-        made = ("--backbones", "--save-epochs", "--class-statistics") if phase in PHASES[:2] else ()   # recover.py's own tell
-        unsaid = "--tag", "--images", "--student-seeds", *made
+        told_by_recover = ("--ipc", "--backbones", "--save-epochs", "--class-statistics") if phase in PHASES[:2] else ()
+        unsaid = "--tag", "--images", "--student-seeds", *told_by_recover
         for words in min(options, key=len, default=[]):
             if words[0] not in unsaid:
                 found.setdefault(shlex.join(words), {})[phase] = None

@@ -322,13 +322,16 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
     more = "--backbones convnet_w8 wrn10_1 convnet_w4"
     relabelled.call("relabel", f"--tag ablation-more --images {images} {more}")
     relabelled.call("train_eval", f"--tag ablation-more --images {images} {more}")
+    theirs = f"--images {relabelled.run('gvbsm-ipc2-ablation-alpha0') / 'images'}"
+    relabelled.call("relabel", "--tag ablation-theirs", theirs)
+    relabelled.call("train_eval", "--tag ablation-theirs", theirs)
     relabelled.chain(base, "--method herding", first="recover")
     for phase, loss in ("recover", ""), ("relabel", ""), ("train_eval", "--loss kl"):
         relabelled.call(phase, "--method herding --tag ablation-kl", loss)
     text = evidence(relabelled.results)
     found = {line[0]: line[1:] for line in lines_of(text, "change")}
-    assert list(found) == ["base", "`recover.py --alpha 0.0`", "`train_eval.py --loss kl`", f"`{more}`", "`--method herding`",
-                           "`--method herding`, `train_eval.py --loss kl`"]
+    assert list(found) == ["base", "`recover.py --alpha 0.0`", "`train_eval.py --loss kl`", f"`{more}`", f"`{theirs}`",
+                           "`--method herding`", "`--method herding`, `train_eval.py --loss kl`"]
     top1 = {tag: json.loads((relabelled.run(f"{run}-ipc2-{tag}") / "eval/convnet_w8.json").read_text())["top1"]
             for run, tag in (("gvbsm", "ablation"), ("gvbsm", "ablation-alpha0"), ("gvbsm", "ablation-kl"))}
     herding = json.loads((relabelled.run("herding-ipc2-ablation") / "eval/convnet_w8.json").read_text())["top1"]
@@ -337,6 +340,7 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
     assert found["`recover.py --alpha 0.0`"] == [f"{top1['ablation-alpha0']:.1f}", f"{top1['ablation-alpha0'] - top1['ablation']:+.1f}",
                                                   f"{top1['ablation-alpha0'] - real:+.1f}"]
     assert found["`--method herding`"] == [f"{herding:.1f}", f"{herding - top1['ablation']:+.1f}", f"{herding - real:+.1f}"]
+    assert found[f"`{theirs}`"] == found["`recover.py --alpha 0.0`"]
     assert found["`train_eval.py --loss kl`"][2] == ""                   # no random images under that loss
     kept = {cell["tag"]: cell for cell in report.read_evidence(report.EVIDENCE).values() if cell["method"] == "gvbsm"}
     assert kept["ablation-kl"]["bytes"]["images"] == kept["ablation"]["bytes"]["images"] > 0

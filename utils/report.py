@@ -290,13 +290,14 @@ def changes(base, result):
     """The flags in which a run differs from its base, behind the phase they are for if it is one alone; of another method
     without those of recover.py and its statistics, which come with it."""
     found, implied = {}, PHASES[1:3] if result["method"] != base["method"] else ()
+    same_images = result["made_from"]["images"] == base["made_from"]["images"]
     for phase, args in chain(result):
         if phase in implied:
             continue
         before = [earlier for other, earlier in chain(base) if other == phase]
         options = [differing(phase, args, earlier) for earlier in before]
         told_by_recover = ("--ipc", "--backbones", "--save-epochs", "--class-statistics") if phase in PHASES[:2] else ()
-        unsaid = "--tag", "--images", "--student-seeds", *told_by_recover
+        unsaid = "--tag", "--student-seeds", *told_by_recover, *["--images"] * same_images
         for words in min(options, key=len, default=[]):
             if words[0] not in unsaid:
                 found.setdefault(shlex.join(words), {})[phase] = None

@@ -178,7 +178,7 @@ def test_best_has_stronger_teachers_and_class_statistics_at_fifty_images_a_class
                for flag, value in preset_values("best", dataset, phase, 50).items() if not isinstance(value, list)
                and value != preset_values("best", dataset, phase, 10).get(flag)}
     assert changed - {("imagenet", "recover", "drop_rate", 0.4)} == {
-        *(("cifar10", phase, "teachers", "annealed10") for phase in PHASES), ("cifar10", "squeeze", "epochs", 10),
+        *(("cifar10", phase, "teachers", "annealed20") for phase in PHASES), ("cifar10", "squeeze", "epochs", 20),
         ("cifar10", "collect_stats", "class_statistics", True), ("cifar10", "recover", "class_statistics", True)}
 
 

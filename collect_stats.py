@@ -27,8 +27,8 @@ from torch import nn
 from models import build_model
 from utils import fail
 from utils.augment import apply_view, draw_view, normalize
+from utils.cli import Parser, crop_name, identity_flags, number, parse_args
 from utils.data import load_split, preset_column
-from utils.presets import Parser, crop_name, identity_flags, number, parse_args
 from utils.run import (AGAIN, Progress, Work, begin, channels_last, check_classes, check_same, check_trained, costs, dealt,
                        fingerprint, fingerprints, finish, finished_before, generator, is_there, load_teachers, load_torch,
                        peak_memory, rank, relevant, save_torch, script, send, wait_for_all, world)

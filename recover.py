@@ -35,10 +35,11 @@ from models import build_model
 from utils import fail
 from utils.augment import (apply_resized_crop, apply_siamese, apply_view, draw_resized_crop, draw_siamese, draw_view, normalize,
                            to_uint8)
+from utils.cli import Parser, crop_name, identity_flags, number, number_or_auto, parse_args
 from utils.data import describe, folder_name, load_split, preset_column, read_images
 from utils.dm import dm_loss, ite_norms, new_pruning, prune
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
-from utils.presets import SELECTIONS, UNMATCHED, Parser, crop_name, identity_flags, number, number_or_auto, parse_args
+from utils.presets import SELECTIONS, UNMATCHED
 from utils.run import (Finite, Graphed, Progress, Work, begin, check_classes, check_trained, dealt, fingerprint, fingerprints,
                        finish, finished, generator, image_set, load_teachers, load_torch, need_files, rank, relevant, script, send,
                        wait_for_all, whole_file, world, writable)

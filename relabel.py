@@ -28,9 +28,9 @@ import torch
 from models import build_model
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch
+from utils.cli import Parser, identity_flags, number, parse_args
 from utils.data import folder_name, list_folder, load_folder, preset_column
 from utils.losses import ensemble_logits
-from utils.presets import Parser, identity_flags, number, parse_args
 from utils.run import (Progress, Work, begin, call, channels_last, check_classes, check_recovered, dealt, fingerprints, finish,
                        finished, generator, image_set, load_json, load_teachers, rank, script, send, wait_for_all,
                        whole_file, writable)

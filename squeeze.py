@@ -30,9 +30,9 @@ from models import build_model, pretrained_weights
 from models.pruning import prunable, random_channels, shrink, widths
 from utils import fail
 from utils.augment import apply_colour, apply_view, draw_colour, draw_view, normalize
+from utils.cli import Parser, crop_name, epoch_range, identity_flags, number, parse_args
 from utils.data import describe, load_split, preset_column
 from utils.moco import MoCo, Probe, as_encoder, join_norms, knn_top1
-from utils.presets import Parser, crop_name, epoch_range, identity_flags, number, parse_args
 from utils.run import (AGAIN, TEACHER, Finite, Graphed, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
                        check_origin, check_same, check_training, costs, dealt, fingerprint, finish, finished_before, generator,
                        is_there, load_torch, one_first, peak_memory, rank, reason, relevant, save_torch, say, script, send,

@@ -32,9 +32,9 @@ from models import build_model, is_model_name
 from models.pruning import channel_scales
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch, normalize
+from utils.cli import Parser, identity_flags, number, parse_args
 from utils.data import describe, folder_name, list_folder, load_folder, load_split, preset_column
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
-from utils.presets import Parser, identity_flags, number, parse_args
 from utils.protocols import SeenLabels, prune, summary, trainings
 from utils.run import (AGAIN, Finite, Graphed, Progress, Work, accuracy, begin, call, channels_last, check_classes, check_models,
                        check_origin, check_recovered, check_same, check_training, dealt, finish, finished, fingerprint,

@@ -26,8 +26,8 @@ import train_eval
 from models import build_model
 from tests.conftest import FLAGS
 from utils import run
+from utils.cli import parse_args
 from utils.data import folder_name, preset_column
-from utils.presets import parse_args
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 RUN = "gvbsm-ipc2"

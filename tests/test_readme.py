@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from utils import figures
+from utils.cli import parse_args
 from utils.data import preset_column
-from utils.presets import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -9,8 +9,8 @@ import pytest
 
 import train_eval
 from utils import report
+from utils.cli import parse_args
 from utils.data import preset_column
-from utils.presets import parse_args
 from utils.run import relevant
 
 README = Path(__file__).resolve().parents[1] / "README.md"

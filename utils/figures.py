@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from models import build_model
 from utils import fail
 from utils.augment import normalize
+from utils.cli import Parser, number, plain_name
 from utils.data import DATASETS, describe, folder_name, list_folder, load_split, opened, read_images, unreadable_fails
 from utils.losses import pooled_rows
-from utils.presets import Parser, number, plain_name
 from utils.report import BASES, LABELS, read_results, run_name
 from utils.run import check_classes, load_json, load_teachers, load_torch, pick_device, script
 

@@ -16,8 +16,9 @@ from importlib import import_module
 from pathlib import Path
 
 from utils import fail
+from utils.cli import Parser, parse_args
 from utils.data import DATASETS, preset_column
-from utils.presets import METHODS, UNMATCHED, Parser, parse_args
+from utils.presets import METHODS, UNMATCHED
 from utils.run import NEUTRAL, load_json, relevant, save_json
 
 R18, R50, R101, CONVNET = "resnet18", "resnet50", "resnet101", "convnet_w128"

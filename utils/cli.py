@@ -1,0 +1,134 @@
+"""The command line: the flags that all phases share, the types of their values, and where defaults come from.
+
+Precedence: parser default < preset (utils/presets.py) < command line; relabel.py and train_eval.py take --recipe, where it is
+given, in the place of --method.
+"""
+import argparse
+import re
+import sys
+
+from utils import fail
+from utils.presets import METHODS, PRESETS, SELECTIONS, preset_values
+
+SHARED = {"dataset", "ipc", "method", "recipe", "tag", "teachers", "backbones", "preset", "data_dir", "holdout", "image_size",
+          "run_dir"}                                                            # flags that a chain of phases has in common
+
+
+class Parser(argparse.ArgumentParser):
+    """Long flags in full, defaults in --help, mistakes in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Formatter)
+
+    def error(self, message):
+        fail(f"{self.prog}: {message} (--help lists the flags)")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def identity_flags(parser):
+    """The flags that mean the same in every phase."""
+    group = parser.add_argument_group("data and identity, the same in every phase")
+    group.add_argument("--dataset", default="shapes", metavar="NAME|FOLDER",
+                       help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or test/")
+    group.add_argument("--ipc", type=number(int, 1), default=10, help="distilled images per class [IPC]")
+    group.add_argument("--method", choices=METHODS, default="gvbsm",
+                       help=f"how images are made; {', '.join(SELECTIONS)} choose real ones")
+    group.add_argument("--recipe", choices=METHODS, metavar="METHOD",
+                       help="whose labels and training: relabel.py and train_eval.py take their defaults, teachers "
+                       "too, from this method instead of --method")
+    group.add_argument("--tag", type=plain_name, help="a name for this variant, for ablations")
+    group.add_argument("--teachers", type=plain_name, default="supervised", help="name of a set of squeezed backbones")
+    group.add_argument("--backbones", nargs="+", metavar="NAME", help="networks to match and to label with [S, Eq. 7]")
+    group.add_argument("--preset", choices=sorted(PRESETS), default="paper", help="where defaults come from")
+    group.add_argument("--data-dir", default="data", help="where named data sets lie")
+    group.add_argument("--holdout", action="store_true",
+                       help="to choose settings by: every tenth training image of a class takes the place of the test set")
+    group.add_argument("--image-size", type=number(int, 8, 4096), help="of a folder of one's own; found out by default")
+    run = parser.add_argument_group("run")
+    run.add_argument("--run-dir", default="runs", help="where results go")
+    run.add_argument("--seed", type=number(int, 0, 10 ** 18), default=0,
+                     help="of everything random in this phase but students, which have --student-seeds")
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
+    run.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="tf32",
+                     help="of the networks' matrix work: tf32 is fp32 except on a GPU, bf16 is autocast")
+    run.add_argument("--workers", type=number(int, 0), default=2, help="processes or threads that read images")
+    run.add_argument("--overwrite", action="store_true",
+                     help="start again where there are results or unfinished work; without it, unfinished work goes on")
+    run.add_argument("--checkpoint-minutes", type=number(float, 0), default=5.0,
+                     help="between the states kept of unfinished work, 0 = after every step")
+    return parser
+
+
+def parse_args(parser, phase, argv, find_column):
+    """Arguments of a phase with the preset's values as defaults, so that --help shows what would run.
+    find_column(dataset, data_dir, image_size) names the column of the table, for folders too."""
+    argv = sys.argv[1:] if argv is None else argv
+    early = Parser("")
+    early.prog = parser.prog
+    identity_flags(early)
+    known, rest = early.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
+    column = find_column(known.dataset, known.data_dir, known.image_size)
+    recipe = known.recipe or known.method if phase in ("relabel", "train_eval") else None
+    values = preset_values(known.preset, column, phase, known.ipc, recipe or known.method)
+    if known.dataset != "imagenet" and values.get("pretrained"):
+        values["pretrained"] = False          # a folder with ImageNet's settings has other classes than the weights
+    unread = set(values) - {action.dest for action in parser._actions}
+    if unread:
+        raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
+    parser.set_defaults(**values)
+    args = parser.parse_args(argv)
+    args.recipe = recipe if recipe != args.method else None
+    args.given = {flag: value for flag, value in vars(known).items() if flag in SHARED and value != early.get_default(flag)}
+    for flag in "backbones", "students", "student_seeds":
+        names = getattr(args, flag, None) or []
+        if twice := [str(name) for name in names if names.count(name) > 1]:
+            fail(f"--{flag.replace('_', '-')} names {twice[0]} twice; name it once")
+    return args
+
+
+def number(kind, low, high=None):
+    """argparse type: a number of low .. high, which by default is more than anyone can mean."""
+    high = high or {int: 10 ** 6, float: 1e30}[kind]
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:                                                    # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} .. {high}")
+        return value
+    parse.__name__ = kind.__name__                                                       # argparse: invalid int value
+    return parse
+
+
+def number_or_auto(kind, low):
+    """argparse type: the word auto, or a number from low on."""
+    def parse(text):
+        return text if text == "auto" else number(kind, low)(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def crop_name(text):
+    """argparse type: none, resized (RandomResizedCrop), or pad<pixels> (RandomCrop with padding)."""
+    if text not in ("none", "resized") and not (re.fullmatch(r"pad\d{1,3}", text, re.ASCII)):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of: none, resized, pad<pixels>, such as pad4")
+    return text
+
+
+def epoch_range(text):
+    """argparse type: first:last:step, epochs from 1 on, the last among them; or none."""
+    if text != "none" and not re.fullmatch(r"[1-9]\d{0,5}:\d{1,6}:[1-9]\d{0,5}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form first:last:step, such as 11:46:5")
+    if text != "none" and int(text.split(":")[0]) > int(text.split(":")[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} ends before it begins; use first:last:step, such as 11:46:5, or none")
+    return text
+
+
+def plain_name(text):
+    """argparse type: a word that is safe as part of a folder's name."""
+    if not 0 < len(text) <= 100 or text.strip(".") != text or set(text) - set(
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use up to 100 letters, digits, '.', '_' and '-'")
+    return text

@@ -59,7 +59,7 @@ CASES = {   # name: {phase, or * for all: flags}
 
 
 def flags(case, phase, runs):
-    shared = f"--dataset shapes --ipc 2 --device cpu --workers 0 --run-dir {runs}"
+    shared = f"--dataset shapes --ipc 2 --device cpu --precision tf32 --workers 0 --run-dir {runs}"
     students = "--students convnet_w8" * (phase == "train_eval")
     return f"{shared} {SMALL[phase]} {students} {CASES[case]['*']} {CASES[case].get(phase, '')}".split()
 

@@ -1,14 +1,11 @@
 """The results of a data set as a table: every method beside random real images under the same recipe.
 
-    python -m utils.report runs/cifar10                # the table
-    python -m utils.report runs/cifar10 --keep         # also a file for each of its cells into tests/evidence
-    python -m utils.report --evidence                  # the README's tables, of the files in tests/evidence
-    python -m utils.report --evidence <cell>           # the commands that repeat a cell
+    python -m utils.report runs/cifar10
 
 A row for each IPC, student, kind of labels and run. Top-1 of the last epoch in %, mean over student seeds and standard
 deviation; margin = run minus random real. A run is compared with random images that had the same labels and training (the
 same teachers and settings, whatever its tag), of its tag where there are several. "published" is what papers print for the
-method, under their own recipes.
+method, under their own recipes. Notes below the table say why a comparison is missing and which flags a run changes.
 """
 import shlex
 from functools import cache
@@ -16,10 +13,9 @@ from importlib import import_module
 from pathlib import Path
 
 from utils import fail
-from utils.cli import Parser, parse_args
-from utils.data import DATASETS, preset_column
-from utils.presets import METHODS, UNMATCHED
-from utils.run import NEUTRAL, load_json, relevant, save_json
+from utils.cli import Parser
+from utils.presets import METHODS
+from utils.run import NEUTRAL, load_json
 
 R18, R50, R101, CONVNET = "resnet18", "resnet50", "resnet101", "convnet_w128"
 PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
@@ -75,16 +71,11 @@ PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
     ("sre2l", "imagenet", "shufflenetv2_05", "stored"): {50: "16.71"},
     # arXiv:2410.07579; the 55.2 that others cite for Tiny-ImageNet at IPC 50 contradicts its abstract
     ("teddy", "imagenet", R18, "stored"): {10: "34.1 ± 0.1", 50: "52.5 ± 0.1", 100: "56.5 ± 0.0"},
-    ("teddy", "imagenet", R50, "stored"): {5: "21.0", 10: "37.2", 50: "58.5"},
 }
-EVIDENCE = Path(__file__).resolve().parents[1] / "tests" / "evidence"
-BASES = "ablation", "family", "search"            # tags of cells with which others, tagged <base>-<word>, and methods are compared
+BASES = "ablation", "family", "search"            # tags of runs with which others, tagged <base>-<word>, are compared
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 IDENTITY = "ipc", "student", "labels", "method", "tag"
-MAIN_HEADER = ("data set", "IPC", "student", "run", "distilled", "random real", "margin", "hard: distilled", "hard: random real",
-               "paper", "seconds: squeeze, statistics, recover, relabel, a student", "hardware")
-COST_HEADER = ("run", "images", "labels", "teachers", "statistics", *PHASES)
-HEADER = ("ipc", "student", "labels", "run", "top-1", "random real", "margin", "published")
+HEADER = "ipc", "student", "labels", "run", "top-1", "random real", "margin", "published"
 LABELS = {"stored": "soft", "online": "soft, online", "hard": "hard"}
 RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to", "optimizer", "lr", "momentum", "weight_decay",
           "schedule", "lr_stretch", "ema_decay", "label_epochs", "crop_floor")
@@ -104,35 +95,54 @@ def read_results(folder):
     return results
 
 
-def recipe(result):
-    """What decides an accuracy but for the images: the settings of labels and training, and the teachers' weights."""
-    keys = RECIPE + SOFT * (result["labels"] != "hard")
-    return ([setting("train_eval", result["args"], key) for key in keys],
-            [setting("relabel", result["upstream"].get("relabel", {}), key) for key in keys], result["made_from"].get("weights"))
-
-
 @cache
 def parser_of(phase):
     return import_module(phase).get_parser()
 
 
 def setting(phase, args, flag):
-    """What a phase ran with; a result older than a flag was made as the parser's default has it, whatever a preset says now."""
+    """What a phase ran with. A result older than a flag ran with the parser's default, whatever a preset says now."""
     return args.get(flag, parser_of(phase).get_default(flag))
+
+
+def recipe(result):
+    """What decides an accuracy but for the images.
+    -> {(phase, flag): value} of labels and training, and the hashes of the labelling teachers"""
+    flags = RECIPE + SOFT * (result["labels"] != "hard")
+    args = {"train_eval": result["args"], "relabel": result["upstream"].get("relabel", {})}
+    return {(phase, flag): setting(phase, args[phase], flag) for phase in args for flag in flags} | {
+        ("", "teachers"): result["made_from"].get("weights")}
+
+
+def random_results(result, results):
+    """Results of random images for the same IPC, student and labels, that of the same tag first."""
+    ipc, student, labels, tag = (result[key] for key in ("ipc", "student", "labels", "tag"))
+    found = [other for key, other in results.items() if key[:4] == (ipc, student, labels, "random")]
+    return sorted(found, key=lambda other: other["tag"] != tag)
 
 
 def random_beside(result, results):
     """The result of random images under the same recipe, of the same tag if there is one; or None."""
-    ipc, student, labels, tag = (result[key] for key in ("ipc", "student", "labels", "tag"))
-    beside = {key[4]: other for key, other in results.items()
-              if key[:4] == (ipc, student, labels, "random") and recipe(other) == recipe(result)}
-    return beside.get(tag, next(iter(beside.values()), None))
+    return next((other for other in random_results(result, results) if recipe(other) == recipe(result)), None)
+
+
+def why_alone(result, results):
+    """How the recipe of the nearest random images differs, such as `epochs 200, not 60`; "" where there are none."""
+    mine = recipe(result)
+
+    def differences(other):
+        theirs = recipe(other)
+        return list(dict.fromkeys("other teachers" if flag == "teachers" else f"{flag} {theirs[phase, flag]}, not {mine[phase, flag]}"
+                                  for phase, flag in mine if theirs[phase, flag] != mine[phase, flag]))
+    return "; ".join(min(map(differences, random_results(result, results)), key=len, default=[]))
 
 
 def rows(dataset, results):
-    """The cells of the table: a row for each run and kind of labels. Random ones are the comparison, and stand in a row
-    where there is none to compare."""
-    runs, methods = shown_runs(results), list(METHODS)
+    """The table's rows and the notes below it.   -> [cells], [text]
+
+    A row for each run and kind of labels. Random images are the comparison, and stand in a row of G-VBSM where there is
+    none to compare. A cell that ends in [1] has note 1."""
+    runs, methods, lines, notes = shown_runs(results), list(METHODS), [], []
     for ipc, student in sorted({run[:2] for run in runs}):
         mine = sorted((run for run in runs if run[:2] == (ipc, student)), key=lambda run: (methods.index(run[2]), run[3] or ""))
         for labels in LABELS:
@@ -144,152 +154,32 @@ def rows(dataset, results):
                     continue
                 real = random_beside(ours, results) if ours else results.get((ipc, student, labels, "random", tag)) or results.get(
                     (ipc, student, labels, "random", None))
-                yield (str(ipc), student, LABELS[labels], run_name(method, tag), accuracy(ours), accuracy(real),
-                       f"{ours['top1'] - real['top1']:+.1f}" if ours and real else "",
-                       PUBLISHED.get((method, dataset, student, labels), {}).get(ipc, ""))
+                mark = ""
+                if ours and not real and (why := why_alone(ours, results)):
+                    note = f"random real has another recipe ({why})"
+                    notes += [note] * (note not in notes)
+                    mark = f" [{notes.index(note) + 1}]"
+                lines.append([str(ipc), student, LABELS[labels], run_name(method, tag), accuracy(ours), accuracy(real) + mark,
+                              f"{ours['top1'] - real['top1']:+.1f}" if ours and real else "",
+                              PUBLISHED.get((method, dataset, student, labels), {}).get(ipc, "")])
+    return lines, [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + varied(results)
 
 
-def shown_runs(results):
-    """(ipc, student, method, tag) of all runs but those of random images, which stand beside G-VBSM's where there is none to
-    compare."""
-    runs = {(ipc, student, method, tag) for ipc, student, _, method, tag in results if method != "random"}
-    compared = {run[:2] for run in runs}
-    return runs | {(ipc, student, "gvbsm", tag) for ipc, student, _, _, tag in results if (ipc, student) not in compared}
-
-
-def accuracy(result):
-    if result is None:
-        return "not run"
-    return f"{result['top1']:.1f}" + (f" ± {result['top1_std']:.1f}" if len(result["seeds"]) > 1 else "")
-
-
-def table(header, lines):
-    """A Markdown table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(header, *lines)]
-    lines = [header, ["-" * width for width in widths], *lines]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
-
-
-def keep(folder, results, out):
-    """Write a file for each run, IPC and student: RESULT objects of train_eval.py, by labels, of the run ("distilled") and of
-    random real images beside it ("real"); what each phase has cost, and bytes on the disk."""
-    for ipc, student, method, tag in shown_runs(results):
-        ours = {labels: results[key] for labels in LABELS if (key := (ipc, student, labels, method, tag)) in results}
-        alone = {labels: results.get((ipc, student, labels, "random", tag)) for labels in LABELS}
-        real = alone | {labels: random_beside(result, results) for labels, result in ours.items()}
-        real = {labels: result for labels, result in real.items() if result}
-        first, stem = next(iter((ours or real).values())), folder_of({"ipc": ipc, "method": method, "tag": tag})
-        run, teachers, names = folder / stem, folder / "teachers" / first["args"]["teachers"], first["args"]["backbones"]
-        whole = list(dict.fromkeys(name.partition("@")[0] for name in names))                # weak teachers come with these
-        matched = [] if method in UNMATCHED else names
-        images = Path(ours and first["args"]["images"] or run / "images")                    # another run's, with its cost
-        costs = [spent(teachers / "squeeze.json", whole), spent(teachers / "collect_stats.json", matched) if matched else None,
-                 spent(images.parent / "result.json"), spent(run / "labels" / "result.json"),
-                 {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first), "hardware": first["hardware"]}]
-        save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", {
-            "dataset": folder.resolve().name, "ipc": ipc, "student": student, "method": method, "tag": tag,
-            "costs": dict(zip(PHASES, costs)),
-            "bytes": {"images": size(images.glob("*/*")), "labels": size(run.glob("labels/*.npy")),
-                      "teachers": size(teachers / f"{name}.pt" for name in names),
-                      "statistics": size(teachers / f"{name}.stats.pt" for name in matched)},
-            "distilled": ours, "real": real})
-
-
-def folder_of(result):
-    """Of a run, below that of the data set."""
-    return f"{result['method']}-ipc{result['ipc']}" + (f"-{result['tag']}" if result["tag"] else "")
-
-
-def spent(path, backbones=()):
-    """Seconds, most memory and hardware of a RESULT file, if there is one; of squeeze.py and collect_stats.py for these
-    backbones."""
-    result = load_json(path, "run its phase again", ("seconds", "peak_memory", "hardware")) if path.exists() else None
-    known = result.get("costs", {}) if result else {}
-    parts = [known[name] for name in backbones if name in known] if backbones else [result]
-    return {"seconds": sum(part["seconds"] for part in parts), "mib": max(map(memory, parts)),
-            "hardware": result["hardware"]} if result and parts else None
-
-
-def memory(result):
-    """The GPU's if one was used."""
-    return result["peak_memory"].get("cuda_mib") or result["peak_memory"]["host_mib"]
-
-
-def size(files):
-    """In bytes, of those that are there."""
-    return sum(path.stat().st_size for path in files if path.exists())
-
-
-def read_evidence(folder):
-    """-> {name: cell of `keep`}"""
-    keys = "dataset", "ipc", "student", "method", "tag", "costs", "bytes", "distilled", "real"
-    return {path.stem: load_json(path, "remove it", keys) for path in sorted(folder.glob("*.json"))}
-
-
-def pair(cell, labels):
-    """Top-1 of a cell's images and of real ones, and the margin, as text."""
-    ours, real = cell["distilled"].get(labels), cell["real"].get(labels)
-    return accuracy(ours), accuracy(real), f"{ours['top1'] - real['top1']:+.1f}" if ours and real else ""
-
-
-def main_table(cells):
-    """A row for each cell that is no part of a comparison (tag), and one for each number of the paper without an untagged one."""
-    shown = {name: cell for name, cell in cells.items() if not is_variant(cell["dataset"], cell["tag"])}
-    order = [*DATASETS, ...]
-    done = {(cell["method"], cell["dataset"], cell["ipc"], cell["student"]) for cell in shown.values() if not cell["tag"]}
-    lines = [(cell["dataset"], cell["ipc"], [
-        cell["dataset"], str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]),
-        *pair(cell, "stored"), *pair(cell, "hard")[:2],
-        PUBLISHED.get((cell["method"], cell["dataset"], cell["student"], "stored"), {}).get(cell["ipc"], ""),
-        ", ".join(f"{cost['seconds']:.0f}" if cost else "–" for cost in cell["costs"].values()),
-        hardware(cell)]) for cell in shown.values()]
-    for (method, dataset, student, _), published in PUBLISHED.items():
-        if left := [ipc for ipc in published if method == "gvbsm" and (method, dataset, ipc, student) not in done]:
-            lines.append((dataset, 10 ** 6, [dataset, ", ".join(map(str, left)), student, method, "not run", "not run", "",
-                                             "not run", "not run", ", ".join(published[ipc] for ipc in left), "", ""]))
-    lines.sort(key=lambda line: (order.index(line[0] if line[0] in order else ...), *line[1:]))
-    return table(MAIN_HEADER, [line for _, _, line in lines])
-
-
-def hardware(cell):
-    """Of its phases; the student's where a file does not tell that of the others."""
-    student = next(iter((cell["distilled"] or cell["real"]).values()))["hardware"]
-    return ", then ".join(dict.fromkeys(cost.get("hardware", student) for cost in cell["costs"].values() if cost))
-
-
-def run_name(method, tag):
-    """Of a run, without its IPC."""
-    return method + (f"-{tag}" if tag else "")
-
-
-def is_variant(dataset, tag):
-    """Whether a cell belongs to a comparison: its tag is one of BASES, or that and a dash and a word."""
-    return dataset.endswith("-holdout") or (tag or "").partition("-")[0] in BASES
-
-
-def comparisons(cells):
-    """A table for each base, a cell of G-VBSM whose tag is one of BASES: what each change of one thing, or another method
-    under the base's tag, is worth."""
-    def where(cell):
-        return cell["dataset"], cell["ipc"], cell["student"]
-
-    for base in (cell for cell in cells.values() if cell["tag"] in BASES and cell["method"] == "gvbsm"
-                 and "stored" in cell["distilled"]):
-        alike = [cell for cell in cells.values() if cell["distilled"] and where(cell) == where(base) and (
-            (cell["tag"] or "").startswith(base["tag"] + "-") or cell["tag"] == base["tag"] and cell["method"] != base["method"])]
-        start = base["distilled"]["stored"]
-        lines = [["base", accuracy(start), "", pair(base, "stored")[2]]]
-        for cell in alike:
-            labels, result = next(iter(cell["distilled"].items()))
-            lines.append([changes(start, result), accuracy(result), f"{result['top1'] - start['top1']:+.1f}",
-                          pair(cell, labels)[2]])
-        yield f"{base['dataset']}, IPC {base['ipc']}, {base['student']}, base `--tag {base['tag']}`", table(
-            ("change", "top-1", "against the base", "margin over random real"), lines)
+def varied(results):
+    """The flags that each run changes, a line for each run."""
+    first, found = {}, {}
+    for key, result in sorted(results.items(), key=lambda item: (*item[0][:4], item[0][4] or "")):
+        *cell, tag = key
+        base = first.setdefault(tuple(cell), result)
+        if base is not result and cell[3] != "random":
+            name = f"ipc {key[0]}, {run_name(cell[3], tag)} against {run_name(cell[3], base['tag'])}"
+            found.setdefault(name, {}).update(dict.fromkeys(changes(base, result)))
+    return [f"{name}: {', '.join(flags)}" for name, flags in found.items() if flags]
 
 
 def changes(base, result):
     """The flags in which a run differs from its base, behind the phase they are for if it is one alone; of another method
-    without those of recover.py and its statistics, which come with it."""
+    without those of recover.py and its statistics, which come with it.   -> [text]"""
     found, implied = {}, PHASES[1:3] if result["method"] != base["method"] else ()
     same_images = result["made_from"]["images"] == base["made_from"]["images"]
     for phase, args in chain(result):
@@ -297,12 +187,12 @@ def changes(base, result):
             continue
         before = [earlier for other, earlier in chain(base) if other == phase]
         options = [differing(phase, args, earlier) for earlier in before]
-        told_by_recover = ("--ipc", "--backbones", "--save-epochs", "--class-statistics") if phase in PHASES[:2] else ()
-        unsaid = "--tag", "--student-seeds", *told_by_recover, *["--images"] * same_images
+        of_recover = ("--ipc", "--backbones", "--save-epochs", "--class-statistics") if phase in PHASES[:2] else ()
+        hidden = "--tag", "--student-seeds", *of_recover, *["--images"] * same_images
         for words in min(options, key=len, default=[]):
-            if words[0] not in unsaid:
+            if words[0] not in hidden:
                 found.setdefault(shlex.join(words), {})[phase] = None
-    return ", ".join(f"`{words}`" if len(phases) > 1 else f"`{''.join(phases)}.py {words}`" for words, phases in found.items())
+    return [words if len(phases) > 1 else f"{''.join(phases)}.py {words}" for words, phases in found.items()]
 
 
 def chain(result):
@@ -333,78 +223,47 @@ def differing(phase, args, others):
     return words
 
 
-def command(phase, args):
-    """The shortest command that runs a phase with these arguments, by the recipe of the method or of G-VBSM."""
-    identity = ["--dataset", args["dataset"], "--ipc", str(args["ipc"]), "--method", args["method"], "--preset", args["preset"]]
-    identity += ["--holdout"] * args.get("holdout", False)
-    recipes = [[], ["--recipe", "gvbsm"]] if phase in ("relabel", "train_eval") else [[]]      # a third would fit by chance
-    lines = []
-    for recipe in recipes:
-        module = import_module(phase)
-        parsed = parse_args(module.get_parser(), phase, identity + recipe, preset_column)
-        own = module.for_student(parsed, args["students"][0]) if phase == "train_eval" else parsed
-        defaults = relevant(own) | {"students": getattr(parsed, "students", None)}
-        lines.append(identity + recipe + [word for words in differing(phase, args, defaults) for word in words])
-    line = shlex.join(["python", f"{phase}.py", *min(lines, key=len)])
-    return line.replace(" --method gvbsm", "").replace(" --preset paper", "")
+def shown_runs(results):
+    """(ipc, student, method, tag) of all runs but those of random images, which stand beside G-VBSM's where there is none to
+    compare."""
+    runs = {(ipc, student, method, tag) for ipc, student, _, method, tag in results if method != "random"}
+    compared = {run[:2] for run in runs}
+    return runs | {(ipc, student, "gvbsm", tag) for ipc, student, _, _, tag in results if (ipc, student) not in compared}
 
 
-def commands(cells):
-    """Those that repeat cells, one a line."""
-    results = [result for cell in cells for side in ("distilled", "real") for result in cell[side].values()]
-    return list(dict.fromkeys(command(phase, args) for result in results for phase, args in chain(result)))
+def run_name(method, tag):
+    """Of a run, without its IPC."""
+    return method + (f"-{tag}" if tag else "")
 
 
-def cost_table(runs):
-    """A row for each run: bytes on the disk, seconds and memory."""
-    return table(COST_HEADER, [[
-        name, *(f"{cells[0]['bytes'][what] / 1e6:.2f}" for what in ("images", "labels", "teachers", "statistics")),
-        *(cost(cells[0]["costs"][phase]) for phase in PHASES[:4]),
-        "; ".join(f"{cell['student']} {cost(cell['costs']['train_eval'])}" for cell in cells)] for name, cells in runs.items()])
+def is_variant(dataset, tag):
+    """Whether a run belongs to a comparison: its tag is one of BASES, or that and a dash and a word."""
+    return dataset.endswith("-holdout") or (tag or "").partition("-")[0] in BASES
 
 
-def cost(took):
-    return f"{took['seconds']:.0f} s, {took['mib'] / 1024:.1f} GiB" if took else "–"
+def accuracy(result):
+    if result is None:
+        return "not run"
+    return f"{result['top1']:.1f}" + (f" ± {result['top1_std']:.1f}" if len(result["seeds"]) > 1 else "")
 
 
-def evidence(cells):
-    """The README's tables."""
-    parts = [main_table(cells)]
-    parts += [f"{title}:\n\n{lines}" for title, lines in comparisons(cells)]
-    shown, bases = {}, {}                                                        # run: its cells, one for each student
-    for name, cell in cells.items():
-        variant = is_variant(cell["dataset"], cell["tag"])
-        if not variant or cell["tag"] in BASES:
-            (bases if variant else shown).setdefault(name.removesuffix("-" + cell["student"]), []).append(cell)
-    parts += ["Megabytes on the disk; seconds and most memory of each phase:\n\n" + cost_table(shown)]
-    for name, mine in (shown | bases).items():
-        lines = "\n".join(commands(mine))
-        parts.append(f"<details><summary>Commands of {name}</summary>\n\n```bash\n{lines}\n```\n\n</details>")
-    return "\n\n".join(parts)
+def table(header, lines):
+    """A Markdown table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(header, *lines)]
+    lines = [header, ["-" * width for width in widths], *lines]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     parser.prog = "utils.report"
-    parser.add_argument("folder", type=Path, nargs="?", metavar="runs/DATASET", help="where the phases wrote")
-    parser.add_argument("--keep", action="store_true", help="also write the folder's cells into tests/evidence")
-    parser.add_argument("--evidence", nargs="?", const="", metavar="CELL",
-                        help="the README's tables, of tests/evidence; or the commands that repeat a cell")
+    parser.add_argument("folder", type=Path, metavar="runs/DATASET", help="where the phases wrote")
     args = parser.parse_args(argv)
-    if (args.evidence is None) == (args.folder is None):
-        fail("name a folder such as runs/cifar10, or --evidence, and not both")
-    if args.folder is None:
-        cells = read_evidence(EVIDENCE)
-        if args.evidence and args.evidence not in cells:
-            fail(f"--evidence {args.evidence}: there is no such cell; name one of: {' '.join(cells)}")
-        print("\n".join(commands([cells[args.evidence]])) if args.evidence else evidence(cells))
-        return
     results = read_results(args.folder)
     if not results:
         fail(f"{args.folder} holds no evaluation (<run>/eval/<student>.json); run train_eval.py first")
-    print(table(HEADER, list(rows(args.folder.resolve().name, results))))
-    if args.keep:
-        keep(args.folder, results, EVIDENCE)
+    lines, notes = rows(args.folder.resolve().name, results)
+    print("\n".join([table(HEADER, lines), *[""] * bool(notes), *notes]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,297 @@
+"""Write README.md beside this file from the result files: results, comparisons, costs, and the commands behind each row.
+
+    python -m tests.evidence.make_readme                       # after a result file was added or removed
+    python -m tests.evidence.make_readme runs/cifar10 ...      # first write a file for each result of these folders
+
+A result file (a "cell") holds a run's results with one student and those of random real images beside it: RESULT objects of
+train_eval.py with the arguments of every phase, and what each phase cost. A file whose tag or data set is new gets a row too.
+"""
+import json
+import shlex
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from utils import fail
+from utils.cli import Parser, parse_args
+from utils.data import DATASETS, preset_column
+from utils.presets import METHODS, UNMATCHED
+from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, is_variant, random_beside,
+                          read_results, run_name, shown_runs, table)
+from utils.run import load_json, relevant, save_json
+
+FOLDER = Path(__file__).resolve().parent
+FAMILY = "family"                                  # the tag of the base that compares methods; the others change one thing
+INTRODUCTION = """# Every result
+
+Written by `python -m tests.evidence.make_readme` from the files beside this page, one for each run and student. *distilled*
+and *random real*: top-1 on the test images after the last epoch in %, mean ± standard deviation over student seeds, of a
+student trained on the run's images, and on as many random training images under the same teachers, labels and training.
+*margin*: their difference. *hard labels*: the same images with their classes alone, distilled first, random real second.
+*paper*: what the method's paper prints, under its own recipe.
+
+One set of images stands behind a row, and one seed where there is no ±. Differences below one or two points then say nothing.
+A data set named `...-holdout` is tested on a tenth of its training images, which serves to choose settings.
+[NOTES.md](NOTES.md) says what the rows mean."""
+
+
+# Result files
+
+def keep(folder, results, out):
+    """Write a cell for each run, IPC and student of runs/<dataset>."""
+    for ipc, student, method, tag in shown_runs(results):
+        ours = {labels: results[key] for labels in LABELS if (key := (ipc, student, labels, method, tag)) in results}
+        alone = {labels: results.get((ipc, student, labels, "random", tag)) for labels in LABELS}
+        real = alone | {labels: random_beside(result, results) for labels, result in ours.items()}
+        real = {labels: result for labels, result in real.items() if result}
+        first, stem = next(iter((ours or real).values())), f"{method}-ipc{ipc}" + (f"-{tag}" if tag else "")
+        run, teachers, names = folder / stem, folder / "teachers" / first["args"]["teachers"], first["args"]["backbones"]
+        squeezed = list(dict.fromkeys(name.partition("@")[0] for name in names))             # weak teachers come with these
+        matched = [] if method in UNMATCHED else names
+        images = Path(ours and first["args"]["images"] or run / "images")                    # another run's, with its cost
+        costs = [spent(teachers / "squeeze.json", squeezed), spent(teachers / "collect_stats.json", matched) if matched else None,
+                 spent(images.parent / "result.json"), spent(run / "labels" / "result.json"),
+                 {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first), "hardware": first["hardware"]}]
+        save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", {
+            "dataset": folder.resolve().name, "ipc": ipc, "student": student, "method": method, "tag": tag,
+            "costs": dict(zip(PHASES, costs)),
+            "bytes": {"images": size(images.glob("*/*")), "labels": size(run.glob("labels/*.npy")),
+                      "teachers": size(teachers / f"{name}.pt" for name in names),
+                      "statistics": size(teachers / f"{name}.stats.pt" for name in matched)},
+            "distilled": ours, "real": real})
+
+
+def spent(path, backbones=()):
+    """Seconds, most memory and hardware of a RESULT file, if there is one; of squeeze.py and collect_stats.py for these
+    backbones."""
+    result = load_json(path, "run its phase again", ("seconds", "peak_memory", "hardware")) if path.exists() else None
+    known = result.get("costs", {}) if result else {}
+    parts = [known[name] for name in backbones if name in known] if backbones else [result]
+    return {"seconds": sum(part["seconds"] for part in parts), "mib": max(map(memory, parts)),
+            "hardware": result["hardware"]} if result and parts else None
+
+
+def memory(result):
+    """In MiB, the GPU's if one was used."""
+    return result["peak_memory"].get("cuda_mib") or result["peak_memory"]["host_mib"]
+
+
+def size(files):
+    """In bytes, of those that are there."""
+    return sum(path.stat().st_size for path in files if path.exists())
+
+
+def read_cells(folder=None):
+    """Of this folder.   -> {name: cell}"""
+    keys = "dataset", "ipc", "student", "method", "tag", "costs", "bytes", "distilled", "real"
+    return {path.stem: load_json(path, "remove it", keys) for path in sorted((folder or FOLDER).glob("*.json"))}
+
+
+# Tables
+
+def pair(cell, labels):
+    """Top-1 of a cell's images and of real ones, and the margin, as text."""
+    ours, real = cell["distilled"].get(labels), cell["real"].get(labels)
+    return accuracy(ours), accuracy(real), f"{ours['top1'] - real['top1']:+.1f}" if ours and real else ""
+
+
+def both(cell, labels="hard"):
+    """Top-1 of a cell's images and of real ones in one text; "" where neither was run."""
+    return ", ".join(pair(cell, labels)[:2]) if labels in cell["distilled"] or labels in cell["real"] else ""
+
+
+def soft_kinds(cell):
+    return [labels for labels in ("stored", "online") if labels in cell["distilled"] or labels in cell["real"]] or ["stored"]
+
+
+def paper(cell, labels="stored"):
+    return PUBLISHED.get((cell["method"], cell["dataset"], cell["student"], labels), {}).get(cell["ipc"], "")
+
+
+def results_table(cells):
+    """A row for each cell."""
+    order = list(METHODS)
+    cells = sorted(cells, key=lambda cell: (cell["ipc"], cell["student"], order.index(cell["method"]), cell["tag"] or ""))
+    header = "IPC", "student", "run", "distilled", "random real", "margin", "hard labels", "paper"
+    return table(header, [[
+        str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]) + ", online labels" * (labels == "online"),
+        *pair(cell, labels), both(cell), paper(cell)] for cell in cells for labels in soft_kinds(cell)])
+
+
+def comparison_table(base, cells):
+    """What each change of one thing, or another method under the base's tag, is worth."""
+    start, lines = base["distilled"]["stored"], []
+    for cell in [base, *cells]:
+        labels, result = next(iter(cell["distilled"].items()))
+        change = ", ".join(f"`{words}`" for words in changes(start, result))
+        against = "" if cell is base else f"{result['top1'] - start['top1']:+.1f}"
+        lines.append([run_name(cell["method"], cell["tag"]), "base" if cell is base else change, *pair(cell, labels), against,
+                      both(cell) if labels != "hard" else ""])
+    return table(("run", "change", "distilled", "random real", "margin", "against the base", "hard labels"), lines)
+
+
+def family_table(cells):
+    """Every method under one recipe, the best first; random images stand in rows of their own."""
+    base = next((cell for cell in cells if cell["method"] == "gvbsm" and cell["tag"] == FAMILY), None)
+    lines = []
+    for cell in cells:
+        soft, hard = (pair(cell, labels) for labels in ("stored", "hard"))
+        name = run_name(cell["method"], cell["tag"].removeprefix(FAMILY).removeprefix("-"))
+        result = next(iter(cell["distilled"].values()))
+        made = result["upstream"].get("recover", {})
+        same = base and cell is not base and cell["method"] == "gvbsm"
+        changed = changes(next(iter(base["distilled"].values())), result) if same else []
+        flags = [words.removeprefix("recover.py ") for words in changed if words.startswith("recover.py ")]
+        lines.append((cell["distilled"].get("stored"), [
+            name, soft[0], soft[2], hard[0], hard[2], seconds(cell["costs"]["recover"]),
+            "; ".join(f"{number} ({LABELS[labels]})" for labels in ("stored", "hard") if (number := paper(cell, labels))),
+            " ".join(made.get("backbones") or []) + "".join(f", `{words}`" for words in flags)]))
+    reals = {tuple(pair(cell, labels)[1] for labels in ("stored", "hard")): cell["real"].get("stored") for cell in cells}
+    lines += [(result, ["random real", soft, "", hard, "", "", "", ""]) for (soft, hard), result in reals.items()]
+    lines.sort(key=lambda line: -line[0]["top1"] if line[0] else 0)
+    return table(("run", "soft labels", "margin", "hard labels", "margin, hard", "seconds of recover", "paper (labels)",
+                  "backbones of recover"), [line for _, line in lines])
+
+
+def missing_table(cells):
+    """The paper's numbers without an untagged run here."""
+    done = {(cell["method"], cell["dataset"], cell["ipc"], cell["student"]) for cell in cells if not cell["tag"]}
+    lines = [[dataset, student, str(ipc), number] for (method, dataset, student, labels), numbers in PUBLISHED.items()
+             for ipc, number in numbers.items() if method == "gvbsm" and (method, dataset, ipc, student) not in done]
+    return table(("data set", "student", "IPC", "paper"), lines)
+
+
+def byte_table(runs):
+    return table(("run", "images", "labels", "teachers", "statistics"), [[
+        name, *(f"{cells[0]['bytes'][what] / 1e6:.2f}" for what in ("images", "labels", "teachers", "statistics"))]
+        for name, cells in runs.items()])
+
+
+def cost_table(runs):
+    return table(("run", *PHASES, "hardware"), [[
+        name, *(cost(cells[0]["costs"][phase]) for phase in PHASES[:4]),
+        "; ".join(f"{cell['student']} {cost(cell['costs']['train_eval'])}" for cell in cells),
+        "; ".join(dict.fromkeys(map(hardware, cells)))] for name, cells in runs.items()])
+
+
+def cost(took):
+    return f"{took['seconds']:.0f} s, {took['mib'] / 1024:.1f} GiB" if took else "–"
+
+
+def seconds(took):
+    return f"{took['seconds']:.0f}" if took else "–"
+
+
+def hardware(cell):
+    """Of its phases; the student's where a file does not name that of the others."""
+    student = next(iter((cell["distilled"] or cell["real"]).values()))["hardware"]
+    return ", then ".join(dict.fromkeys(cost.get("hardware", student) for cost in cell["costs"].values() if cost))
+
+
+# Commands
+
+def column_of(dataset, *_):
+    """The settings' column of a named data set, or of a folder, which need not be there."""
+    return dataset if dataset in DATASETS else preset_column(dataset, "data") if Path(dataset).is_dir() else "cifar100"
+
+
+@cache
+def shortest(phase, text):
+    """The shortest command that runs a phase with these arguments (JSON), by the recipe of the method or of G-VBSM."""
+    args = json.loads(text)
+    identity = ["--dataset", args["dataset"], "--ipc", str(args["ipc"]), "--method", args["method"], "--preset", args["preset"]]
+    identity += ["--holdout"] * args.get("holdout", False)
+    recipes = [[], ["--recipe", "gvbsm"]] if phase in ("relabel", "train_eval") else [[]]      # a third would fit by chance
+    lines = []
+    for recipe in recipes:
+        module = import_module(phase)
+        parsed = parse_args(module.get_parser(), phase, identity + recipe, column_of)
+        own = module.for_student(parsed, args["students"][0]) if phase == "train_eval" else parsed
+        defaults = relevant(own) | {"students": getattr(parsed, "students", None)}
+        lines.append(identity + recipe + [word for words in differing(phase, args, defaults) for word in words])
+    line = shlex.join(["python", f"{phase}.py", *min(lines, key=len)])
+    return line.replace(" --method gvbsm", "").replace(" --preset paper", "")
+
+
+def command(phase, args):
+    return shortest(phase, json.dumps(args))
+
+
+def commands(cells):
+    """Those that repeat cells, one a line."""
+    results = [result for cell in cells for side in ("distilled", "real") for result in cell[side].values()]
+    return list(dict.fromkeys(command(phase, args) for result in results for phase, args in chain(result)))
+
+
+# The page
+
+def compared(cells):
+    """The cells of a data set, dealt to tables.   -> [families], [(base, cells that are compared with it)], the others"""
+    def key(cell):
+        return cell["ipc"], cell["student"]
+
+    def under(cell, tag):
+        return (cell["tag"] or "") == tag or (cell["tag"] or "").startswith(tag + "-")
+
+    families = {}
+    for cell in cells:
+        if under(cell, FAMILY) and cell["distilled"]:
+            families.setdefault(key(cell), []).append(cell)
+    bases = [cell for cell in cells if cell["tag"] in BASES and cell["tag"] != FAMILY and cell["method"] == "gvbsm"
+             and "stored" in cell["distilled"]]
+    comparisons = [(base, [cell for cell in cells if cell is not base and cell["distilled"] and key(cell) == key(base)
+                           and under(cell, base["tag"])]) for base in bases]
+    placed = [id(cell) for family in families.values() for cell in family]
+    placed += [id(cell) for base, others in comparisons for cell in (base, *others)]
+    return list(families.values()), comparisons, [cell for cell in cells if id(cell) not in placed]
+
+
+def folded(title, text):
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def section(dataset, cells):
+    """Of one data set.   cells: {name: cell}"""
+    families, comparisons, others = compared(list(cells.values()))
+    parts = [f"## {dataset}", *[results_table(others)] * bool(others)]
+    for family in families:
+        parts.append(f"### Every method under one recipe: {dataset}, IPC {family[0]['ipc']}, {family[0]['student']}")
+        parts.append(family_table(family))
+    for base, alike in comparisons:
+        parts.append(f"### Base `--tag {base['tag']}`: {dataset}, IPC {base['ipc']}, {base['student']}")
+        parts.append(comparison_table(base, alike))
+    runs = {}                                                                    # a run: its cells, one for each student
+    for name, cell in cells.items():
+        runs.setdefault(name.removeprefix(dataset + "-").removesuffix("-" + cell["student"]), []).append(cell)
+    parts.append(folded(f"Costs on {dataset}", "Seconds and most memory of each phase; of train_eval.py for one student seed.\n\n"
+                        + cost_table(runs) + "\n\nMegabytes on the disk.\n\n" + byte_table(runs)))
+    lines = [f"# {name}\n" + "\n".join(commands(mine)) for name, mine in runs.items()]
+    return "\n\n".join([*parts, folded(f"Commands of every run on {dataset}", "```bash\n" + "\n\n".join(lines) + "\n```")])
+
+
+def page(cells):
+    """The text of README.md.   cells: {name: cell}"""
+    datasets = sorted({cell["dataset"] for cell in cells.values()}, key=lambda name: (
+        list(DATASETS).index(name.removesuffix("-holdout")) if name.removesuffix("-holdout") in DATASETS else len(DATASETS), name))
+    parts = [section(dataset, {name: cell for name, cell in cells.items() if cell["dataset"] == dataset}) for dataset in datasets]
+    rest = "## Numbers of the paper (arXiv:2311.17950) without a run here\n\n" + missing_table(cells.values())
+    return "\n\n".join([INTRODUCTION, *parts, rest]) + "\n"
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.prog = "tests.evidence.make_readme"
+    parser.add_argument("folders", type=Path, nargs="*", metavar="runs/DATASET", help="whose results become result files")
+    args = parser.parse_args(argv)
+    for folder in args.folders:
+        results = read_results(folder)
+        if not results:
+            fail(f"{folder} holds no evaluation (<run>/eval/<student>.json); run train_eval.py first")
+        keep(folder, results, FOLDER)
+    cells = read_cells()
+    (FOLDER / "README.md").write_text(page(cells))
+    print(f"{FOLDER / 'README.md'}: {len(cells)} result files")
+
+
+if __name__ == "__main__":
+    main()

@@ -29,9 +29,13 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.cli import Parser, crop_name, identity_flags, number, parse_args
 from utils.data import load_split, preset_column
-from utils.run import (AGAIN, Progress, Work, begin, channels_last, check_classes, check_same, check_trained, costs, dealt,
-                       fingerprint, fingerprints, finish, finished_before, generator, is_there, load_teachers, load_torch,
-                       peak_memory, rank, relevant, save_torch, script, send, wait_for_all, world)
+from utils.checkpoint import Checkpoint, is_there, load_torch, save_torch
+from utils.processes import barrier, rank, shard, world_size
+from utils.provenance import (AGAIN, check_classes, check_same, check_trained, fingerprint, fingerprints,
+                              relevant)
+from utils.run import (Progress, begin, channels_last, finish, finished_before, generator, peak_memory,
+                       script, send)
+from utils.teachers import costs, load_teachers
 from utils.stats import conv_stats, layer_inputs, matched_layers, whole_patches
 
 
@@ -104,7 +108,7 @@ def training_views(split, kept, data, args, device, progress, done):
     order = kept[torch.randperm(len(kept), generator=draw)]       # batches of mixed classes: their variances are averaged
     batches = order.split(args.batch_size)
     views = [draw_view(len(batch), data["image_size"], args.crop, True, 0, draw) for batch in batches if not split.streamed]
-    todo = dealt(range(len(batches)))[done:]
+    todo = shard(range(len(batches)))[done:]
     for i, (images, labels) in zip(todo, split.batches([batches[i] for i in todo], crop_seed=args.seed)):
         images = send(images, device)
         if not split.streamed:
@@ -134,7 +138,7 @@ def main(argv=None):
     if args.patch > data["image_size"]:
         fail(f"--patch {args.patch} is larger than the images, {data['image_size']} pixels a side; use at most that")
     settings = {key: relevant(args)[key] for key in ("patch", "crop", "batch_size", "seed", "precision")}
-    result, todo, piece, made = paths.teachers / "collect_stats.json", [], f"{rank()} of {world()}", {}
+    result, todo, piece, made = paths.teachers / "collect_stats.json", [], f"{rank()} of {world_size()}", {}
     for name in models:
         path = paths.teachers / f"{name}.stats.pt"
         if is_there(path, args):
@@ -157,15 +161,15 @@ def main(argv=None):
     for name in todo:
         path, kept = paths.teachers / f"{name}.stats.pt", records[name].get("kept", torch.arange(len(split)))
         seen = {"data": fingerprint(json.dumps([data, len(split)]))}
-        with Work(path, args, fingerprints({name: records[name]}) | seen, settings | {"class_statistics": classes > 0}) as work:
-            state, progress = send(work.read(piece), device), Progress(f"collect_stats {name}", math.ceil(len(kept) / world()))
+        with Checkpoint(path, args, fingerprints({name: records[name]}) | seen, settings | {"class_statistics": classes > 0}) as work:
+            state, progress = send(work.read(piece), device), Progress(f"collect_stats {name}", math.ceil(len(kept) / world_size()))
             progress.skip(state["seen"] if state else 0)
             views = training_views(split, kept, data, args, device, progress, state["batches"] if state else 0)
             state = sum_statistics(channels_last(models[name]), views, args.patch, classes, state, partial(work.keep, piece=piece))
             work.save(state, piece)
-            wait_for_all()
+            barrier()
             if rank() == 0:
-                states = [work.read(f"{other} of {world()}") for other in range(world())]
+                states = [work.read(f"{other} of {world_size()}") for other in range(world_size())]
                 statistics = dataset_statistics(states)
                 check_finite(statistics, path)
                 more = {"class_statistics": class_statistics(states)} if classes else {}

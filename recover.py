@@ -40,9 +40,11 @@ from utils.data import describe, folder_name, load_split, preset_column, read_im
 from utils.dm import dm_loss, ite_norms, new_pruning, prune
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import SELECTIONS, UNMATCHED
-from utils.run import (Finite, Graphed, Progress, Work, begin, check_classes, check_trained, dealt, fingerprint, fingerprints,
-                       finish, finished, generator, image_set, load_teachers, load_torch, need_files, rank, relevant, script, send,
-                       wait_for_all, whole_file, world, writable)
+from utils.checkpoint import Checkpoint, load_torch, whole_file, writable
+from utils.processes import barrier, rank, shard, world_size
+from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, image_set, relevant
+from utils.run import Finite, Graphed, Progress, begin, finish, finished, generator, script, send
+from utils.teachers import load_teachers, need_files
 from utils.selection import herding, k_center, mosaic, most_forgotten, surest_crops
 from utils.stats import (ClosedFormMatching, channel_stats, freeze, layer_inputs, layer_target, matched_layers, mixed_moments,
                          patch_stats)
@@ -358,21 +360,21 @@ def synthesise(args, paths, device, models, statistics, data, starts, work):
     if rank() == 0 and (work.read("groups") or {}).get("asked") != args.groups_per_step:
         work.save({"asked": args.groups_per_step, "groups": make_groups(batches, models, statistics, data, args, device)},
                   "groups")
-    wait_for_all()
+    barrier()
     groups = [[(number, batches[number]) for number in numbers] for numbers in work.read("groups")["groups"]]
     files = [{one: image_path(paths.images, data, *one) for _, batch in group for one in batch} for group in groups]
     todo = [group for group, mine in zip(groups, files) if not all(file.exists() for file in mine.values())]
     for mine in files:
         grid.read({one: file for one, file in mine.items() if file.exists()})          # of an earlier process
-    wait_for_all()                                                   # until all have seen the same
-    todo = dealt(todo)
+    barrier()                                                   # until all have seen the same
+    todo = shard(todo)
     progress = Progress("recover", args.iterations * sum(len(batch) for group in todo for _, batch in group))
     for group in todo:
         recover_group(group, models, statistics, data, starts, args, paths, device, grid, log, progress, work)
-    wait_for_all()
+    barrier()
     if rank() == 0:
         log.merge()
-        for mine in files if world() > 1 else ():                    # of the other processes
+        for mine in files if world_size() > 1 else ():                    # of the other processes
             grid.read(mine)
         grid.save()
 
@@ -410,7 +412,7 @@ def make_groups(batches, models, statistics, data, args, device):
         alike, together = list(alike), args.groups_per_step
         if together == "auto":
             matchings = make_matchings(models, statistics, torch.zeros(1, size, dtype=torch.long), args, device)
-            together = min(fitting_groups(matchings, size, data["image_size"], device), math.ceil(len(alike) / world()))
+            together = min(fitting_groups(matchings, size, data["image_size"], device), math.ceil(len(alike) / world_size()))
         groups += [alike[first:first + together] for first in range(0, len(alike), together)]
     return groups
 
@@ -751,7 +753,7 @@ def main(argv=None):
             fail(f"--mosaic {args.mosaic} does not divide the {data['image_size']} pixels of an image; use a number that does")
         starts = real_starts(args, split, data, models, records, kept, device)
     old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
-    with Work(result, args, made_from | seen, outputs=old) as work:
+    with Checkpoint(result, args, made_from | seen, outputs=old) as work:
         if taught:
             warn(args, models, records, len(data["classes"]))
             synthesise(args, paths, device, models, statistics, data, starts, work)

@@ -28,12 +28,14 @@ import torch
 from models import build_model
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch
-from utils.cli import Parser, identity_flags, number, parse_args
+from utils.cli import Parser, call, identity_flags, number, parse_args
 from utils.data import folder_name, list_folder, load_folder, preset_column
 from utils.losses import ensemble_logits
-from utils.run import (Progress, Work, begin, call, channels_last, check_classes, check_recovered, dealt, fingerprints, finish,
-                       finished, generator, image_set, load_json, load_teachers, rank, script, send, wait_for_all,
-                       whole_file, writable)
+from utils.checkpoint import Checkpoint, load_json, whole_file, writable
+from utils.processes import barrier, rank, shard
+from utils.provenance import check_classes, check_recovered, fingerprints, image_set
+from utils.run import Progress, begin, channels_last, finish, finished, generator, script, send
+from utils.teachers import load_teachers
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
          "ratio": (np.float32, ())}                                   # what a mixed sample is made with
@@ -115,14 +117,14 @@ def label_epochs(images, units, models, batch_size, classes, args, folder, work)
     if rank() == 0 and not done:
         for file in files.values():
             file.create()
-    wait_for_all()                                                   # until all know what is done
+    barrier()                                                   # until all know what is done
 
     def state():
         for file in files.values():
             file.sync()
         return {"done": sorted(done)}
 
-    todo = dealt([epoch for epoch in range(args.epochs) if epoch not in done])
+    todo = shard([epoch for epoch in range(args.epochs) if epoch not in done])
     together = 1 if images.device.type == "cpu" else max(1, FILLING // (batch_size * images[0, 0].numel()))
     progress = Progress("relabel", len(todo))
     with ExitStack() as stack:
@@ -140,7 +142,7 @@ def label_epochs(images, units, models, batch_size, classes, args, folder, work)
             progress.step()
         if todo:
             work.save(state(), piece)
-    wait_for_all()
+    barrier()
     if rank() == 0:
         for file in files.values():                                  # some may have been moved before a kill
             with writable(folder), suppress(FileNotFoundError):
@@ -205,7 +207,7 @@ def main(argv=None):
     batch_size = len(raw) if len(raw) <= args.whole_up_to else args.batch_size
     raw, units = raw.to(device), torch.tensor([data["mean"], data["std"]], device=device)
     models = [channels_last(model) for model in models.values()]
-    with Work(result, args, made_from) as work:
+    with Checkpoint(result, args, made_from) as work:
         first = draw_labelled(args, raw, batch_size, 0)
         rms = dict(zip(args.backbones, logit_rms(raw, units, first, batch_size, models, args.mix)))
         warn(rms)

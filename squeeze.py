@@ -33,10 +33,12 @@ from utils.augment import apply_colour, apply_view, draw_colour, draw_view, norm
 from utils.cli import Parser, crop_name, epoch_range, identity_flags, number, parse_args
 from utils.data import describe, load_split, preset_column
 from utils.moco import MoCo, Probe, as_encoder, join_norms, knn_top1
-from utils.run import (AGAIN, TEACHER, Finite, Graphed, Progress, Work, accuracy, begin, channels_last, check_classes, check_models,
-                       check_origin, check_same, check_training, costs, dealt, fingerprint, finish, finished_before, generator,
-                       is_there, load_torch, one_first, peak_memory, rank, reason, relevant, save_torch, say, script, send,
-                       wait_for_all, with_precision, world)
+from utils.checkpoint import Checkpoint, is_there, load_torch, reason, save_torch
+from utils.processes import barrier, print_rank0, rank, rank0_first, shard, world_size
+from utils.provenance import AGAIN, check_classes, check_inputs, check_same, fingerprint, relevant
+from utils.run import (Finite, Graphed, Progress, accuracy, begin, channels_last, check_training, finish,
+                       finished_before, generator, peak_memory, script, send, with_precision)
+from utils.teachers import TEACHER, check_models, costs
 from utils.selection import count_forgetting, drop_largest, last_epoch_weights
 
 MOCO = ["objective", "queue", "key_momentum", "moco_temperature", "probe_epochs", "probe_lr"]
@@ -164,24 +166,24 @@ def kept_images(split, data, args, device, paths, seen, later):
     if is_there(path, args):
         stored = load_torch(path, AGAIN, ("scores", "args", "made_from"))
         check_same(stored["args"], own, path)
-        check_origin(stored["made_from"], seen, path)
+        check_inputs(stored["made_from"], seen, path)
         if len(scores := stored["scores"]) != len(split):
             fail(f"{path} holds {len(scores)} losses, of {len(split)} training images; {AGAIN}")
     else:
-        with Work(path, args, seen, own, later) as work:
-            piece = f"{rank()} of {world()}"
-            mine = score_images(split, data, args, device, dealt(list(range(args.score_trials))), partial(work.load, piece),
+        with Checkpoint(path, args, seen, own, later) as work:
+            piece = f"{rank()} of {world_size()}"
+            mine = score_images(split, data, args, device, shard(list(range(args.score_trials))), partial(work.load, piece),
                                 partial(work.keep, piece=piece))
             work.save({"scores": mine, "trial": args.score_trials, "epoch": 0, "done": 0}, piece)
-            wait_for_all()
-            scores = sum(work.read(f"{other} of {world()}")["scores"] for other in range(world())).cpu() / args.score_trials
-            wait_for_all()                                           # before the pieces go
+            barrier()
+            scores = sum(work.read(f"{other} of {world_size()}")["scores"] for other in range(world_size())).cpu() / args.score_trials
+            barrier()                                           # before the pieces go
             if not scores.isfinite().all():
                 fail(f"{path} would hold losses that are not finite; use a smaller --score-lr, and --overwrite")
             if rank() == 0:
                 save_torch(path, {"scores": scores, "args": own, "made_from": seen})
     kept = drop_largest(scores, split.labels.cpu(), args.prune_ratio)
-    say(f"squeeze trains on {len(kept)} of {len(split)} images, those of smaller loss")
+    print_rank0(f"squeeze trains on {len(kept)} of {len(split)} images, those of smaller loss")
     return kept
 
 
@@ -234,7 +236,7 @@ def train_moco(moco, splits, kept, data, args, device, progress, load, keep):
         if (epoch + 1) % max(1, args.epochs // 10) == 0 or epoch + 1 == args.epochs:
             bank = outputs(moco.query, split, kept, units, device)
             queries = outputs(moco.query, splits["test"], torch.arange(len(splits["test"])), units, device)
-            say(f"{progress.what}  epoch {epoch + 1}: {knn_top1(*bank, *queries, len(data['classes'])):.2f} % of the test "
+            print_rank0(f"{progress.what}  epoch {epoch + 1}: {knn_top1(*bank, *queries, len(data['classes'])):.2f} % of the test "
                 "images by their nearest neighbours")
 
 
@@ -274,7 +276,7 @@ def check_moco(args):
         fail("--objective moco makes no weak teachers; leave out --save-epochs and --pruned")
     if args.epochs < 2:
         fail(f"--epochs {args.epochs}: MoCo counts its cosine's epochs from 1, so that the last has the rate 0; use at least 2")
-    if world() > 1:
+    if world_size() > 1:
         fail("--objective moco trains in one process; run it without torchrun")
     if args.batch_size % 8 or args.batch_size < 16:
         fail(f"--batch-size {args.batch_size}: MoCo normalises 8 parts of a batch, each of at least 2 images; "
@@ -330,7 +332,7 @@ class JointBatchNorm2d(nn.BatchNorm2d):
 
 def in_parallel(model, device):
     """The model to be trained by all processes of torchrun together as one would alone, each on its `share` of a batch."""
-    if world() == 1:
+    if world_size() == 1:
         return model
     group = nccl() if device.type == "cuda" else None
     if group:
@@ -350,12 +352,12 @@ def nccl():
 
 def share(rows):
     """This process's part of a batch; of a batch too small for all, the whole of it."""
-    return dealt(rows) if len(rows) >= world() else rows
+    return shard(rows) if len(rows) >= world_size() else rows
 
 
 def gathered(mine, count):
     """Bools of this process's `share` of a batch of `count` -> of the whole batch."""
-    if world() == 1:
+    if world_size() == 1:
         return mine
     whole = torch.zeros(count, dtype=torch.uint8, device=mine.device)
     share(whole).copy_(mine)
@@ -365,7 +367,7 @@ def gathered(mine, count):
 
 def share_weight(mine, whole):
     """By which the mean loss of this process counts, so that the mean over processes is that of the batch."""
-    return mine * world() / whole if whole >= world() else 1.0
+    return mine * world_size() / whole if whole >= world_size() else 1.0
 
 
 def load_pretrained(name, model, download):
@@ -438,7 +440,7 @@ def main(argv=None):
     device, paths = begin(args)
     if device.type == "cuda" and (gpus := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         fail(f"--nproc-per-node is more than the {gpus} GPUs of this machine; squeeze.py takes one for each process")
-    if args.cuda_graphs and (device.type != "cuda" or world() > 1):
+    if args.cuda_graphs and (device.type != "cuda" or world_size() > 1):
         fail("--cuda-graphs needs a GPU (--device cuda) and a single process; leave it out")
     check_backbones(args)
     names, result = [one for name in args.backbones for one in teachers_of(name, args)], paths.teachers / "squeeze.json"
@@ -455,7 +457,7 @@ def main(argv=None):
 
 def load_data(args, device):
     """-> {split: images}, what teachers remember of the data (`describe`)"""
-    with one_first():
+    with rank0_first():
         splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
                                     args.download, args.holdout).to(device) for split in ("train", "test")}
     data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
@@ -485,8 +487,8 @@ def make(todo, args, device, paths, accuracies, variances):
         """Test a model and write its checkpoint."""
         units, test = torch.tensor([data["mean"], data["std"]], device=device), splits["test"]
         accuracies[name] = accuracy(model, ((normalize(send(x, device), *units), y) for x, y in test.batches(
-            dealt(torch.arange(len(test)).split(500)))), jointly=True)
-        say(f"{name}: {accuracies[name]:.2f} % of the test images")
+            shard(torch.arange(len(test)).split(500)))), jointly=True)
+        print_rank0(f"{name}: {accuracies[name]:.2f} % of the test images")
         variances[name] = first_bn_variance(name, model.state_dict())
         if rank() == 0:
             save_torch(paths.teachers / f"{name}.pt",
@@ -507,10 +509,10 @@ def make(todo, args, device, paths, accuracies, variances):
             how, more["widths"] = post_generation(name, model, args, paths)
         model = place(model)
         if args.pretrained and not kind:
-            with one_first():
+            with rank0_first():
                 load_pretrained(name, model, args.download)
         identity = settings(args, name) | {"objective": args.objective, "backbone": name, "save_epochs": args.save_epochs}
-        with Work(files[i], args, seen, identity, files[i + 1:]) as work:
+        with Checkpoint(files[i], args, seen, identity, files[i + 1:]) as work:
             if args.objective == "moco":
                 train_without_labels(model, place(new(backbone)), splits, kept, data, args, device, work)
             elif kind or not args.pretrained:
@@ -576,7 +578,7 @@ def post_generation(name, model, args, paths):
     """Teddy, supplement Sec. D.1: remove random channels of a trained model, in place.   -> how to fine-tune it, for 0 to
     --pruned-epochs epochs, more from one to the next; channels left, {layer: number}"""
     backbone, _, number = name.partition("@pruned")
-    wait_for_all()                                                   # until it is written
+    barrier()                                                   # until it is written
     try:
         model.load_state_dict(load_torch(path := paths.teachers / f"{backbone}.pt", AGAIN, TEACHER)["weights"])
     except RuntimeError as error:
@@ -595,7 +597,7 @@ def first_bn_variance(name, weights):
     means = next((value for key, value in weights.items() if key.endswith("running_mean")), None)
     variance = None if means is None else means.float().var(correction=0).item()
     if means is not None:
-        say(f"{name}: the running means of its first BatchNorm vary by {variance:.5f} over the channels")
+        print_rank0(f"{name}: the running means of its first BatchNorm vary by {variance:.5f} over the channels")
     return variance
 
 

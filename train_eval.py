@@ -32,14 +32,17 @@ from models import build_model, is_model_name
 from models.pruning import channel_scales
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch, normalize
-from utils.cli import Parser, identity_flags, number, parse_args
+from utils.cli import Parser, call, identity_flags, number, parse_args
 from utils.data import describe, folder_name, list_folder, load_folder, load_split, preset_column
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.protocols import SeenLabels, prune, summary, trainings
-from utils.run import (AGAIN, Finite, Graphed, Progress, Work, accuracy, begin, call, channels_last, check_classes, check_models,
-                       check_origin, check_recovered, check_same, check_training, dealt, finish, finished, fingerprint,
-                       fingerprints, generator, image_set, load_json, load_teachers, one_first, rank, script, send,
-                       wait_for_all, with_precision, world)
+from utils.checkpoint import Checkpoint, load_json
+from utils.processes import barrier, rank, rank0_first, shard, world_size
+from utils.provenance import (AGAIN, check_classes, check_inputs, check_recovered, check_same, fingerprint,
+                              fingerprints, image_set)
+from utils.run import (Finite, Graphed, Progress, accuracy, begin, channels_last, check_training, finish,
+                       finished, generator, script, send, with_precision)
+from utils.teachers import check_models, load_teachers
 
 
 class StoredLabels:
@@ -317,21 +320,21 @@ def main(argv=None):
     check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
     if starts and (key := next((key for key in data if start_data.get(key) != data[key]), None)):
         fail(f"{paths.teachers / todo[0]}.pt and the labels' data differ in {key}; train it again with squeeze.py --overwrite")
-    with one_first():
+    with rank0_first():
         test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download,
                           args.holdout).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
     whole = {"images": images, "classes": classes, "labels": labels, "test": test, "data": data}
     pieces = trainings(args, whole, partial(labels_of, args))
-    for names in [todo] if world() > 1 else [[name] for name in todo]:                # torchrun deals all trainings at once
+    for names in [todo] if world_size() > 1 else [[name] for name in todo]:                # torchrun deals all trainings at once
         with ExitStack() as stack:
-            works = {name: stack.enter_context(Work(results[name], alone[name], made_from[name], extends=bool(earlier[name])))
+            works = {name: stack.enter_context(Checkpoint(results[name], alone[name], made_from[name], extends=bool(earlier[name])))
                      for name in names}
-            for name, piece in dealt([(name, piece) for name in names for piece in pieces if piece not in earlier[name]]):
+            for name, piece in shard([(name, piece) for name in names for piece in pieces if piece not in earlier[name]]):
                 if (works[name].read(piece) or {}).get("epoch") != args.epochs:
                     done = train_piece(name, piece, *pieces[piece], works[name], alone[name], device, starts.get(name))
                     works[name].save({"epoch": args.epochs, **done}, piece)
-            wait_for_all()
+            barrier()
             for name in names if rank() == 0 else ():
                 done = [earlier[name].get(piece) or works[name].read(piece) for piece in pieces]
                 metrics = {"student": name, "labels": args.labels, **accuracies(args, done), "images": len(images),
@@ -348,7 +351,7 @@ def earlier_seeds(path, args, made_from):
     if args.protocol != "standard" or not set(seeds) < set(args.student_seeds):
         return {}
     check_same(result["args"] | {"student_seeds": args.student_seeds}, args, path)
-    check_origin(result["made_from"], made_from, path)
+    check_inputs(result["made_from"], made_from, path)
     return {"seconds": result["seconds"]} | {f"seed{seed}": {"top1": {int(epoch): value for epoch, value in top1.items()}}
                                              for seed, top1 in zip(seeds, result["top1_by_epoch"])}
 

@@ -33,7 +33,8 @@ from tests.helpers import counted_operations, saved_bytes
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.data import Split
 from utils.losses import mse_gt_loss
-from utils.run import Finite, Graphed, Progress, Work, channels_last, generator, pick_device
+from utils.checkpoint import Checkpoint
+from utils.run import Finite, Graphed, Progress, channels_last, generator, pick_device
 from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
@@ -170,7 +171,7 @@ def bench_keeping(rounds, quick, device):
         model, targets = frozen(name, device)
         matching = ClosedFormMatching(freeze(model), targets, recover.layer_weights(model, 0.01, 0.01, 10.0), 0.8, 4)
         args, states = recover.get_parser().parse_args(["--iterations", str(iterations)]), []
-        with TemporaryDirectory() as folder, Work(Path(folder, "result.json"), args) as work:
+        with TemporaryDirectory() as folder, Checkpoint(Path(folder, "result.json"), args) as work:
             def run():
                 finite, spent = Finite(["ce", "bn", "conv", "dd", "pixel"], device), []
 
@@ -336,7 +337,7 @@ def store_labels(folder, epochs, count, classes):
 
 def label(images, units, models, size, classes, args, folder):
     """relabel.py without its main."""
-    with Work(folder / "result.json", args) as work:
+    with Checkpoint(folder / "result.json", args) as work:
         relabel.label_epochs(images, units, models, size, classes, args, folder, work)
 
 

@@ -20,7 +20,7 @@ import recover
 import squeeze
 import train_eval
 from tests.conftest import Project
-from utils import run
+from utils import provenance
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 LONG = {  # flags with which a phase takes a second or so
@@ -366,11 +366,11 @@ def test_unfinished_work_goes_on_with_the_same_files_alone(phase, halfway, count
     if phase == "recover":                                           # else the statistics are said to be of other weights
         path = project.teachers / "convnet_w8.stats.pt"
         stored = torch.load(path, weights_only=True)
-        torch.save(stored | {"checkpoint": run.fingerprint(project.teachers / "convnet_w8.pt")}, path)
+        torch.save(stored | {"checkpoint": provenance.fingerprint(project.teachers / "convnet_w8.pt")}, path)
     if phase == "relabel":
         recovered = project.run() / "result.json"
         result = json.loads(recovered.read_text())
-        result["made_from"]["weights"]["convnet_w8"] = run.fingerprint(path)
+        result["made_from"]["weights"]["convnet_w8"] = provenance.fingerprint(path)
         recovered.write_text(json.dumps(result))
     line = project.mistake(phase, LONG[phase])
     assert "was made from other weights (convnet_w8) than there are now" in line and "--overwrite" in line

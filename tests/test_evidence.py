@@ -10,7 +10,7 @@ import train_eval
 from tests.evidence import make_readme
 from utils import report
 from utils.cli import parse_args
-from utils.run import relevant
+from utils.provenance import relevant
 
 CELLS = make_readme.read_cells()
 

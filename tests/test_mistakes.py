@@ -25,7 +25,7 @@ import squeeze
 import train_eval
 from models import build_model
 from tests.conftest import FLAGS
-from utils import run
+from utils import provenance, run
 from utils.cli import parse_args
 from utils.data import folder_name, preset_column
 
@@ -347,7 +347,7 @@ def test_a_teacher_that_knows_nothing_is_named(project, capsys):
     before = capsys.readouterr().err
     for name, top1 in ("convnet_w8", 25.0), ("wrn10_1", 90.0):
         edit(project.teachers / f"{name}.pt", top1=top1)
-        edit(project.teachers / f"{name}.stats.pt", checkpoint=run.fingerprint(project.teachers / f"{name}.pt"))
+        edit(project.teachers / f"{name}.stats.pt", checkpoint=provenance.fingerprint(project.teachers / f"{name}.pt"))
     recover.main(project.arguments("recover", "--tag weak"))
     warned = capsys.readouterr().err
     assert warned.count("warning: convnet_w8 is right on 25.0 % of the test images, no better than chance (25.0 %)") == 1
@@ -363,7 +363,7 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
     for name in "convnet_w8", "wrn10_1":
         path = project.teachers / f"{name}.pt"
         edit(path, data=torch.load(path, weights_only=True)["data"] | {"classes": CLASSES})
-        edit(path.with_name(f"{name}.stats.pt"), checkpoint=run.fingerprint(path), classes=CLASSES)
+        edit(path.with_name(f"{name}.stats.pt"), checkpoint=provenance.fingerprint(path), classes=CLASSES)
     before = project.files()
     project.call("recover")
     project.call("relabel")

@@ -335,7 +335,7 @@ def test_stopped_at_any_step_it_goes_on_to_the_same_weights(at, minutes, bare, c
 
 @pytest.mark.parametrize("at", [3, 7, 8])
 def test_killed_between_two_kept_states_it_goes_on_to_the_same_weights(at, bare, contrasted, monkeypatch):
-    kept, save = itertools.count(1), squeeze.Work.save
+    kept, save = itertools.count(1), squeeze.Checkpoint.save
 
     def every_second(self, state, piece="state"):
         if (number := next(kept)) % 2:
@@ -344,7 +344,7 @@ def test_killed_between_two_kept_states_it_goes_on_to_the_same_weights(at, bare,
             raise InterruptedError
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(squeeze.Work, "save", every_second)
+        patch.setattr(squeeze.Checkpoint, "save", every_second)
         squeeze.main(bare.arguments("squeeze", FLAGS, "--checkpoint-minutes 0"))
     bare.call("squeeze", FLAGS)
     assert_same_weights(bare, contrasted[0])
@@ -368,7 +368,7 @@ def test_what_moco_cannot_do_is_told(flags, words, bare):
 
 
 def test_it_is_not_trained_by_several_processes(bare, monkeypatch):
-    monkeypatch.setattr(squeeze, "world", lambda: 2)
+    monkeypatch.setattr(squeeze, "world_size", lambda: 2)
     assert "without torchrun" in bare.mistake("squeeze", FLAGS)
 
 

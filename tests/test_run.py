@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import relabel
-from utils import fail, run
+from utils import checkpoint, fail, provenance, run
 
 ROOT = Path(run.__file__).parents[1]
 
@@ -30,7 +30,7 @@ def test_a_file_that_was_not_written_to_the_end_leaves_the_old_one(error, old, t
     if old:
         path.write_text(old)
     with pytest.raises(SystemExit if isinstance(error, OSError) else type(error)):
-        with run.whole_file(path) as temporary:
+        with checkpoint.whole_file(path) as temporary:
             temporary.write_text("ne")
             assert path.exists() == bool(old)
             raise error
@@ -44,12 +44,12 @@ def test_a_file_that_was_not_written_to_the_end_leaves_the_old_one(error, old, t
 def test_a_whole_file_appears_in_new_folders_and_replaces_the_old_one(tmp_path):
     path = tmp_path / "a" / "b" / "result.json"
     for text in "old", "new":
-        with run.whole_file(path) as temporary:
+        with checkpoint.whole_file(path) as temporary:
             temporary.write_text(text)
         assert path.read_text() == text and list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("save", [run.save_json, run.save_torch])
+@pytest.mark.parametrize("save", [checkpoint.save_json, checkpoint.save_torch])
 def test_a_place_that_cannot_be_written_is_told_in_one_line(save, tmp_path, capsys):
     for name in ".result.tmp", f".result.{os.getpid()}.tmp":
         (tmp_path / name).mkdir()                   # in the way: not even root can open a file there
@@ -60,11 +60,11 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(save, tmp_path, caps
 
 
 def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
-    code = ("import os, sys; from pathlib import Path; from utils.run import whole_file\n"
+    code = ("import os, sys; from pathlib import Path; from utils.checkpoint import whole_file\n"
             "with whole_file(Path(sys.argv[1])) as temporary:\n    temporary.write_text('ne')\n    os._exit(1)")
     subprocess.run([sys.executable, "-c", code, tmp_path / "result.json"], cwd=ROOT)
     assert not (tmp_path / "result.json").exists() and len(list(tmp_path.iterdir())) == 1
-    run.save_torch(tmp_path / "result.json", 1)            # the next attempt clears it away
+    checkpoint.save_torch(tmp_path / "result.json", 1)            # the next attempt clears it away
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
@@ -148,12 +148,12 @@ def test_a_fingerprint_is_of_the_contents_of_all_parts_in_their_order(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"abc")
     two.write_bytes(b"abc")
-    assert run.fingerprint(one) == run.fingerprint(two) == run.fingerprint("abc") == (
+    assert provenance.fingerprint(one) == provenance.fingerprint(two) == provenance.fingerprint("abc") == (
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")             # FIPS 180-2, appendix B.1
     two.write_bytes(b"abd")
     pixels = np.arange(6, dtype=np.uint8)
     parts = [(one,), (two,), ("abc", pixels), ("abd", pixels), ("abc", pixels + 1), (pixels, "abc")]
-    assert len({run.fingerprint(*part) for part in parts}) == len(parts)
+    assert len({provenance.fingerprint(*part) for part in parts}) == len(parts)
 
 
 @pytest.mark.parametrize("changes, told", [
@@ -161,25 +161,25 @@ def test_a_fingerprint_is_of_the_contents_of_all_parts_in_their_order(tmp_path):
     ({"logit_norm": False, "tag": "x"}, "--logit-norm True (now False), --tag None (now x);"),
     ({"backbones": ["b", "a"]}, "--backbones ['a', 'b'] (now ['b', 'a']);")])
 def test_other_arguments_are_told_by_flag_and_both_values(changes, told, capsys):
-    stored = json.loads(json.dumps(run.relevant(arguments())))
+    stored = json.loads(json.dumps(provenance.relevant(arguments())))
     if not told:
-        run.check_same(stored, arguments(**changes), Path("here"))
+        provenance.check_same(stored, arguments(**changes), Path("here"))
         assert capsys.readouterr().err == ""
         return
     with pytest.raises(SystemExit):
-        run.check_same(stored, arguments(**changes), Path("here"))
+        provenance.check_same(stored, arguments(**changes), Path("here"))
     error = capsys.readouterr().err
     assert error.startswith("here ") and told in error and "--overwrite" in error and error.count("\n") == 1
 
 
 def test_arguments_of_any_type_become_plain_values():
-    plain = run.relevant(arguments(images=Path("some/where")))
+    plain = provenance.relevant(arguments(images=Path("some/where")))
     assert json.loads(json.dumps(plain)) == plain
     assert plain == {"alpha": 0.8, "backbones": ["a", "b"], "logit_norm": True, "tag": None, "images": "some/where"}
 
 
 def test_a_flag_that_is_new_since_a_result_was_written_does_not_void_it():
-    run.check_same({"alpha": 0.8}, arguments(), Path("here"))
+    provenance.check_same({"alpha": 0.8}, arguments(), Path("here"))
 
 
 @pytest.mark.parametrize("found, told", [
@@ -188,10 +188,10 @@ def test_a_flag_that_is_new_since_a_result_was_written_does_not_void_it():
 def test_classes_must_agree_in_their_order(found, told, capsys):
     if told:
         with pytest.raises(SystemExit):
-            run.check_classes(found, ["a", "b", "c"], "here", "there")
+            provenance.check_classes(found, ["a", "b", "c"], "here", "there")
         assert f"here and there differ in their classes ({told})" in capsys.readouterr().err
     else:
-        run.check_classes(found, ["a", "b", "c"], "here", "there")
+        provenance.check_classes(found, ["a", "b", "c"], "here", "there")
 
 
 @pytest.mark.parametrize("seconds, text", [

@@ -22,7 +22,9 @@ import train_eval
 from models import build_model
 from tests.helpers import assert_near, faked_graphs
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
-from utils.run import Work, channels_last, generator, load_teachers
+from utils.checkpoint import Checkpoint
+from utils.run import channels_last, generator
+from utils.teachers import load_teachers
 
 PHASES = {module.__name__: module for module in (squeeze, collect_stats, recover, relabel, train_eval)}
 RUN = "gvbsm-ipc2"
@@ -682,7 +684,7 @@ def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path)
     for epochs in 25, 225:                                           # the first ones fill caches
         args = relabel.get_parser().parse_args(["--epochs", str(epochs)])
         tracemalloc.start()                                                          # numpy's arrays, not torch's tensors
-        with Work(tmp_path / str(epochs) / "result.json", args) as work:
+        with Checkpoint(tmp_path / str(epochs) / "result.json", args) as work:
             relabel.label_epochs(images, units, [model], 50, 40, args, tmp_path / str(epochs), work)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

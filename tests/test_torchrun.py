@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import squeeze
 from models import build_model
 from tests.helpers import assert_near
-from utils import run
+from utils import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -201,11 +201,11 @@ def test_two_steps_in_parallel_are_those_of_one_process(tmp_path):
 @pytest.mark.parametrize("rows, world", [(8, 2), (7, 3), (2, 2)])
 def test_shares_make_up_a_batch_and_their_weights_the_mean(rows, world, monkeypatch):
     batch, losses = torch.arange(rows), torch.rand(rows, dtype=torch.float64)
-    monkeypatch.setattr(run, "world", lambda: world)
-    monkeypatch.setattr(squeeze, "world", lambda: world)
+    monkeypatch.setattr(processes, "world_size", lambda: world)
+    monkeypatch.setattr(squeeze, "world_size", lambda: world)
     parts = []
     for number in range(world):
-        monkeypatch.setattr(run, "rank", lambda: number)
+        monkeypatch.setattr(processes, "rank", lambda: number)
         parts.append(squeeze.share(batch))
     assert sorted(torch.cat(parts).tolist()) == batch.tolist()
     mean = sum(losses[part].mean() * squeeze.share_weight(len(part), rows) for part in parts) / world
@@ -213,6 +213,6 @@ def test_shares_make_up_a_batch_and_their_weights_the_mean(rows, world, monkeypa
 
 
 def test_a_batch_too_small_for_all_is_everybodys(monkeypatch):
-    monkeypatch.setattr(run, "world", lambda: 4)
-    monkeypatch.setattr(squeeze, "world", lambda: 4)
+    monkeypatch.setattr(processes, "world_size", lambda: 4)
+    monkeypatch.setattr(squeeze, "world_size", lambda: 4)
     assert squeeze.share(torch.arange(3)).tolist() == [0, 1, 2] and squeeze.share_weight(3, 3) == 1

@@ -5,6 +5,7 @@ given, in the place of --method.
 """
 import argparse
 import re
+import shlex
 import sys
 
 from utils import fail
@@ -132,3 +133,12 @@ def plain_name(text):
             "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
         raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use up to 100 letters, digits, '.', '_' and '-'")
     return text
+
+
+def call(script, args, **instead):
+    """The command of another phase with the flags that this call gave and all phases share, but for those `instead`."""
+    words = ["python", *script.split()]
+    for flag, value in (args.given | instead).items():
+        if value not in (None, False):
+            words += [f"--{flag.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value] * (value is not True))]
+    return shlex.join(words)

@@ -31,7 +31,10 @@ from utils.cli import Parser, number, plain_name
 from utils.data import DATASETS, describe, folder_name, list_folder, load_split, opened, read_images, unreadable_fails
 from utils.losses import pooled_rows
 from utils.report import BASES, LABELS, read_results, run_name
-from utils.run import check_classes, load_json, load_teachers, load_torch, pick_device, script
+from utils.checkpoint import load_json, load_torch
+from utils.provenance import check_classes
+from utils.run import pick_device, script
+from utils.teachers import load_teachers
 
 STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 150}

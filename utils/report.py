@@ -15,7 +15,8 @@ from pathlib import Path
 from utils import fail
 from utils.cli import Parser
 from utils.presets import METHODS
-from utils.run import NEUTRAL, load_json
+from utils.checkpoint import load_json
+from utils.provenance import NEUTRAL
 
 R18, R50, R101, CONVNET = "resnet18", "resnet50", "resnet101", "convnet_w128"
 PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}

@@ -18,7 +18,8 @@ from utils.data import DATASETS, preset_column
 from utils.presets import METHODS, UNMATCHED
 from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, is_variant, random_beside,
                           read_results, run_name, shown_runs, table)
-from utils.run import load_json, relevant, save_json
+from utils.checkpoint import load_json, save_json
+from utils.provenance import relevant
 
 FOLDER = Path(__file__).resolve().parent
 FAMILY = "family"                                  # the tag of the base that compares methods; the others change one thing

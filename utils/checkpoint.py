@@ -1,0 +1,214 @@
+"""Whole files, and unfinished work that goes on after any kill."""
+import fcntl
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from utils import fail
+from utils.processes import barrier, rank, signals
+from utils.provenance import AGAIN, check_inputs, check_same, relevant
+
+
+@contextmanager
+def writable(path):
+    """What cannot be written ends the phase."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{path} cannot be written ({error.strerror or error}); make room there or name another --run-dir")
+
+
+@contextmanager
+def whole_file(path, suffix="tmp"):
+    """Yields a path beside `path` to write to, and renames it when all is written: the file is whole or absent."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{suffix}")
+    try:
+        with writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())                              # whole after a power cut too
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):                                      # nothing is left to remove when all went well
+            temporary.unlink()
+
+
+def save_json(path, value):
+    with whole_file(path, f"{os.getpid()}.tmp") as temporary:        # two processes may end with the same summary
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def load_json(path, remedy, keys=("args",)):
+    """The object of a result file, which must have these keys."""
+    try:
+        return with_keys(json.loads(Path(path).read_text()), keys)
+    except FileNotFoundError:
+        fail(f"{path} is missing; {remedy}")
+    except (OSError, ValueError) as error:
+        fail(f"{path} is no whole result file ({reason(error)}); {remedy}")
+
+
+def with_keys(value, keys):
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        raise ValueError(f"it lacks {' '.join(keys)}")
+    return value
+
+
+def reason(error):
+    """An exception's first line, or its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
+
+
+def save_torch(path, value):
+    buffer = io.BytesIO()                   # torch's own writer turns a full disk into an error that is no OSError
+    torch.save(value, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_torch(path, remedy, keys=()):
+    """The dict of a checkpoint, which must have these keys; tensors and plain values only: nothing in the file can run."""
+    try:
+        return with_keys(torch.load(path, map_location="cpu", weights_only=True), keys)
+    except FileNotFoundError:
+        fail(f"{path} is missing; {remedy}")
+    except Exception as error:                                       # a damaged pickle may raise anything
+        fail(f"{path} is no whole checkpoint of plain weights ({reason(error)}); {remedy}")
+
+
+def unfinished(result):
+    return result.with_name(f".{result.name}.unfinished")
+
+
+def is_there(path, args):
+    """Whether a result need not be made. What a kill left of its work goes."""
+    if args.overwrite or not path.exists():
+        return False
+    folder = unfinished(path)
+    with suppress(OSError), open(folder / "lock", "r+") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+    return True
+
+
+class Checkpoint:
+    """Unfinished work on a result: a hidden folder beside it holds who works, on what, and how far it is, and goes when the
+    result is there. Stops where the work is another process's, or was begun with other arguments or files.
+
+    with Checkpoint(result, args, made_from) as work:
+        state = work.load()                         # as last kept, or None
+        for ...:
+            work.keep(lambda: state)                # every --checkpoint-minutes; at SIGINT or SIGTERM, and ends
+        # write the result
+
+    One work may have several pieces, each with a state of its own. torch's generators are kept beside a state.
+    settings: what is compared instead of args; outputs: other files that the work writes, which go when it starts again;
+    extends: the result is there and stays until a larger one takes its place.
+    seconds(): spent on it, earlier processes included, up to what they kept last.
+    """
+
+    def __init__(self, result, args, made_from=None, settings=None, outputs=(), extends=False):
+        self.result, self.outputs, self.overwrite = Path(result), [] if extends else [Path(result), *outputs], args.overwrite
+        self.folder = unfinished(self.result.with_stem(f"{self.result.stem}+") if extends else self.result)
+        self.begun, self.period = self.folder / "begun.json", 60 * args.checkpoint_minutes
+        self.identity = {"args": settings or relevant(args), "made_from": made_from or {}}
+
+    def __enter__(self):
+        self.earlier, self.kept, self.entered = 0, time.monotonic(), time.monotonic()
+        if rank() == 0:
+            self._begin()
+        signals.checkpoints += 1
+        barrier()
+        return self
+
+    def _begin(self):
+        if not self.overwrite and not self.begun.exists():
+            if self.result in self.outputs and self.result.exists():     # it was not when this process began
+                fail(f"{self.result} has just been made by another process; the same command repeats it")
+            for old in self.outputs:
+                if old.exists():
+                    fail(f"{old} is there, but no word of what it was made with; move it away, or {AGAIN}, which removes it")
+        with writable(self.result):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "a+")
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                    # not inherited, as flock is
+            except (BlockingIOError, PermissionError):
+                self.lock.seek(0)
+                fail(f"{self.result} is being made by process {self.lock.read()}; wait for it, or stop it")
+            if self.begun.exists() and not self.overwrite:
+                stored = load_json(self.begun, AGAIN, self.identity)
+                check_same(stored["args"], self.identity["args"], self.result)
+                check_inputs(stored["made_from"], self.identity["made_from"], self.result)
+                self.earlier = stored.get("seconds", 0)
+            else:
+                for old in [self.begun, *self.folder.glob("*.pt"), *self.outputs]:
+                    old.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        old.parent.rmdir()                           # of a class that is no more
+                save_json(self.begun, self.identity)
+            self.lock.truncate(0)
+            print(os.getpid(), "on", platform.node(), end="", file=self.lock, flush=True)
+
+    def read(self, piece="state"):
+        """The state of a piece as it was last kept, or None."""
+        kept = self._kept(piece)
+        return kept and kept["state"]
+
+    def load(self, piece="state"):
+        """The same, and torch's generators are as they were."""
+        if kept := self._kept(piece):
+            first, *others = kept["generators"]
+            torch.set_rng_state(first)
+            if others and torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(others[0])
+        return kept and kept["state"]
+
+    def _kept(self, piece):
+        path = self.folder / f"{piece}.pt"
+        return load_torch(path, AGAIN, ("state", "generators")) if path.exists() else None
+
+    def states(self):
+        """Those of all pieces."""
+        return [self.read(path.stem) for path in sorted(self.folder.glob("*.pt"))]
+
+    def keep(self, state, piece="state"):
+        """Save what state() gives if it is time to; after a signal at once, and end."""
+        if signals.stopped_by or time.monotonic() - self.kept >= self.period:
+            self.save(state(), piece)
+            if signals.stopped_by:
+                without = " without --overwrite" * self.overwrite
+                sys.stderr.write(f"{self.result}: kept how far it is; the same command{without} goes on\n")
+                raise SystemExit(128 + signals.stopped_by)
+
+    def save(self, state, piece="state"):
+        generators = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+        save_torch(self.folder / f"{piece}.pt", {"state": state, "generators": generators})
+        if rank() == 0:
+            save_json(self.begun, self.identity | {"seconds": self.seconds()})
+        self.kept = time.monotonic()
+
+    def seconds(self):
+        return self.earlier + time.monotonic() - self.entered
+
+    def drop(self, piece="state"):
+        (self.folder / f"{piece}.pt").unlink(missing_ok=True)
+
+    def __exit__(self, kind, error, trace):
+        signals.checkpoints -= 1
+        if rank() == 0:
+            if kind is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.lock.close()
+        if signals.stopped_by and not signals.checkpoints and (kind is None or issubclass(kind, RuntimeError)):
+            raise SystemExit(128 + signals.stopped_by) from None        # RuntimeError: a collective's other end has stopped

@@ -1,0 +1,88 @@
+"""What a result comes from: fingerprints of files, the arguments that decide it, and what may meet what."""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from utils import fail
+
+NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every",
+           "log_every", "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given"}
+# arguments that leave the result as it is, up to rounding; recipe decides others, which do not, and given repeats some
+AGAIN = "start again with --overwrite"
+
+
+def fingerprint(*parts):
+    """sha256 of files (paths), texts and arrays, one after another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        else:
+            digest.update(os.fsencode(part) if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def image_set(folder, files):
+    """Fingerprint of the images of a folder, by their names in it."""
+    folder = Path(folder).expanduser()
+    return fingerprint(*(part for name in sorted(files) for part in (name, folder / name)))
+
+
+def fingerprints(records):
+    """Of records of `load_teachers`, for `check_inputs`."""
+    return {"weights": {name: record["fingerprint"] for name, record in records.items()}}
+
+
+def relevant(args):
+    """The arguments that decide the result, as plain values."""
+    return json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in NEUTRAL}, default=str))
+
+
+def check_same(stored, args, path):
+    """Stop when what lies at `path` was made with other arguments.   args: of the phase, or those that matter as a dict"""
+    now = args if isinstance(args, dict) else relevant(args)
+    changed = [key for key in now if key in stored and stored[key] != now[key]]
+    if changed:
+        told = ", ".join(f"--{key.replace('_', '-')} {stored[key]} (now {now[key]})" for key in changed)
+        fail(f"{path} was made with {told}; choose another --tag or --teachers, or {AGAIN}")
+
+
+def check_inputs(stored, now, path, remedy=AGAIN):
+    """Stop when what lies at `path` was made from other files.   stored, now: {what: hash, or {backbone: hash}}"""
+    for what in now:
+        then, these = (made[what] if isinstance(made.get(what), dict) else {"": made.get(what)} for made in (stored, now))
+        differing = [name for name in then | these if then.get(name) != these.get(name)]
+        if differing:
+            named = f" ({' '.join(sorted(differing))})" if all(differing) else ""
+            fail(f"{path} was made from other {what}{named} than there are now; {remedy}")
+
+
+def check_classes(found, expected, where, other):
+    """Class names and their order must agree wherever two artefacts meet."""
+    if list(found) != list(expected):
+        pair = next(((a, b) for a, b in zip(found, expected) if a != b), None)
+        what = f"class {pair[0]!r} stands where {pair[1]!r} does" if pair else f"{len(found)} classes, not {len(expected)}"
+        fail(f"{where} and {other} differ in their classes ({what}); use the same data set for both")
+
+
+def check_trained(split, records, paths):
+    """Stop where a teacher was trained when there were more or fewer training images."""
+    for name, record in records.items():
+        if record.get("trained", len(split)) != len(split):
+            fail(f"{paths.teachers / name}.pt was trained when there were {record['trained']} training images, now {len(split)}; "
+                 "train it again with squeeze.py --overwrite")
+
+
+def check_recovered(recovered, args, paths, data, records):
+    """Stop unless recover.py's images are of these classes and, where it had teachers of this set, of these. Under another
+    --recipe there may be others, but none of those it had may have changed."""
+    path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
+    check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
+    if records and had and recovered["args"]["teachers"] == args.teachers:
+        names = had.keys() & records.keys() if args.recipe else had.keys() | records.keys()
+        check_inputs({"weights": {name: had.get(name) for name in names}},
+                     fingerprints({name: records[name] for name in names & records.keys()}), path, "name the same --backbones, "
+                     f"run recover.py --overwrite, or name --images {paths.images} under another --tag")

@@ -17,7 +17,7 @@ from utils.augment import apply_epoch
 from utils.losses import ensemble_logits
 from utils.stats import matched_layers
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+README = (Path(__file__).resolve().parents[1] / "utils" / "README.md").read_text()
 
 
 def parsed(name, *words):
@@ -266,10 +266,10 @@ def test_one_image_a_class_has_no_pair(selected, capsys):
     assert "--ipc" in told(capsys, figures.similarities, parsed("similarity", selected.run()))
 
 
-# The README's snippets
+# The snippets of utils/README.md
 
 def snippet(word, project):
-    """What a python block of the README defines, with the project's run in the place of its example."""
+    """What a python block of the page defines, with the project's run in the place of its example."""
     block, = [block for block in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if word in block]
     space = {}
     exec(block.replace("runs/cifar10/gvbsm-ipc10", str(project.run())), space)

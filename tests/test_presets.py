@@ -167,7 +167,9 @@ def test_best_equals_paper_but_for_what_was_measured_on_cifar10_of_which_cifar10
         assert changed == {(phase, flag) for (place, flag), value in zip(BEST, column) if value is not None
                            for phase in PHASES if place in ("*", phase)} | (at_fifty if dataset == "cifar10" else set())
     teachers = {("*", "teachers"), ("squeeze", "schedule")}
-    assert all(row[0] == row[4] and row[2] is row[3] is None for place, row in BEST.items() if place not in teachers)
+    precision = {place for place in BEST if place[1] == "precision"}
+    assert all(row[0] == row[4] and row[2] is row[3] is None for place, row in BEST.items() if place not in teachers | precision)
+    assert all(row[:5] == (*["auto"] * 4, None) for place, row in BEST.items() if place in precision)
     assert all(row[0] and not any(row[1:5]) for place, row in BEST.items() if place in teachers)
     for phase in "recover", "relabel", "train_eval":
         assert preset_values("best", "cifar10", phase) == preset_values("best", "cifar100", phase) | {"teachers": "annealed"}
@@ -266,3 +268,11 @@ def test_flags_are_never_abbreviated(phase, capsys):
         with pytest.raises(SystemExit) as end:
             import_module(phase).main([short, *values])
         assert end.value.code == 2 and short in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--dataset shapes", "auto tf32 tf32 auto auto"), ("--dataset cifar10 --preset best", "auto tf32 tf32 auto auto"),
+    ("--dataset cifar10", "tf32 tf32 tf32 tf32 tf32"), ("--dataset cifar10 --preset release", "tf32 tf32 tf32 tf32 tf32"),
+    ("--dataset cifar10 --precision auto", "auto tf32 tf32 auto auto")])
+def test_best_and_shapes_let_the_device_choose_but_never_for_statistics_and_pixels(flags, expected, monkeypatch):
+    assert [parsed(phase, monkeypatch, *flags.split()).precision for phase in PHASES] == expected.split()

@@ -105,6 +105,17 @@ def test_precision_is_that_of_the_layers_and_not_of_weights_or_outputs(precision
     assert list(model.state_dict()) == keys and all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("native, chosen", [(True, "bf16"), (False, "tf32")])
+def test_auto_precision_is_bfloat16_only_where_the_device_multiplies_it(native, chosen, monkeypatch):
+    for unit in "avx512_bf16", "amx_tile":
+        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: native and unit == "amx_tile", raising=False)
+    for asked, expected in ("auto", chosen), ("bf16", "bf16"), ("fp32", "fp32"):
+        args = arguments(device="cpu", precision=asked, dataset="shapes", run_dir="runs", holdout=False, method="gvbsm", ipc=1,
+                         teachers="a")
+        run.begin(args)
+        assert args.precision == expected
+
+
 @pytest.mark.parametrize("processes, local_rank, asked, device", [
     (1, 0, "auto", None), (1, 0, "cuda", None), (1, 0, "cuda:1", 1), (8, 1, "auto", 1), (8, 2, "cuda", 0), (8, 7, "auto", 1)])
 def test_processes_are_dealt_two_gpus_and_one_alone_takes_the_one_it_names(processes, local_rank, asked, device, monkeypatch):

@@ -53,8 +53,9 @@ def identity_flags(parser):
     run.add_argument("--seed", type=number(int, 0, 10 ** 18), default=0,
                      help="of everything random in this phase but students, which have --student-seeds")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
-    run.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="tf32",
-                     help="of the networks' matrix work: tf32 is fp32 except on a GPU, bf16 is autocast")
+    run.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="tf32",
+                     help="of the networks' matrix work: tf32 is fp32 except on a GPU, bf16 is autocast; auto is bf16 where "
+                     "the device multiplies it natively, else tf32, and always tf32 in collect_stats.py and recover.py")
     run.add_argument("--workers", type=number(int, 0), default=2, help="processes or threads that read images")
     run.add_argument("--overwrite", action="store_true",
                      help="start again where there are results or unfinished work; without it, unfinished work goes on")
@@ -81,6 +82,8 @@ def parse_args(parser, phase, argv, find_column):
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
     parser.set_defaults(**values)
     args = parser.parse_args(argv)
+    if args.precision == "auto" and phase in ("collect_stats", "recover"):
+        args.precision = "tf32"               # statistics and pixels are float32
     args.recipe = recipe if recipe != args.method else None
     args.given = {flag: value for flag, value in vars(known).items() if flag in SHARED and value != early.get_default(flag)}
     for flag in "backbones", "students", "student_seeds":

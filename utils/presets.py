@@ -14,6 +14,9 @@ COLUMNS = ("cifar10", "cifar100", "tiny", "imagenet", "shapes")
 PAPER = {
     # phase, flag                   cifar10        cifar100       tiny           imagenet       shapes         source
     ("*", "backbones"):             (SMALL,         SMALL,         SMALL,         LARGE,         ["convnet_w64", "wrn16_2"], "P"),
+    ("squeeze", "precision"):       (None,          None,          None,          None,          "auto",        "P: float32"),
+    ("relabel", "precision"):       (None,          None,          None,          None,          "auto",        "P: float32"),
+    ("train_eval", "precision"):    (None,          None,          None,          None,          "auto",        "P: float32"),
     ("squeeze", "pretrained"):      (False,         False,         False,         True,          False,         "P"),
     ("squeeze", "lr"):              (0.05,          0.05,          0.1,           0.1,           0.05,          "P"),
     ("squeeze", "momentum"):        (0.9,           0.9,           0.9,           0.9,           0.9,           "P"),
@@ -83,6 +86,9 @@ RELEASE = {     # where the release differs from the above; the same columns
 BEST = {
     ("*", "teachers"):              ("annealed",    None,          None,          None,          None,          "of the next line"),
     ("squeeze", "schedule"):        ("cosine",      None,          None,          None,          None,          "+4.3, measured last"),
+    ("squeeze", "precision"):       ("auto",        "auto",        "auto",        "auto",        None,          "faster where native"),
+    ("relabel", "precision"):       ("auto",        "auto",        "auto",        "auto",        None,          "as in squeeze"),
+    ("train_eval", "precision"):    ("auto",        "auto",        "auto",        "auto",        None,          "as in squeeze"),
     ("recover", "init"):            ("herding",     "herding",     None,          None,          "herding",     "+12.1"),
     ("recover", "lr"):              (0.01,          0.01,          None,          None,          0.01,          "+2.3, with"),
     ("recover", "iterations"):      (800,           800,           None,          None,          800,           "these"),

@@ -44,6 +44,8 @@ def begin(args):
             fail(f"--device {device} would be that of every process; under torchrun use cuda, which is dealt to them")
         dist.init_process_group("gloo", timeout=timedelta(30))       # days: one may wait for another's work
     device = pick_device(device, args.precision)
+    if args.precision == "auto":                                     # the result tells what ran
+        args.precision = "bf16" if native_bf16(device) else "tf32"
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     return device, run_paths(args)
@@ -74,6 +76,13 @@ def pick_device(name, precision="tf32"):
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+def native_bf16(device):
+    """Whether torch says that the device multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
 
 
 def with_precision(model, device, precision):

@@ -1,13 +1,21 @@
-"""Shared by the tests of the scripts: a small data set in a folder, teachers of it, and calls of the phases."""
+"""Shared by the tests of the scripts: a small data set in a folder, teachers of it, and calls of the phases.
+
+python -m pytest                               the fast tests
+python -m pytest -m slow                       the others: kills, torchrun, every method and mistake from end to end
+python -m pytest -m "slow or not slow"         all
+"""
 import io
 import json
+import os
 import shutil
 import signal
 import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # tensors are tiny; two threads on busy cores wait for each other
 
 import numpy as np
 import pytest
@@ -24,6 +32,34 @@ FLAGS = {
     "relabel": "--epochs 3",
     "train_eval": "--epochs 3 --students convnet_w8",
 }
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; left out unless -m, or the test itself, is named")
+    if not config.option.markexpr and not any("::" in name for name in config.args):
+        config.option.markexpr = "not slow"
+
+
+@contextmanager
+def own_handlers():
+    """A phase in this process takes over SIGINT and SIGTERM; afterwards they are pytest's again. A phase that Ctrl-C has
+    ended takes pytest with it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt from end
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    with own_handlers():
+        return (yield)
 
 
 def words(flags):
@@ -53,7 +89,7 @@ class Project:
     def call(self, phase, *flags):
         """main() of a phase; a str holds several flags, later ones replace earlier ones.   -> its last RESULT"""
         out = io.StringIO()
-        with redirect_stdout(out):
+        with redirect_stdout(out), own_handlers():
             import_module(phase).main(self.arguments(phase, *flags))
         self.printed = out.getvalue()
         assert self.printed.splitlines()[-1].startswith("RESULT ")
@@ -67,7 +103,7 @@ class Project:
     def mistake(self, phase, *flags):
         """main() ends with code 2, one line on stderr, and all files as they were.   -> that line"""
         before, err = self.files(), io.StringIO()
-        with warnings.catch_warnings(record=True) as warned, pytest.raises(SystemExit) as end, \
+        with warnings.catch_warnings(record=True) as warned, pytest.raises(SystemExit) as end, own_handlers(), \
                 redirect_stderr(err), redirect_stdout(io.StringIO()):
             import_module(phase).main(self.arguments(phase, *flags))
         assert end.value.code == 2 and not warned
@@ -94,15 +130,6 @@ def write_images(folder, count, size=16, classes=CLASSES):
             colour = 40 * np.array([label, 5 - label, (2 * label) % 5])
             pixels = (colour + rng.normal(20, 30, (size, size, 3))).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """Ctrl-C stops pytest, though the phases take it over."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ import train_eval
 from tests.conftest import Project
 from utils import provenance
 
+pytestmark = pytest.mark.slow
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 LONG = {  # flags with which a phase takes a second or so
     "squeeze": "--epochs 20 --batch-size 4", "collect_stats": "--batch-size 2",

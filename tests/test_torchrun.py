@@ -57,6 +57,7 @@ def copy(project, new_project):
     return other
 
 
+@pytest.mark.slow
 def test_squeeze_trains_as_one_process_up_to_rounding(alone, new_project):
     """At a small learning rate, at which rounding does not grow; batches of 5 images, and a last one of 2."""
     flags = ("--epochs 2 --batch-size 5 --lr 0.001 --overwrite --save-epochs 1:1:1 --pruned 1 --prune-ratio 0.34 "
@@ -74,6 +75,7 @@ def test_squeeze_trains_as_one_process_up_to_rounding(alone, new_project):
             torch.testing.assert_close(two["weights"][key], value, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_one_process(alone, new_project):
     both = copy(alone, new_project)
     flags = "--overwrite --batch-size 7 --class-statistics"
@@ -87,6 +89,7 @@ def test_statistics_are_those_of_one_process(alone, new_project):
                     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_images_labels_and_accuracies_have_the_bytes_of_one_process(alone, new_project):
     both = copy(alone, new_project)
     for phase, flags in [("recover", "--ipc 3"), ("relabel", "--ipc 3"),
@@ -102,6 +105,7 @@ def test_images_labels_and_accuracies_have_the_bytes_of_one_process(alone, new_p
     assert not list(both.root.rglob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_classes_in_steps_give_the_accuracies_of_one_process(alone, new_project):
     flags = "--protocol continual --steps 2 --orders 2"
     for phase in "recover", "relabel":
@@ -119,6 +123,7 @@ def wait_for(pattern, folder, process):
     return found[0]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_all_and_a_restart_with_any_number_goes_on(alone, new_project):
     both, flags = copy(alone, new_project), "--iterations 200 --checkpoint-minutes 0.001 --batch-size 2"
     process = torchrun(both, "recover", flags)
@@ -133,6 +138,7 @@ def test_a_process_that_dies_ends_all_and_a_restart_with_any_number_goes_on(alon
     assert made(both, "*.png", "log*.jsonl") == made(alone, "*.png", "log*.jsonl")
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_keeps_the_work_of_every_process(alone, new_project):
     both, flags = copy(alone, new_project), "--iterations 4000 --batch-size 4"
     process = torchrun(both, "recover", flags)
@@ -146,6 +152,7 @@ def test_a_signal_to_torchrun_keeps_the_work_of_every_process(alone, new_project
     assert len(list(both.root.rglob("batch*.pt"))) == 2
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_and_ends_all(alone):
     process = torchrun(alone, "recover", "--teachers nobody")
     out, err = process.communicate(timeout=120)
@@ -186,6 +193,7 @@ def step(model):
         parameter.grad = None
 
 
+@pytest.mark.slow
 def test_two_steps_in_parallel_are_those_of_one_process(tmp_path):
     mp.spawn(joint_steps, (tmp_path,), nprocs=2)
     for name, count in CASES:

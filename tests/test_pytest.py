@@ -1,0 +1,31 @@
+"""How the tests themselves run: Ctrl-C stops them, whatever a phase did with signals before or does at that moment."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+IN_A_TEST = """
+@pytest.fixture(scope="session")
+def random(beasts, new_project):
+    return new_project(beasts).call("recover", "--method random")
+
+def test_first(random):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+"""
+IN_A_PHASE = """
+def test_first(bare, monkeypatch):
+    monkeypatch.setattr(squeeze, "load_split", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    squeeze.main(bare.arguments("squeeze"))
+"""
+
+
+@pytest.mark.parametrize("text", [IN_A_TEST, pytest.param(IN_A_PHASE, marks=pytest.mark.slow)], ids=["in a test", "in a phase"])
+def test_control_c_stops_pytest(text, tmp_path):
+    test = tmp_path / "test_interrupted.py"
+    test.write_text("import os, signal, time, pytest, squeeze\n" + text + "\ndef test_second():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", test]
+    ended = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == pytest.ExitCode.INTERRUPTED, ended.stdout
+    assert "KeyboardInterrupt" in ended.stdout and "passed" not in ended.stdout and "failed" not in ended.stdout

@@ -27,16 +27,14 @@ from torch import nn
 from models import build_model
 from utils import fail
 from utils.augment import apply_view, draw_view, normalize
+from utils.checkpoint import Checkpoint, load_finished, save_torch
 from utils.cli import Parser, crop_name, identity_flags, number, parse_args
 from utils.data import load_split, preset_column
-from utils.checkpoint import Checkpoint, is_there, load_torch, save_torch
 from utils.processes import barrier, rank, shard, world_size
-from utils.provenance import (AGAIN, check_classes, check_same, check_trained, fingerprint, fingerprints,
-                              relevant)
-from utils.run import (Progress, begin, channels_last, finish, finished_before, generator, peak_memory,
-                       script, send)
-from utils.teachers import costs, load_teachers
+from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, relevant
+from utils.run import Progress, Run, begin, channels_last, generator, peak_memory, script, send
 from utils.stats import conv_stats, layer_inputs, matched_layers, whole_patches
+from utils.teachers import costs, load_teachers
 
 
 @torch.inference_mode()
@@ -141,16 +139,15 @@ def main(argv=None):
     result, todo, piece, made = paths.teachers / "collect_stats.json", [], f"{rank()} of {world_size()}", {}
     for name in models:
         path = paths.teachers / f"{name}.stats.pt"
-        if is_there(path, args):
-            stored = load_torch(path, AGAIN, ("checkpoint", "args"))
+        if stored := load_finished(path, args, settings=settings, keys=["checkpoint"]):
             if stored["checkpoint"] != records[name]["fingerprint"]:
                 fail(f"{path} belongs to other weights than {name}.pt; collect again with --overwrite")
-            check_same(stored["args"], settings, path)
             if args.class_statistics and "class_statistics" not in stored:
                 fail(f"{path} holds no statistics of single classes; collect again with --overwrite")
         else:
             todo.append(name)
-    if not todo and finished_before(result, settings | {"backbones": args.backbones}, made_from=fingerprints(records)):
+    run = Run("collect_stats", args, result, fingerprints(records))
+    if not todo and run.unchanged(settings | {"backbones": args.backbones}, made_from=fingerprints(records)):
         return None
     if todo:
         split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers, holdout=args.holdout).to(device)
@@ -165,7 +162,7 @@ def main(argv=None):
             state, progress = send(work.read(piece), device), Progress(f"collect_stats {name}", math.ceil(len(kept) / world_size()))
             progress.skip(state["seen"] if state else 0)
             views = training_views(split, kept, data, args, device, progress, state["batches"] if state else 0)
-            state = sum_statistics(channels_last(models[name]), views, args.patch, classes, state, partial(work.keep, piece=piece))
+            state = sum_statistics(channels_last(models[name]), views, args.patch, classes, state, partial(work.save_if_due, piece=piece))
             work.save(state, piece)
             barrier()
             if rank() == 0:
@@ -178,10 +175,9 @@ def main(argv=None):
             made[name] = {"seconds": round(work.seconds(), 1), "peak_memory": peak_memory()}
     upstream = {"squeeze": {name: record["args"] for name, record in records.items()}}
     spent = costs(result) | made
-    return finish(result, "collect_stats", args,
-                  {"convolutions": {name: len([m for m in model.modules() if isinstance(m, nn.Conv2d)])
-                                    for name, model in models.items()}, "costs": spent},
-                  sum(spent[name]["seconds"] for name in args.backbones if name in spent), upstream, fingerprints(records))
+    convolutions = {name: len([m for m in model.modules() if isinstance(m, nn.Conv2d)]) for name, model in models.items()}
+    return run.finish({"convolutions": convolutions, "costs": spent}, f"statistics of {' '.join(models)}", upstream,
+                      sum(spent[name]["seconds"] for name in args.backbones if name in spent))
 
 
 def check_finite(statistics, path):

@@ -35,19 +35,19 @@ from models import build_model
 from utils import fail
 from utils.augment import (apply_resized_crop, apply_siamese, apply_view, draw_resized_crop, draw_siamese, draw_view, normalize,
                            to_uint8)
+from utils.checkpoint import load_torch, whole_file, writable
 from utils.cli import Parser, crop_name, identity_flags, number, number_or_auto, parse_args
 from utils.data import describe, folder_name, load_split, preset_column, read_images
 from utils.dm import dm_loss, ite_norms, new_pruning, prune
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import SELECTIONS, UNMATCHED
-from utils.checkpoint import Checkpoint, load_torch, whole_file, writable
 from utils.processes import barrier, rank, shard, world_size
 from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, image_set, relevant
-from utils.run import Finite, Graphed, Progress, begin, finish, finished, generator, script, send
-from utils.teachers import load_teachers, need_files
+from utils.run import Finite, Graphed, Progress, Run, begin, generator, script, send
 from utils.selection import herding, k_center, mosaic, most_forgotten, surest_crops
 from utils.stats import (ClosedFormMatching, channel_stats, freeze, layer_inputs, layer_target, matched_layers, mixed_moments,
                          patch_stats)
+from utils.teachers import load_teachers, need_files
 
 
 FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 81 batches of 50 at 32x32; an estimate
@@ -456,7 +456,7 @@ def recover_group(group, models, statistics, data, starts, args, paths, device, 
         def checked():
             check()
             return state() | {"numbers": numbers}
-        work.keep(checked, piece)
+        work.save_if_due(checked, piece)
 
     images = recover_batches(pixels, labels, numbers, matchings, data, args, report, start, keep, slot).flatten(0, 1)
     images = to_uint8(images, data["mean"], data["std"])
@@ -546,7 +546,7 @@ def write_selection(args, paths, data, split, chosen, work):
             save_png(image_path(paths.images, data, label, index), image)
         grid.add([(label, index) for index in range(args.ipc)], images)
         progress.step(name)
-        work.keep(dict)                                              # nothing: choosing again is quick
+        work.save_if_due(dict)                                              # nothing: choosing again is quick
     grid.save()
 
 
@@ -631,7 +631,7 @@ def write_matched(args, paths, device, split, kept, data, starts, work):
         def checked():
             check()
             return state()
-        work.keep(checked)
+        work.save_if_due(checked)
 
     pixels = match_distributions(pixels, split.to(device), kept, data, args, report, start, keep)
     images = to_uint8(pixels.flatten(0, 1), data["mean"], data["std"])
@@ -736,7 +736,8 @@ def main(argv=None):
         statistics = load_statistics(args, paths, models, records)
         upstream["collect_stats"] = {name: stored.get("args") for name, stored in statistics.items()}
         made_from["statistics"] = {name: stored.get("fingerprint") for name, stored in statistics.items()}
-    if finished(result, args, made_from):
+    run = Run("recover", args, result, made_from)
+    if run.finished():
         return None
     seen, starts = {}, {}
     if not taught or args.init != "noise":
@@ -753,7 +754,7 @@ def main(argv=None):
             fail(f"--mosaic {args.mosaic} does not divide the {data['image_size']} pixels of an image; use a number that does")
         starts = real_starts(args, split, data, models, records, kept, device)
     old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
-    with Checkpoint(result, args, made_from | seen, outputs=old) as work:
+    with run.work(seen, old) as work:
         if taught:
             warn(args, models, records, len(data["classes"]))
             synthesise(args, paths, device, models, statistics, data, starts, work)
@@ -767,7 +768,8 @@ def main(argv=None):
             metrics = {"images": len(files), "classes": data["classes"], "image_set": image_set(paths.images, files)}
             if records:
                 metrics["teacher_top1"] = {name: record["top1"] for name, record in records.items()}
-            return finish(result, "recover", args, metrics, work.seconds(), upstream, made_from)
+            told = f"{len(files)} images of {len(data['classes'])} classes"
+            return run.finish(metrics, told, upstream)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ import torch
 from models import build_model
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch
+from utils.checkpoint import load_json, whole_file, writable
 from utils.cli import Parser, call, identity_flags, number, parse_args
 from utils.data import folder_name, list_folder, load_folder, preset_column
 from utils.losses import ensemble_logits
-from utils.checkpoint import Checkpoint, load_json, whole_file, writable
 from utils.processes import barrier, rank, shard
 from utils.provenance import check_classes, check_recovered, fingerprints, image_set
-from utils.run import Progress, begin, channels_last, finish, finished, generator, script, send
+from utils.run import Progress, Run, begin, channels_last, generator, script, send
 from utils.teachers import load_teachers
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
@@ -138,7 +138,7 @@ def label_epochs(images, units, models, batch_size, classes, args, folder, work)
             for key, file in files.items():
                 file.write(epoch, draw.get(key, logits).numpy())
             done.add(epoch)
-            work.keep(state, piece)
+            work.save_if_due(state, piece)
             progress.step()
         if todo:
             work.save(state(), piece)
@@ -198,7 +198,8 @@ def main(argv=None):
         check_recovered(recovered, args, paths, data, records)
     upstream["squeeze"] = upstream.get("squeeze", {}) | squeezed
     made_from, result = fingerprints(records) | {"images": images}, paths.labels / "result.json"
-    if finished(result, args, made_from):
+    run = Run("relabel", args, result, made_from)
+    if run.finished():
         return None
     raw, _, classes, files = load_folder(folder, data["image_size"], args.workers)
     check_classes(classes, sorted(map(folder_name, data["classes"])), folder, f"the teachers in {paths.teachers}")
@@ -207,16 +208,15 @@ def main(argv=None):
     batch_size = len(raw) if len(raw) <= args.whole_up_to else args.batch_size
     raw, units = raw.to(device), torch.tensor([data["mean"], data["std"]], device=device)
     models = [channels_last(model) for model in models.values()]
-    with Checkpoint(result, args, made_from) as work:
+    with run.work() as work:
         first = draw_labelled(args, raw, batch_size, 0)
         rms = dict(zip(args.backbones, logit_rms(raw, units, first, batch_size, models, args.mix)))
         warn(rms)
         label_epochs(raw, units, models, batch_size, len(classes), args, paths.labels, work)
-        return finish(result, "relabel", args,
-                      {"images": len(raw), "classes": data["classes"], "data": data,
-                       "teacher_top1": {name: record["top1"] for name, record in records.items()}, "teacher_logit_rms": rms,
-                       "label_batch": batch_size},
-                      work.seconds(), upstream, made_from)
+        metrics = {"images": len(raw), "classes": data["classes"], "data": data,
+                   "teacher_top1": {name: record["top1"] for name, record in records.items()}, "teacher_logit_rms": rms,
+                   "label_batch": batch_size}
+        return run.finish(metrics, f"{args.epochs} epochs of labels for {len(raw)} images", upstream)
 
 
 if __name__ == "__main__":

@@ -30,16 +30,16 @@ from models import build_model, pretrained_weights
 from models.pruning import prunable, random_channels, shrink, widths
 from utils import fail
 from utils.augment import apply_colour, apply_view, draw_colour, draw_view, normalize
+from utils.checkpoint import Checkpoint, load_finished, load_torch, reason, save_torch
 from utils.cli import Parser, crop_name, epoch_range, identity_flags, number, parse_args
 from utils.data import describe, load_split, preset_column
 from utils.moco import MoCo, Probe, as_encoder, join_norms, knn_top1
-from utils.checkpoint import Checkpoint, is_there, load_torch, reason, save_torch
 from utils.processes import barrier, print_rank0, rank, rank0_first, shard, world_size
-from utils.provenance import AGAIN, check_classes, check_inputs, check_same, fingerprint, relevant
-from utils.run import (Finite, Graphed, Progress, accuracy, begin, channels_last, check_training, finish,
-                       finished_before, generator, peak_memory, script, send, with_precision)
-from utils.teachers import TEACHER, check_models, costs
+from utils.provenance import AGAIN, check_classes, fingerprint, relevant
+from utils.run import (Finite, Graphed, Progress, Run, accuracy, begin, channels_last, check_training,
+                       generator, peak_memory, script, send, with_precision)
 from utils.selection import count_forgetting, drop_largest, last_epoch_weights
+from utils.teachers import TEACHER, check_models, costs
 
 MOCO = ["objective", "queue", "key_momentum", "moco_temperature", "probe_epochs", "probe_lr"]
 SCORES = ["score_trials", "score_epochs", "score_lr", "score_batch_size"]
@@ -163,17 +163,14 @@ def kept_images(split, data, args, device, paths, seen, later):
     if not args.prune_ratio:
         return torch.arange(len(split))
     path, own = paths.teachers / "scores.pt", {key: relevant(args)[key] for key in ("seed", *SCORES)}
-    if is_there(path, args):
-        stored = load_torch(path, AGAIN, ("scores", "args", "made_from"))
-        check_same(stored["args"], own, path)
-        check_inputs(stored["made_from"], seen, path)
+    if stored := load_finished(path, args, seen, own, ("scores",)):
         if len(scores := stored["scores"]) != len(split):
             fail(f"{path} holds {len(scores)} losses, of {len(split)} training images; {AGAIN}")
     else:
         with Checkpoint(path, args, seen, own, later) as work:
             piece = f"{rank()} of {world_size()}"
             mine = score_images(split, data, args, device, shard(list(range(args.score_trials))), partial(work.load, piece),
-                                partial(work.keep, piece=piece))
+                                partial(work.save_if_due, piece=piece))
             work.save({"scores": mine, "trial": args.score_trials, "epoch": 0, "done": 0}, piece)
             barrier()
             scores = sum(work.read(f"{other} of {world_size()}")["scores"] for other in range(world_size())).cpu() / args.score_trials
@@ -258,13 +255,13 @@ def train_without_labels(model, key, splits, kept, data, args, device, work):
                     temperature=args.moco_temperature).to(device)
         train_moco(moco, splits, kept, data, args, device,
                    Progress(f"moco {name}", args.epochs * (count - count % args.batch_size)),
-                   lambda: work.load("moco"), lambda state: work.keep(state, "moco"))
+                   lambda: work.load("moco"), lambda state: work.save_if_due(state, "moco"))
         join_norms(model)
     settings = dict(epochs=args.probe_epochs, lr=args.probe_lr, momentum=0.9, weight_decay=0.0, schedule="cosine",
                     warmup_epochs=0, batch_size=256, crop="resized")
     probe = Probe(model, len(data["classes"]))
     train(probe, splits["train"], kept, data, argparse.Namespace(**vars(args) | settings), device,
-          Progress(f"probe {name}", args.probe_epochs * count), work.load, work.keep, lr_flag="--probe-lr")
+          Progress(f"probe {name}", args.probe_epochs * count), work.load, work.save_if_due, lr_flag="--probe-lr")
     return probe.classifier()
 
 
@@ -444,15 +441,17 @@ def main(argv=None):
         fail("--cuda-graphs needs a GPU (--device cuda) and a single process; leave it out")
     check_backbones(args)
     names, result = [one for name in args.backbones for one in teachers_of(name, args)], paths.teachers / "squeeze.json"
+    run = Run("squeeze", args, result)
     accuracies, variances = already_there(names, args, paths)
     todo = [name for name in names if name not in accuracies]
-    if not todo and finished_before(result, settings(args) | {"backbones": args.backbones}, top1=accuracies):
+    if not todo and run.unchanged(settings(args) | {"backbones": args.backbones}, top1=accuracies):
         return None
     made = make(todo, args, device, paths, accuracies, variances) if todo else {}
     spent = costs(result) | made                                     # now, for it may be another process's too
-    return finish(result, "squeeze", args, {"top1": {name: accuracies[name] for name in names},
-                                            "first_bn_variance": {name: variances[name] for name in names}, "costs": spent},
-                  sum(spent[name]["seconds"] for name in names if name in spent))
+    told = ", ".join(f"{name} {accuracies[name]:.1f} %" for name in names)
+    return run.finish({"top1": {name: accuracies[name] for name in names},
+                       "first_bn_variance": {name: variances[name] for name in names}, "costs": spent},
+                      f"{told} of the test images", seconds=sum(spent[name]["seconds"] for name in names if name in spent))
 
 
 def load_data(args, device):
@@ -518,7 +517,7 @@ def make(todo, args, device, paths, accuracies, variances):
             elif kind or not args.pretrained:
                 forgetting = train(
                     model, splits["train"], kept, data, how, device, Progress(f"squeeze {name}", how.epochs * len(kept)),
-                    work.load, work.keep if rank() == 0 else lambda state: None,         # the state is everybody's
+                    work.load, work.save_if_due if rank() == 0 else lambda state: None,         # the state is everybody's
                     lambda epoch: save(f"{name}@{epoch}", model, **more) if epoch in saved_epochs(args) and not kind else None,
                     "--pruned-lr" if kind else "--lr")
                 more |= {} if kind else {"forgetting": forgetting}
@@ -532,9 +531,8 @@ def already_there(names, args, paths):
     accuracies, variances = {}, {}
     for name in names:
         path = paths.teachers / f"{name}.pt"
-        if is_there(path, args):
-            record = load_torch(path, AGAIN, TEACHER)
-            check_same({"objective": "supervised"} | record["args"], settings(args, name) | {"objective": args.objective}, path)
+        own = settings(args, name) | {"objective": args.objective}
+        if record := load_finished(path, args, settings=own, keys=TEACHER):
             accuracies[name], variances[name] = record["top1"], first_bn_variance(name, record["weights"])
     for name in names:
         backbone, _, kind = name.partition("@")

@@ -32,16 +32,16 @@ from models import build_model, is_model_name
 from models.pruning import channel_scales
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch, normalize
+from utils.checkpoint import load_json
 from utils.cli import Parser, call, identity_flags, number, parse_args
 from utils.data import describe, folder_name, list_folder, load_folder, load_split, preset_column
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
-from utils.protocols import SeenLabels, prune, summary, trainings
-from utils.checkpoint import Checkpoint, load_json
 from utils.processes import barrier, rank, rank0_first, shard, world_size
+from utils.protocols import SeenLabels, prune, summary, trainings
 from utils.provenance import (AGAIN, check_classes, check_inputs, check_recovered, check_same, fingerprint,
-                              fingerprints, image_set)
-from utils.run import (Finite, Graphed, Progress, accuracy, begin, channels_last, check_training, finish,
-                       finished, generator, script, send, with_precision)
+                              fingerprints, image_set, relevant)
+from utils.run import (Finite, Graphed, Progress, Run, accuracy, begin, channels_last, check_training,
+                       generator, script, send, with_precision)
 from utils.teachers import check_models, load_teachers
 
 
@@ -309,7 +309,8 @@ def main(argv=None):
         "standard": "", "continual": f"-continual{args.steps}", "prune": f"-prune{100 * args.sparsity:g}"}[args.protocol]
     results = {name: paths.eval / f"{name}{kind}.json" for name in args.students}
     earlier = {name: earlier_seeds(results[name], alone[name], made_from[name]) for name in results}
-    todo = [name for name in results if earlier[name] or not finished(results[name], alone[name], made_from[name])]
+    runs = {name: Run("train_eval", alone[name], results[name], made_from[name]) for name in results}
+    todo = [name for name in results if earlier[name] or not runs[name].finished()]
     if not todo:
         return
     if args.labels == "hard":
@@ -328,7 +329,7 @@ def main(argv=None):
     pieces = trainings(args, whole, partial(labels_of, args))
     for names in [todo] if world_size() > 1 else [[name] for name in todo]:                # torchrun deals all trainings at once
         with ExitStack() as stack:
-            works = {name: stack.enter_context(Checkpoint(results[name], alone[name], made_from[name], extends=bool(earlier[name])))
+            works = {name: stack.enter_context(runs[name].work(extends=bool(earlier[name])))
                      for name in names}
             for name, piece in shard([(name, piece) for name in names for piece in pieces if piece not in earlier[name]]):
                 if (works[name].read(piece) or {}).get("epoch") != args.epochs:
@@ -340,7 +341,8 @@ def main(argv=None):
                 metrics = {"student": name, "labels": args.labels, **accuracies(args, done), "images": len(images),
                            "classes": data["classes"]}
                 seconds = works[name].seconds() + earlier[name].get("seconds", 0)
-                finish(results[name], "train_eval", alone[name], metrics, seconds, upstream, made_from[name])
+                told = f"{name} {metrics['top1']:.1f} ± {metrics['top1_std']:.1f} % of the test images"
+                runs[name].finish(metrics, told, upstream, seconds)
 
 
 def earlier_seeds(path, args, made_from):
@@ -350,7 +352,7 @@ def earlier_seeds(path, args, made_from):
     seeds = result.get("seeds", args.student_seeds)
     if args.protocol != "standard" or not set(seeds) < set(args.student_seeds):
         return {}
-    check_same(result["args"] | {"student_seeds": args.student_seeds}, args, path)
+    check_same(result["args"] | {"student_seeds": args.student_seeds}, relevant(args), path)
     check_inputs(result["made_from"], made_from, path)
     return {"seconds": result["seconds"]} | {f"seed{seed}": {"top1": {int(epoch): value for epoch, value in top1.items()}}
                                              for seed, top1 in zip(seeds, result["top1_by_epoch"])}
@@ -391,7 +393,7 @@ def train_piece(name, piece, seed, material, work, args, device, start):
     def train(stage="", model=None, penalty=lambda: 0):
         part = piece + "-sparse" * (stage == "sparse")
         return train_student(name, seed, **material, args=args, device=device, load=partial(work.load, part),
-                             keep=partial(work.keep, piece=part), model=model, penalty=penalty)
+                             keep=partial(work.save_if_due, piece=part), model=model, penalty=penalty)
 
     if args.protocol != "prune":
         return {"top1": train(), "images": len(material["images"])}

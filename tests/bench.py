@@ -185,7 +185,7 @@ def bench_keeping(rounds, quick, device):
 
                 def keep(state):
                     states[:] = [state]
-                    timed(work.keep, state)
+                    timed(work.save_if_due, state)
 
                 started = time.perf_counter()
                 recover.recover_batches(pixels.clone(), labels, [0], [matching], DATA, args, report, keep=keep)

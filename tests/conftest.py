@@ -87,16 +87,17 @@ class Project:
         return words((ALWAYS, "--dataset", Path(self.dataset), "--run-dir", self.root / "runs", FLAGS[phase], *flags))
 
     def call(self, phase, *flags):
-        """main() of a phase; a str holds several flags, later ones replace earlier ones.   -> its last RESULT"""
+        """main() of a phase; a str holds several flags, later ones replace earlier ones.   -> its last result file"""
         out = io.StringIO()
         with redirect_stdout(out), own_handlers():
             import_module(phase).main(self.arguments(phase, *flags))
         self.printed = out.getvalue()
         assert self.printed.splitlines()[-1].startswith("RESULT ")
-        return json.loads(self.printed.splitlines()[-1].removeprefix("RESULT "))
+        line = json.loads(self.printed.splitlines()[-1].removeprefix("RESULT "))
+        return json.loads(Path(line["file"]).read_text())
 
     def chain(self, *flags, first="squeeze"):
-        """All phases from `first` on, with the same flags.   -> {phase: RESULT}"""
+        """All phases from `first` on, with the same flags.   -> {phase: result}"""
         phases = list(FLAGS)[list(FLAGS).index(first):]
         return {phase: self.call(phase, *flags) for phase in phases}
 

@@ -252,7 +252,7 @@ def test_images_recovered_for_another_order_of_the_classes(phase, flags, relabel
 
 def test_distilled_images_of_unknown_origin(relabelled):
     (relabelled.run() / "result.json").unlink()
-    tells(relabelled.mistake("recover"), ".png is there, but no word of what it was made with", "--overwrite")
+    tells(relabelled.mistake("recover"), ".png has no metadata that says how it was made", "--overwrite")
     relabelled.call("recover", "--overwrite")
 
 

@@ -174,11 +174,11 @@ def test_a_fingerprint_is_of_the_contents_of_all_parts_in_their_order(tmp_path):
 def test_other_arguments_are_told_by_flag_and_both_values(changes, told, capsys):
     stored = json.loads(json.dumps(provenance.relevant(arguments())))
     if not told:
-        provenance.check_same(stored, arguments(**changes), Path("here"))
+        provenance.check_same(stored, provenance.relevant(arguments(**changes)), Path("here"))
         assert capsys.readouterr().err == ""
         return
     with pytest.raises(SystemExit):
-        provenance.check_same(stored, arguments(**changes), Path("here"))
+        provenance.check_same(stored, provenance.relevant(arguments(**changes)), Path("here"))
     error = capsys.readouterr().err
     assert error.startswith("here ") and told in error and "--overwrite" in error and error.count("\n") == 1
 
@@ -190,7 +190,7 @@ def test_arguments_of_any_type_become_plain_values():
 
 
 def test_a_flag_that_is_new_since_a_result_was_written_does_not_void_it():
-    provenance.check_same({"alpha": 0.8}, arguments(), Path("here"))
+    provenance.check_same({"alpha": 0.8}, provenance.relevant(arguments()), Path("here"))
 
 
 @pytest.mark.parametrize("found, told", [
@@ -241,12 +241,12 @@ def test_a_run_is_named_by_data_set_method_ipc_and_tag(dataset, tag, expected):
 def test_progress_off_a_terminal_is_a_plain_line_now_and_then_and_at_the_end(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(run.time, "time", lambda: now[0])
-    progress = run.Progress("work", 100)
+    progress = run.Progress("work", 100, "images")
     for _ in range(100):
         now[0] += 1
         progress.step(lambda: "loss 1.0")
     lines = capsys.readouterr().out.split("\n")
     assert [line.split("  ")[:3] for line in lines[:-1]] == [
-        ["work", "30/100", "0:00:30, 0:01:10 left"], ["work", "60/100", "0:01:00, 0:00:40 left"],
-        ["work", "90/100", "0:01:30, 0:00:10 left"], ["work", "100/100", "0:01:40, 0:00:00 left"]]
+        ["work", "30/100 images", "0:00:30, 0:01:10 left"], ["work", "60/100 images", "0:01:00, 0:00:40 left"],
+        ["work", "90/100 images", "0:01:30, 0:00:10 left"], ["work", "100/100 images", "0:01:40, 0:00:00 left"]]
     assert lines[-1] == "" and all(line.endswith("loss 1.0") and "\r" not in line for line in lines[:-1])

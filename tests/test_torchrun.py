@@ -32,7 +32,8 @@ def torchrun(project, phase, *flags, processes=2):
 def ended(process):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    results = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
+    results = [json.loads(Path(line["file"]).read_text()) for line in lines]
     assert results and all(result["processes"] == 2 for result in results)
     return results
 

@@ -53,7 +53,7 @@ def load_json(path, remedy, keys=("args",)):
     try:
         return with_keys(json.loads(Path(path).read_text()), keys)
     except FileNotFoundError:
-        fail(f"{path} is missing; {remedy}")
+        fail(f"{Path(path).absolute()} is missing; {remedy}")
     except (OSError, ValueError) as error:
         fail(f"{path} is no whole result file ({reason(error)}); {remedy}")
 
@@ -81,7 +81,7 @@ def load_torch(path, remedy, keys=()):
     try:
         return with_keys(torch.load(path, map_location="cpu", weights_only=True), keys)
     except FileNotFoundError:
-        fail(f"{path} is missing; {remedy}")
+        fail(f"{Path(path).absolute()} is missing; {remedy}")
     except Exception as error:                                       # a damaged pickle may raise anything
         fail(f"{path} is no whole checkpoint of plain weights ({reason(error)}); {remedy}")
 
@@ -90,9 +90,9 @@ def unfinished(result):
     return result.with_name(f".{result.name}.unfinished")
 
 
-def is_there(path, args):
-    """Whether a result need not be made. What a kill left of its work goes."""
-    if args.overwrite or not path.exists():
+def is_there(path, overwrite=False):
+    """Whether a result need not be made. Removes what a kill left of its unfinished work."""
+    if overwrite or not path.exists():
         return False
     folder = unfinished(path)
     with suppress(OSError), open(folder / "lock", "r+") as lock:
@@ -101,30 +101,42 @@ def is_there(path, args):
     return True
 
 
-class Checkpoint:
-    """Unfinished work on a result: a hidden folder beside it holds who works, on what, and how far it is, and goes when the
-    result is there. Stops where the work is another process's, or was begun with other arguments or files.
+def load_finished(path, args, inputs=None, settings=None, keys=()):
+    """The stored result, checked to be of these inputs and of the settings, by default all arguments that decide it; None
+    where it is to be made.   keys: those that the file must have"""
+    if not is_there(path, args.overwrite):
+        return None
+    load = load_json if path.suffix == ".json" else load_torch
+    stored = load(path, AGAIN, ("args", *["made_from"] * (inputs is not None), *keys))
+    check_same(stored["args"], settings or relevant(args), path)
+    check_inputs(stored.get("made_from"), inputs or {}, path)
+    return stored
 
-    with Checkpoint(result, args, made_from) as work:
-        state = work.load()                         # as last kept, or None
+
+class Checkpoint:
+    """Unfinished work on a result. A hidden folder beside the result holds a lock, the arguments, and the state of each piece
+    of the work; the folder goes when the work is done. Stops where another process is at work, or where the unfinished work
+    has other arguments or inputs.
+
+    with Checkpoint(result, args, inputs) as checkpoint:
+        state = checkpoint.load()                            # as last saved, or None
         for ...:
-            work.keep(lambda: state)                # every --checkpoint-minutes; at SIGINT or SIGTERM, and ends
+            checkpoint.save_if_due(lambda: state)            # every --checkpoint-minutes; after a signal saves and ends
         # write the result
 
-    One work may have several pieces, each with a state of its own. torch's generators are kept beside a state.
-    settings: what is compared instead of args; outputs: other files that the work writes, which go when it starts again;
-    extends: the result is there and stays until a larger one takes its place.
-    seconds(): spent on it, earlier processes included, up to what they kept last.
+    torch's generators are saved with each state.   settings: compared instead of args; outputs: other files of the work,
+    removed when it starts again; extends: the result exists and stays until a larger one replaces it.
     """
 
-    def __init__(self, result, args, made_from=None, settings=None, outputs=(), extends=False):
-        self.result, self.outputs, self.overwrite = Path(result), [] if extends else [Path(result), *outputs], args.overwrite
+    def __init__(self, result, args, inputs=None, settings=None, outputs=(), extends=False):
+        self.result, self.overwrite, self.typed = Path(result), args.overwrite, getattr(args, "typed", [])
+        self.outputs = [] if extends else [self.result, *outputs]
         self.folder = unfinished(self.result.with_stem(f"{self.result.stem}+") if extends else self.result)
         self.begun, self.period = self.folder / "begun.json", 60 * args.checkpoint_minutes
-        self.identity = {"args": settings or relevant(args), "made_from": made_from or {}}
+        self.identity = {"args": settings or relevant(args), "made_from": inputs or {}, "typed": self.typed}
 
     def __enter__(self):
-        self.earlier, self.kept, self.entered = 0, time.monotonic(), time.monotonic()
+        self.earlier, self.saved, self.entered = 0, time.monotonic(), time.monotonic()
         if rank() == 0:
             self._begin()
         signals.checkpoints += 1
@@ -133,11 +145,11 @@ class Checkpoint:
 
     def _begin(self):
         if not self.overwrite and not self.begun.exists():
-            if self.result in self.outputs and self.result.exists():     # it was not when this process began
+            if self.result in self.outputs and self.result.exists():     # it did not when this process began
                 fail(f"{self.result} has just been made by another process; the same command repeats it")
             for old in self.outputs:
                 if old.exists():
-                    fail(f"{old} is there, but no word of what it was made with; move it away, or {AGAIN}, which removes it")
+                    fail(f"{old} has no metadata that says how it was made; move it away, or {AGAIN}, which removes it")
         with writable(self.result):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a+")
@@ -147,8 +159,8 @@ class Checkpoint:
                 self.lock.seek(0)
                 fail(f"{self.result} is being made by process {self.lock.read()}; wait for it, or stop it")
             if self.begun.exists() and not self.overwrite:
-                stored = load_json(self.begun, AGAIN, self.identity)
-                check_same(stored["args"], self.identity["args"], self.result)
+                stored = load_json(self.begun, AGAIN, ("args", "made_from"))
+                check_same(stored["args"], self.identity["args"], self.result, stored.get("typed"), self.typed)
                 check_inputs(stored["made_from"], self.identity["made_from"], self.result)
                 self.earlier = stored.get("seconds", 0)
             else:
@@ -160,35 +172,35 @@ class Checkpoint:
             self.lock.truncate(0)
             print(os.getpid(), "on", platform.node(), end="", file=self.lock, flush=True)
 
-    def read(self, piece="state"):
-        """The state of a piece as it was last kept, or None."""
-        kept = self._kept(piece)
-        return kept and kept["state"]
-
-    def load(self, piece="state"):
-        """The same, and torch's generators are as they were."""
-        if kept := self._kept(piece):
-            first, *others = kept["generators"]
-            torch.set_rng_state(first)
-            if others and torch.cuda.is_initialized():
-                torch.cuda.set_rng_state(others[0])
-        return kept and kept["state"]
-
-    def _kept(self, piece):
+    def _stored(self, piece):
         path = self.folder / f"{piece}.pt"
         return load_torch(path, AGAIN, ("state", "generators")) if path.exists() else None
 
+    def read(self, piece="state"):
+        """The last saved state of a piece, or None."""
+        stored = self._stored(piece)
+        return stored and stored["state"]
+
+    def load(self, piece="state"):
+        """The same; torch's generators continue from where they were."""
+        if stored := self._stored(piece):
+            first, *others = stored["generators"]
+            torch.set_rng_state(first)
+            if others and torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(others[0])
+        return stored and stored["state"]
+
     def states(self):
-        """Those of all pieces."""
+        """The states of all pieces."""
         return [self.read(path.stem) for path in sorted(self.folder.glob("*.pt"))]
 
-    def keep(self, state, piece="state"):
-        """Save what state() gives if it is time to; after a signal at once, and end."""
-        if signals.stopped_by or time.monotonic() - self.kept >= self.period:
+    def save_if_due(self, state, piece="state"):
+        """Save state() if it is time to; after a signal at once, and end."""
+        if signals.stopped_by or time.monotonic() - self.saved >= self.period:
             self.save(state(), piece)
             if signals.stopped_by:
                 without = " without --overwrite" * self.overwrite
-                sys.stderr.write(f"{self.result}: kept how far it is; the same command{without} goes on\n")
+                sys.stderr.write(f"{self.result}: progress saved; the same command{without} goes on\n")
                 raise SystemExit(128 + signals.stopped_by)
 
     def save(self, state, piece="state"):
@@ -196,13 +208,14 @@ class Checkpoint:
         save_torch(self.folder / f"{piece}.pt", {"state": state, "generators": generators})
         if rank() == 0:
             save_json(self.begun, self.identity | {"seconds": self.seconds()})
-        self.kept = time.monotonic()
-
-    def seconds(self):
-        return self.earlier + time.monotonic() - self.entered
+        self.saved = time.monotonic()
 
     def drop(self, piece="state"):
         (self.folder / f"{piece}.pt").unlink(missing_ok=True)
+
+    def seconds(self):
+        """Seconds of work, those of earlier processes included up to their last save."""
+        return self.earlier + time.monotonic() - self.entered
 
     def __exit__(self, kind, error, trace):
         signals.checkpoints -= 1
@@ -211,4 +224,4 @@ class Checkpoint:
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.lock.close()
         if signals.stopped_by and not signals.checkpoints and (kind is None or issubclass(kind, RuntimeError)):
-            raise SystemExit(128 + signals.stopped_by) from None        # RuntimeError: a collective's other end has stopped
+            raise SystemExit(128 + signals.stopped_by) from None     # RuntimeError: another process's collective has stopped

@@ -85,6 +85,7 @@ def parse_args(parser, phase, argv, find_column):
     if args.precision == "auto" and phase in ("collect_stats", "recover"):
         args.precision = "tf32"               # statistics and pixels are float32
     args.recipe = recipe if recipe != args.method else None
+    args.typed = ["python", f"{phase}.py", *argv]
     args.given = {flag: value for flag, value in vars(known).items() if flag in SHARED and value != early.get_default(flag)}
     for flag in "backbones", "students", "student_seeds":
         names = getattr(args, flag, None) or []

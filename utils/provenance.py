@@ -2,13 +2,15 @@
 import hashlib
 import json
 import os
+import shlex
 from pathlib import Path
 
 from utils import fail
 
-NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every",
-           "log_every", "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given"}
-# arguments that leave the result as it is, up to rounding; recipe decides others, which do not, and given repeats some
+# Arguments that leave a result as it is, up to rounding. recipe sets other flags; given and typed repeat them.
+NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every", "log_every",
+           "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given", "typed"}
+ASSUMED = {"objective": "supervised", "flip": True}     # in files older than the flag, where its default is another
 AGAIN = "start again with --overwrite"
 
 
@@ -41,13 +43,23 @@ def relevant(args):
     return json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in NEUTRAL}, default=str))
 
 
-def check_same(stored, args, path):
-    """Stop when what lies at `path` was made with other arguments.   args: of the phase, or those that matter as a dict"""
-    now = args if isinstance(args, dict) else relevant(args)
-    changed = [key for key in now if key in stored and stored[key] != now[key]]
-    if changed:
-        told = ", ".join(f"--{key.replace('_', '-')} {stored[key]} (now {now[key]})" for key in changed)
-        fail(f"{path} was made with {told}; choose another --tag or --teachers, or {AGAIN}")
+def check_same(stored, settings, path, begun=(), typed=()):
+    """Stop when the result or the unfinished work at `path` has other settings.   stored, settings: {argument: value}
+    begun, typed: words of the command that began unfinished work, and of this one; () for a result"""
+    stored = {key: ASSUMED[key] for key in ASSUMED.keys() & settings.keys()} | stored
+    changed = [key for key in settings if key in stored and stored[key] != settings[key]]
+    if not changed:
+        return
+    chosen = [key for key in changed if {flag_name(key), f"--no-{flag_name(key)[2:]}"} & {*begun, *typed}]
+    told = ", ".join(f"{flag_name(key)} {stored[key]} (now {settings[key]})" for key in chosen or changed)
+    if begun:
+        fail(f"{path} is unfinished: `{shlex.join(begun)}` began it with {told}; repeat that command, or {AGAIN}")
+    other = "--teachers" if path.parent.parent.name == "teachers" else "--tag"
+    fail(f"{path} was made with {told}; choose another {other}, or {AGAIN}")
+
+
+def flag_name(key):
+    return f"--{key.replace('_', '-')}"
 
 
 def check_inputs(stored, now, path, remedy=AGAIN):

@@ -7,12 +7,14 @@ import os
 import platform
 import re
 import resource
+import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +24,12 @@ import torch.distributed as dist
 from torch import nn
 
 from utils import fail
-from utils.checkpoint import is_there, load_json, save_json
+from utils.checkpoint import Checkpoint, load_finished, load_json, save_json
+from utils.cli import call
 from utils.processes import print_rank0, rank, signals, stop, world_size
-from utils.provenance import AGAIN, check_inputs, check_same, relevant
+from utils.provenance import AGAIN, relevant
+
+PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 
 
 def begin(args):
@@ -172,43 +177,94 @@ def accuracy(model, batches, jointly=False):
     return 100 * counts[0].item() / counts[1].item()
 
 
-def finished(path, args, made_from):
-    """Whether the phase has its result already; says so and repeats the RESULT line."""
-    if not is_there(path, args):
-        return False
-    result = load_json(path, AGAIN, ("args", "made_from"))
-    check_same(result["args"], args, path)
-    check_inputs(result["made_from"], made_from, path)
-    repeat(path)
-    return True
+class Run:
+    """A result of a phase and the work on it, which goes on after any kill.
+
+    run = Run("relabel", args, result, inputs)           # touches no file
+    if run.finished():                                   # of the same arguments and inputs; otherwise it stops
+        return
+    with run.work() as checkpoint:                       # goes on with unfinished work
+        run.start(total, "epochs")                       # the progress line
+        state = checkpoint.load()                        # as last saved, or None
+        for ...:
+            run.step(text, lambda: state)                # progress; saves when due; after a signal saves and ends
+        run.finish({"top1": 40.0}, "40.0 % of the test images")
+
+    result: the result file; inputs: {what: hash, or {backbone: hash}} of what it is made from
+    """
+
+    def __init__(self, phase, args, result, inputs=None):
+        self.phase, self.args, self.result, self.inputs = phase, args, Path(result), inputs or {}
+        self.checkpoint = self.progress = None
+
+    def finished(self):
+        """Whether the result exists; repeats its RESULT line."""
+        stored = load_finished(self.result, self.args, self.inputs)
+        return stored is not None and self._repeat(stored)
+
+    def unchanged(self, settings, **metrics):
+        """`finished` for a summary of several files, which is written again if its settings or metrics are other."""
+        stored = load_json(self.result, AGAIN) if self.result.exists() else {"args": {}}
+        same = all(stored["args"].get(key) == settings[key] for key in settings)
+        return same and all(stored.get(key) == metrics[key] for key in metrics) and self._repeat(stored)
+
+    def _repeat(self, stored):
+        print_rank0(f"already done: {self.result} (--overwrite starts again)")
+        print_rank0("RESULT", json.dumps(short_result(stored, self.result)))
+        return True
+
+    @contextmanager
+    def work(self, data=None, outputs=(), extends=False):
+        """Yields the `Checkpoint` of this result.   data: more hashes that unfinished work is compared by"""
+        with Checkpoint(self.result, self.args, self.inputs | (data or {}), None, outputs, extends) as self.checkpoint:
+            yield self.checkpoint
+
+    def start(self, total, unit, done=0, what=None):
+        """Show a progress line of `total` units, of which earlier processes did `done`."""
+        self.progress = Progress(what or self.phase, total, unit)
+        self.progress.skip(done)
+
+    def step(self, text="", state=None, piece="state", count=1):
+        """`count` units are done: show it. state(): of a piece, saved when due."""
+        self.progress.step(text, count)
+        if state:
+            self.checkpoint.save_if_due(state, piece)
+
+    def finish(self, metrics, summary="", upstream=None, seconds=None):
+        """Write the result file; print three lines for people and a short RESULT for scripts. Once for all processes.
+        summary: what came out, in a line; upstream: {phase: arguments}; seconds: by default those of the work"""
+        if rank():
+            return None
+        args, seconds = self.args, self.checkpoint.seconds() if seconds is None else seconds
+        result = {"phase": self.phase, "dataset": Path(args.dataset).name, "ipc": args.ipc, "method": args.method,
+                  "tag": args.tag, **metrics, "seconds": round(seconds, 1), "processes": world_size(),
+                  "peak_memory": peak_memory(), "hardware": hardware(),
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                  "args": relevant(args), "upstream": upstream or {}, "made_from": self.inputs}
+        save_json(self.result, result)
+        folder = self.result.absolute().parent
+        picture = f", picture {folder / 'grid.png'}" * (self.phase == "recover")
+        print_rank0(f"{self.phase}: {summary}, in {clock(seconds)}\nfiles: {folder}{picture}\nnext:  {next_command(self)}")
+        print_rank0("RESULT", json.dumps(short_result(result, self.result)))
+        return result
 
 
-def finished_before(path, args, **metrics):
-    """`finished` for the summary of several backbones, which must have these arguments and metrics."""
-    result = load_json(path, AGAIN) if path.exists() else {"args": {}}
-    if any(result["args"].get(key) != args[key] for key in args) or any(result.get(key) != metrics[key] for key in metrics):
-        return False
-    repeat(path)
-    return True
+def short_result(result, path):
+    """What scripts read of a result on one line; the file has everything."""
+    def rounded(value):
+        if isinstance(value, dict):
+            return {key: rounded(part) for key, part in value.items()}
+        return round(value, 2) if isinstance(value, float) else value
+    keys = "phase", "dataset", "ipc", "method", "tag", "student", "labels", "images", "top1", "top1_std", "seconds"
+    return {key: rounded(result[key]) for key in keys if key in result} | {"file": str(Path(path).absolute())}
 
 
-def repeat(path):
-    """Say that a result exists, and print its line again."""
-    print_rank0(f"already done: {path} (--overwrite starts again)")
-    print_rank0("RESULT", json.dumps(load_json(path, AGAIN)))
-
-
-def finish(path, phase, args, metrics, seconds, upstream=None, made_from=None):
-    """Write the result file and print the same object on one line; once for all processes."""
-    if rank():
-        return None
-    result = {"phase": phase, "dataset": Path(args.dataset).name, "ipc": args.ipc, "method": args.method, "tag": args.tag,
-              **metrics, "seconds": round(seconds, 1), "processes": world_size(), "peak_memory": peak_memory(), "hardware": hardware(),
-              "versions": {"python": platform.python_version(), "torch": torch.__version__},
-              "args": relevant(args), "upstream": upstream or {}, "made_from": made_from or {}}
-    save_json(path, result)
-    print_rank0("RESULT", json.dumps(result))
-    return result
+def next_command(run):
+    """What to type after a phase."""
+    following = dict(zip(PHASES, PHASES[1:])).get(run.phase)
+    if not following:
+        return f"python -m utils.report {shlex.quote(str(run.result.parents[2]))}"
+    return call(f"{following}.py", run.args, images=getattr(run.args, "images", None))
 
 
 def peak_memory():
@@ -256,16 +312,17 @@ class Finite:
 
 
 class Progress:
-    """A line with the time left: redrawn on a terminal, a new one every half minute elsewhere."""
+    """A line with the time left: redrawn within a terminal's width, elsewhere a new line every half minute.
+    unit: what is counted, such as "images" """
 
-    def __init__(self, what, total, every=30):
-        self.what, self.total, self.done, self.before = what, total, 0, 0
+    def __init__(self, what, total, unit="steps", every=30):
+        self.what, self.total, self.unit, self.done, self.before = what, total, unit, 0, 0
         self.terminal = sys.stdout.isatty()
         self.every = math.inf if rank() else 0.2 if self.terminal else every
         self.started = self.shown = time.time()
 
     def skip(self, count):
-        """What an earlier process has done."""
+        """An earlier process has done `count` units."""
         self.done, self.before = self.done + count, self.before + count
 
     def step(self, text="", count=1):
@@ -273,12 +330,19 @@ class Progress:
         now = time.time()
         if now - self.shown < self.every and (self.done < self.total or rank()):
             return
-        self.shown = now
-        spent = now - self.started
-        left = spent / (self.done - self.before) * (self.total - self.done)
-        line = f"{self.what}  {self.done}/{self.total}  {clock(spent)}, {clock(left)} left  {text() if callable(text) else text}"
-        last = "\n" if self.done >= self.total or not self.terminal else ""
-        print(f"\r{line[:150]:<100}" if self.terminal else line, end=last or "", flush=True)
+        self.shown, width = now, shutil.get_terminal_size().columns - 1      # in the last column some terminals wrap
+        line = self.line(now - self.started, text() if callable(text) else text, width if self.terminal else None)
+        end = "\n" if self.done >= self.total or not self.terminal else ""
+        print(f"\r{line:<{width}}" if self.terminal else line, end=end, flush=True)
+
+    def line(self, spent, text, width=None):
+        """The longest of four forms that fits the width; cut if none does."""
+        left = clock(spent / max(self.done - self.before, 1e-9) * (self.total - self.done))
+        count = f"{self.done:.10g}/{self.total:.10g} {self.unit}"
+        forms = [f"{self.what}  {count}  {clock(spent)}, {left} left  {text}".rstrip(),
+                 f"{self.what}  {count}  {clock(spent)}, {left} left", f"{self.what}  {count}, {left} left",
+                 f"{count}, {left} left"]
+        return next((form for form in forms if width is None or len(form) <= width), forms[-1][:width])
 
 
 def clock(seconds):

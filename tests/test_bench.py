@@ -14,6 +14,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bench.BENCHES)
 def test_a_bench_prints_a_ratio_for_each_case(name, capsys):
     bench.main([name, "--quick", "--rounds", "1", "--json"])

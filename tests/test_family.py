@@ -57,6 +57,7 @@ def shapes(new_project):
     return new_project("shapes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_all_five_phases_on_shapes_by_the_same_loop(method, shapes):
     for phase in PHASES:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")      # tensors are tiny; two threads on busy cores wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"      # the same bytes in every process; threads of tiny tensors only wait for each other
 
 import numpy as np
 import pytest
@@ -79,6 +79,17 @@ class Project:
         """{relative path: bytes and time of change, or nothing for a folder}"""
         return {path.relative_to(self.root).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
                 if path.is_file() else None for path in self.root.rglob("*")}
+
+    def outputs(self):
+        """{file: bytes} of all results, of JSON what does not depend on time and memory; nothing unfinished is left."""
+        found = {}
+        for path in sorted(self.root.rglob("*")):
+            if path.is_file() and self.dataset not in path.parents:
+                assert ".unfinished" not in str(path) and not path.name.endswith(".tmp")
+                found[path.relative_to(self.root).as_posix()] = path.read_bytes() if path.suffix != ".json" else {
+                    key: value for key, value in json.loads(path.read_text()).items()
+                    if key not in ("seconds", "peak_memory", "costs")}
+        return found
 
     def run(self, name="gvbsm-ipc2"):
         return self.results / name

@@ -1,4 +1,4 @@
-"""Properties of `Checkpoint`: what is kept comes back, whatever ends the process, and meets only the work it belongs to."""
+"""Properties of `Checkpoint`: a saved state comes back, whatever ended the process, and only to the work that it belongs to."""
 import json
 import os
 import random
@@ -58,7 +58,7 @@ def crashed(checkpoint, *states, piece="state"):
     """Work that keeps states and then breaks."""
     with pytest.raises(Crash), checkpoint as work:
         for state in states:
-            work.keep(lambda: state, piece)
+            work.save_if_due(lambda: state, piece)
         raise Crash
 
 
@@ -74,7 +74,7 @@ def told(capsys, checkpoint):
 def test_new_work_has_no_state_and_finished_work_leaves_nothing(begin, tmp_path):
     with begin() as work:
         assert work.load() is None and work.states() == []
-        work.keep(lambda: 1)
+        work.save_if_due(lambda: 1)
         assert len(list(tmp_path.iterdir())) == 1
     assert not list(tmp_path.iterdir())
 
@@ -83,7 +83,7 @@ def test_a_state_comes_back_with_torchs_generator(begin):
     torch.manual_seed(0)
     with pytest.raises(Crash), begin() as work:
         torch.rand(5)
-        work.keep(lambda: {"step": 3, "weights": torch.eye(2)})
+        work.save_if_due(lambda: {"step": 3, "weights": torch.eye(2)})
         expected = torch.rand(5)
         raise Crash
     torch.manual_seed(7)
@@ -96,11 +96,11 @@ def test_a_state_comes_back_with_torchs_generator(begin):
 
 
 @pytest.mark.parametrize("minutes, kept", [(0, 3), (60, None)])
-def test_a_state_is_asked_for_and_kept_when_it_is_time(minutes, kept, begin):
+def test_a_state_is_asked_for_and_saved_when_it_is_time(minutes, kept, begin):
     asked = []
     with pytest.raises(Crash), begin(minutes=minutes) as work:
         for step in 1, 2, 3:
-            work.keep(lambda: asked.append(step) or step)
+            work.save_if_due(lambda: asked.append(step) or step)
         raise Crash
     assert asked == ([1, 2, 3] if kept else [])
     with begin() as work:
@@ -110,8 +110,8 @@ def test_a_state_is_asked_for_and_kept_when_it_is_time(minutes, kept, begin):
 def test_pieces_have_states_of_their_own(begin):
     with pytest.raises(Crash), begin() as work:
         for piece, state in ("a", 1), ("b", 2), ("a", 3):
-            work.keep(lambda: state, piece)
-        work.keep(lambda: 4, "c")
+            work.save_if_due(lambda: state, piece)
+        work.save_if_due(lambda: 4, "c")
         work.drop("c")
         raise Crash
     with begin() as work:
@@ -119,12 +119,12 @@ def test_pieces_have_states_of_their_own(begin):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("overwrite, words", [(False, "the same command goes on"), (True, "the same command without --overwrite")])
+@pytest.mark.parametrize("overwrite, words", [(False, "progress saved; the same command goes on"), (True, "the same command without --overwrite")])
 def test_after_a_signal_the_next_step_is_kept_at_once_and_ends_the_process(number, overwrite, words, begin, capsys):
     with pytest.raises(SystemExit) as end, begin(minutes=60, overwrite=overwrite) as work:
-        work.keep(lambda: 1)
+        work.save_if_due(lambda: 1)
         signals.stopped_by = number
-        work.keep(lambda: 2)
+        work.save_if_due(lambda: 2)
     assert end.value.code == 128 + number and words in capsys.readouterr().err
     signals.stopped_by = None
     with begin() as work:
@@ -141,7 +141,7 @@ def test_killed_at_any_moment_the_state_is_whole_and_no_older_than_was_said(begi
             step = (work.load() or {"step": 0})["step"]
             while True:
                 step += 1
-                work.keep(lambda: {"step": step, "weights": torch.full((20_000,), float(step))})
+                work.save_if_due(lambda: {"step": step, "weights": torch.full((20_000,), float(step))})
                 os.pwrite(file, f"{step:09}".encode(), 0)
 
     def kill(pid):
@@ -164,9 +164,9 @@ def test_killed_at_any_moment_the_state_is_whole_and_no_older_than_was_said(begi
 def test_a_full_disk_is_told_in_a_line_and_what_was_kept_stays(begin, child, tmp_path):
     def fill():
         with begin() as work:
-            work.keep(lambda: torch.zeros(9))
+            work.save_if_due(lambda: torch.zeros(9))
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))   # no file may grow beyond it
-            work.keep(lambda: torch.ones(9))
+            work.save_if_due(lambda: torch.ones(9))
 
     errors, code = child(fill)
     assert code == 2 and errors.count("\n") == 1
@@ -211,7 +211,7 @@ def test_a_result_that_is_extended_stays_until_the_larger_one_is_there(begin, tm
 def test_two_processes_do_not_work_on_one_result(begin, child, tmp_path, capsys):
     def hold():
         with begin() as work:
-            work.keep(lambda: 1)
+            work.save_if_due(lambda: 1)
             (tmp_path / "ready").touch()
             time.sleep(60)
 

@@ -75,17 +75,6 @@ def fill_the_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
 
-def outputs(project):
-    """{file: bytes} of all results, of JSON what does not depend on time and memory; nothing unfinished is left."""
-    found = {}
-    for path in sorted(project.root.rglob("*")):
-        if path.is_file() and project.dataset not in path.parents:
-            assert ".unfinished" not in str(path) and not path.name.endswith(".tmp")
-            found[path.relative_to(project.root).as_posix()] = path.read_bytes() if path.suffix != ".json" else {
-                key: value for key, value in json.loads(path.read_text()).items() if key not in ("seconds", "peak_memory", "costs")}
-    return found
-
-
 @pytest.fixture(scope="module")
 def undisturbed(beasts, new_project):
     """A project after all phases, what was there before each, and how long each took."""
@@ -96,7 +85,7 @@ def undisturbed(beasts, new_project):
         process.join()
         assert process.exitcode == 0
         seconds[phase] = time.monotonic() - started
-    return SimpleNamespace(project=project, before=before, seconds=seconds, outputs=outputs(project))
+    return SimpleNamespace(project=project, before=before, seconds=seconds, outputs=project.outputs())
 
 
 @pytest.fixture
@@ -113,8 +102,8 @@ def halfway(undisturbed, new_project):
 
 
 def check(project, phase, undisturbed):
-    expected = {name: content for name, content in undisturbed.outputs.items() if name in outputs(project)}
-    assert outputs(project) == expected and len(expected) > len([e for e in undisturbed.before[phase].values() if e])
+    expected = {name: content for name, content in undisturbed.outputs.items() if name in project.outputs()}
+    assert project.outputs() == expected and len(expected) > len([e for e in undisturbed.before[phase].values() if e])
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -144,19 +133,11 @@ def counted(monkeypatch):
     return partial(steps, put=monkeypatch.setattr)
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("phase, number, share", [
     ("squeeze", signal.SIGTERM, 2 / 3), ("collect_stats", signal.SIGINT, 1), ("recover", signal.SIGINT, 2 / 3),
     ("relabel", signal.SIGTERM, 1), ("train_eval", signal.SIGTERM, 2 / 3)])
 def test_a_signal_ends_the_phase_behind_the_step_at_work_and_nothing_is_done_twice(
-        phase, number, share, undisturbed, halfway, counted, one_thread, capsys):
+        phase, number, share, undisturbed, halfway, counted, capsys):
     project, at = halfway(phase), int(share * STEPS[phase][1])
     done = counted(phase, at, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as end:
@@ -170,7 +151,7 @@ def test_a_signal_ends_the_phase_behind_the_step_at_work_and_nothing_is_done_twi
 
 
 @pytest.mark.parametrize("phase, flags", [("squeeze", "--epochs 2 --batch-size 8"), ("collect_stats", "--batch-size 8")])
-def test_images_that_are_streamed_by_workers_go_on_too(phase, flags, bare, monkeypatch, one_thread):
+def test_images_that_are_streamed_by_workers_go_on_too(phase, flags, bare, monkeypatch):
     flags += " --backbones wrn10_1 --crop resized --workers 1"
     if phase == "squeeze":
         flags += " --image-size 72"
@@ -201,7 +182,7 @@ def test_images_that_are_streamed_by_workers_go_on_too(phase, flags, bare, monke
     ("squeeze", "--backbones efficientnet_b0 --epochs 2", 3, "teachers/supervised/efficientnet_b0.pt"),
     ("train_eval", "--students efficientnet_b0 --labels hard --epochs 3", 2, "gvbsm-ipc2/eval/efficientnet_b0-hard.json")])
 def test_networks_that_draw_while_they_train_go_on_with_the_same_numbers(
-        phase, flags, step, file, undisturbed, halfway, counted, one_thread):
+        phase, flags, step, file, undisturbed, halfway, counted):
     whole, project = halfway("train_eval"), halfway("train_eval")
     flags += " --batch-size 16 --lr 0.003"
     whole.call(phase, flags)
@@ -209,11 +190,11 @@ def test_networks_that_draw_while_they_train_go_on_with_the_same_numbers(
     with pytest.raises(SystemExit):
         import_module(phase).main(project.arguments(phase, flags))
     project.call(phase, flags)
-    one, other = (outputs(project)[f"runs/{project.dataset.name}/{file}"] for project in (whole, project))
+    one, other = (project.outputs()[f"runs/{project.dataset.name}/{file}"] for project in (whole, project))
     assert one == other
 
 
-def test_the_groups_of_a_pass_stay_while_they_are_asked_for_alike(halfway, counted, one_thread):
+def test_the_groups_of_a_pass_stay_while_they_are_asked_for_alike(halfway, counted):
     whole, project, groups = halfway("recover"), halfway("recover"), "--groups-per-step 2"
     whole.call("recover", groups)
     counted("recover", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -221,7 +202,7 @@ def test_the_groups_of_a_pass_stay_while_they_are_asked_for_alike(halfway, count
         recover.main(project.arguments("recover", groups))
     left = counted("recover", 0, None)
     project.call("recover", groups)
-    assert len(left) == 3 and outputs(project) == outputs(whole)
+    assert len(left) == 3 and project.outputs() == whole.outputs()
     counted("recover", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         recover.main(project.arguments("recover", groups, "--overwrite"))
@@ -238,7 +219,7 @@ def test_a_summary_of_other_backbones_or_weights_is_not_repeated(bare):
     assert bare.call("squeeze", "--seed 1")["args"]["seed"] == 1 != first["args"]["seed"]
 
 
-def test_unfinished_training_on_other_data(bare, counted, one_thread):
+def test_unfinished_training_on_other_data(bare, counted):
     counted("squeeze", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         squeeze.main(bare.arguments("squeeze"))
@@ -254,7 +235,7 @@ def test_what_a_kill_left_behind_a_result_goes(project):
     assert project.call("recover") == result and not folder.exists()
 
 
-def test_more_student_seeds_train_what_is_new_alone(halfway, counted, one_thread):
+def test_more_student_seeds_train_what_is_new_alone(halfway, counted):
     whole, project = halfway("train_eval"), halfway("train_eval")
     flags = "--epochs 6 --batch-size 2 --whole-up-to 0 --student-seeds"
     whole.call("train_eval", flags, "0 2 1")
@@ -268,7 +249,7 @@ def test_more_student_seeds_train_what_is_new_alone(halfway, counted, one_thread
     assert project.call("train_eval", flags, "2") == first | {"seconds": 1000}   # it stays until there is more, and that too
     left = counted("train_eval", 0, None)
     assert 1000 < project.call("train_eval", flags, "0 2 1")["seconds"] < 1100
-    assert len(left) == 2 * 6 * 4 - 9 and outputs(project) == outputs(whole)
+    assert len(left) == 2 * 6 * 4 - 9 and project.outputs() == whole.outputs()
     assert "--student-seeds [0, 2, 1] (now [0, 1])" in project.mistake("train_eval", flags, "0 1")
 
 
@@ -298,7 +279,7 @@ def test_a_signal_before_there_is_anything_to_keep_ends_at_once(number, code, ba
 @pytest.mark.parametrize("phase, flags, told", [
     ("recover", "--alpha 0.5", "--alpha 0.8 (now 0.5)"), ("train_eval", "--gamma 0.5", "--gamma 0.15 (now 0.5)")])
 def test_unfinished_work_goes_on_with_the_same_arguments_and_in_one_process_alone(
-        phase, flags, told, undisturbed, halfway, one_thread):
+        phase, flags, told, undisturbed, halfway):
     project, busy = halfway(phase), forkserver.Event()
     process = start(project, phase, LONG[phase], at=1, action=partial(be_busy, busy))
     assert busy.wait(60)
@@ -312,11 +293,11 @@ def test_unfinished_work_goes_on_with_the_same_arguments_and_in_one_process_alon
     project.call(phase, LONG[phase])
     check(project, phase, undisturbed)
     project.call(phase, LONG[phase], flags, "--overwrite")
-    assert outputs(project).keys() <= undisturbed.outputs.keys()
+    assert project.outputs().keys() <= undisturbed.outputs.keys()
 
 
 @pytest.mark.parametrize("phase", ["collect_stats", "recover", "relabel"])
-def test_unfinished_work_goes_on_with_the_same_files_alone(phase, halfway, counted, one_thread):
+def test_unfinished_work_goes_on_with_the_same_files_alone(phase, halfway, counted):
     project = halfway(phase)
     counted(phase, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):

@@ -16,7 +16,6 @@ from torchvision.transforms import functional as TF
 import recover
 from models import build_model
 from tests.helpers import assert_near
-from tests.test_continue import one_thread, outputs                                      # noqa: F401
 from utils.augment import SIAMESE, apply_siamese, draw_siamese
 from utils.data import Split
 from utils.dm import dm_loss, ite_norms, leave_one_out_norms, new_pruning, prune, rank_error
@@ -310,7 +309,7 @@ def test_networks_are_fresh_in_every_iteration_and_leave_torchs_generator_alone(
 
 @pytest.mark.parametrize("at", [3, 4, 6])
 @pytest.mark.parametrize("ratio", [0, 0.3])
-def test_interrupted_matching_goes_on_to_the_same_bytes(at, ratio, squeezed, new_project, monkeypatch, one_thread):   # noqa: F811
+def test_interrupted_matching_goes_on_to_the_same_bytes(at, ratio, squeezed, new_project, monkeypatch):
     flags, (whole, stopped) = f"{DM} --adaptive-ratio {ratio} --adaptive-period 3", (new_project(squeezed.dataset) for _ in "ab")
     for one in whole, stopped:
         shutil.copytree(squeezed.root / "runs", one.root / "runs")
@@ -328,7 +327,7 @@ def test_interrupted_matching_goes_on_to_the_same_bytes(at, ratio, squeezed, new
         stopped.call("recover", flags)
     assert end.value.code == 143 and len(calls) == at
     stopped.call("recover", flags)
-    assert len(calls) == 6 and outputs(stopped) == outputs(whole)
+    assert len(calls) == 6 and stopped.outputs() == whole.outputs()
 
 
 def test_pruning_changes_what_is_matched_and_is_lazy(project, monkeypatch):

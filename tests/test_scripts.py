@@ -24,7 +24,6 @@ from tests.helpers import assert_near, faked_graphs
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
 from utils.checkpoint import Checkpoint
 from utils.run import channels_last, generator
-from utils.teachers import load_teachers
 
 PHASES = {module.__name__: module for module in (squeeze, collect_stats, recover, relabel, train_eval)}
 RUN = "gvbsm-ipc2"
@@ -71,8 +70,12 @@ def checkpoint(path):
 
 def teachers(project, *names, folder=None):
     """Frozen backbones of a project, {name: model}."""
-    args = SimpleNamespace(backbones=names, teachers="", precision="fp32", recipe=None, given={})
-    return load_teachers(args, folder or project.teachers, build_model, torch.device("cpu"))[0]
+    models = {}
+    for name in names:
+        record = checkpoint((folder or project.teachers) / f"{name}.pt")
+        models[name] = build_model(name, len(record["data"]["classes"]), record["data"]["image_size"]).eval().requires_grad_(False)
+        models[name].load_state_dict(record["weights"])
+    return models
 
 
 def network_input(project, pixels):

@@ -25,8 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def torchrun(project, phase, *flags, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
                ROOT / f"{phase}.py", *project.arguments(phase, *flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process):
@@ -43,15 +42,6 @@ def made(project, *kinds):
             for kind in kinds for path in project.results.rglob(kind)}
 
 
-@pytest.fixture
-def alone(project):
-    """A project whose phases run in one process with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield project
-    torch.set_num_threads(threads)
-
-
 def copy(project, new_project):
     other = new_project(project.dataset)
     shutil.copytree(project.root / "runs", other.root / "runs")
@@ -59,15 +49,15 @@ def copy(project, new_project):
 
 
 @pytest.mark.slow
-def test_squeeze_trains_as_one_process_up_to_rounding(alone, new_project):
+def test_squeeze_trains_as_one_process_up_to_rounding(project, new_project):
     """At a small learning rate, at which rounding does not grow; batches of 5 images, and a last one of 2."""
     flags = ("--epochs 2 --batch-size 5 --lr 0.001 --overwrite --save-epochs 1:1:1 --pruned 1 --prune-ratio 0.34 "
              "--score-trials 3 --score-epochs 2 --score-batch-size 20")
-    alone.call("squeeze", flags)
-    both = new_project(alone.dataset)
+    project.call("squeeze", flags)
+    both = new_project(project.dataset)
     result, = ended(torchrun(both, "squeeze", flags))
     for name in (name + kind for name in ("convnet_w8", "wrn10_1") for kind in ("", "@1", "@pruned1")):
-        one, two = (torch.load(project.teachers / f"{name}.pt", weights_only=True) for project in (alone, both))
+        one, two = (torch.load(each.teachers / f"{name}.pt", weights_only=True) for each in (project, both))
         assert torch.equal(one["kept"], two["kept"]) and len(one["kept"]) == 32
         if "@" not in name:
             assert all(torch.equal(one["forgetting"][key], two["forgetting"][key]) for key in ("events", "learned"))
@@ -77,13 +67,13 @@ def test_squeeze_trains_as_one_process_up_to_rounding(alone, new_project):
 
 
 @pytest.mark.slow
-def test_statistics_are_those_of_one_process(alone, new_project):
-    both = copy(alone, new_project)
+def test_statistics_are_those_of_one_process(project, new_project):
+    both = copy(project, new_project)
     flags = "--overwrite --batch-size 7 --class-statistics"
-    alone.call("collect_stats", flags)
+    project.call("collect_stats", flags)
     ended(torchrun(both, "collect_stats", flags))
     for name in "convnet_w8", "wrn10_1":
-        one, two = (torch.load(project.teachers / f"{name}.stats.pt", weights_only=True) for project in (alone, both))
+        one, two = (torch.load(each.teachers / f"{name}.stats.pt", weights_only=True) for each in (project, both))
         for kind in "statistics", "class_statistics":
             for layer in one[kind]:
                 for mine, theirs in zip(one[kind][layer], two[kind][layer], strict=True):
@@ -91,28 +81,28 @@ def test_statistics_are_those_of_one_process(alone, new_project):
 
 
 @pytest.mark.slow
-def test_images_labels_and_accuracies_have_the_bytes_of_one_process(alone, new_project):
-    both = copy(alone, new_project)
+def test_images_labels_and_accuracies_have_the_bytes_of_one_process(project, new_project):
+    both = copy(project, new_project)
     for phase, flags in [("recover", "--ipc 3"), ("relabel", "--ipc 3"),
                          ("train_eval", "--ipc 3 --students convnet_w8 wrn10_1 --student-seeds 0 1 2")]:
-        alone.call(phase, flags)
+        project.call(phase, flags)
         results = ended(torchrun(both, phase, flags))
         assert len(results) == (2 if phase == "train_eval" else 1)
     kinds = "*.png", "*.npy", "log*.jsonl"
-    assert made(both, *kinds) == made(alone, *kinds) and len(made(both, *kinds)) == 3 * 4 + 1 + 6 + 1
+    assert made(both, *kinds) == made(project, *kinds) and len(made(both, *kinds)) == 3 * 4 + 1 + 6 + 1
     for name in "convnet_w8", "wrn10_1":
-        one, two = (json.loads((project.run("gvbsm-ipc3") / f"eval/{name}.json").read_text()) for project in (alone, both))
+        one, two = (json.loads((each.run("gvbsm-ipc3") / f"eval/{name}.json").read_text()) for each in (project, both))
         assert one["top1_by_epoch"] == two["top1_by_epoch"] and one["made_from"] == two["made_from"]
     assert not list(both.root.rglob("*.unfinished"))
 
 
 @pytest.mark.slow
-def test_classes_in_steps_give_the_accuracies_of_one_process(alone, new_project):
+def test_classes_in_steps_give_the_accuracies_of_one_process(project, new_project):
     flags = "--protocol continual --steps 2 --orders 2"
     for phase in "recover", "relabel":
-        alone.call(phase)
-    both = copy(alone, new_project)
-    expected, (result,) = alone.call("train_eval", flags), ended(torchrun(both, "train_eval", flags))
+        project.call(phase)
+    both = copy(project, new_project)
+    expected, (result,) = project.call("train_eval", flags), ended(torchrun(both, "train_eval", flags))
     timeless = {key: value for key, value in expected.items() if "top1" in key or "curve" in key}
     assert timeless.items() <= result.items() and len(result["curves"]) == 2
 
@@ -125,8 +115,8 @@ def wait_for(pattern, folder, process):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_all_and_a_restart_with_any_number_goes_on(alone, new_project):
-    both, flags = copy(alone, new_project), "--iterations 200 --checkpoint-minutes 0.001 --batch-size 2"
+def test_a_process_that_dies_ends_all_and_a_restart_with_any_number_goes_on(project, new_project):
+    both, flags = copy(project, new_project), "--iterations 200 --checkpoint-minutes 0.001 --batch-size 2"
     process = torchrun(both, "recover", flags)
     lock = wait_for("lock", both.root, process)
     wait_for("batch*.pt", both.root, process)
@@ -135,13 +125,13 @@ def test_a_process_that_dies_ends_all_and_a_restart_with_any_number_goes_on(alon
     assert process.returncode == 1 and "Signal 9 (SIGKILL)" in err and "RESULT" not in out
     assert list(both.root.rglob("batch*.pt"))
     both.call("recover", flags)
-    alone.call("recover", flags)
-    assert made(both, "*.png", "log*.jsonl") == made(alone, "*.png", "log*.jsonl")
+    project.call("recover", flags)
+    assert made(both, "*.png", "log*.jsonl") == made(project, "*.png", "log*.jsonl")
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_keeps_the_work_of_every_process(alone, new_project):
-    both, flags = copy(alone, new_project), "--iterations 4000 --batch-size 4"
+def test_a_signal_to_torchrun_keeps_the_work_of_every_process(project, new_project):
+    both, flags = copy(project, new_project), "--iterations 4000 --batch-size 4"
     process = torchrun(both, "recover", flags)
     for log in "log.jsonl", "log-1.jsonl":
         path = wait_for(log, both.root, process)
@@ -154,8 +144,8 @@ def test_a_signal_to_torchrun_keeps_the_work_of_every_process(alone, new_project
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_and_ends_all(alone):
-    process = torchrun(alone, "recover", "--teachers nobody")
+def test_a_mistake_is_told_and_ends_all(project):
+    process = torchrun(project, "recover", "--teachers nobody")
     out, err = process.communicate(timeout=120)
     lines = [line for line in err.splitlines() if "nobody/convnet_w8.pt is missing" in line]
     assert process.returncode == 1 and 1 <= len(lines) <= 2

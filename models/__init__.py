@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 import torchvision
+from torch import nn
 
 from models.convnet import ConvNet
 from models.deit import deit_tiny
@@ -50,12 +51,13 @@ def _builder(name):
     return BUILDERS.get(name)
 
 
-def is_model_name(name):
+def is_model_name(name: str) -> bool:
     """Whether build_model knows this name: one of NAMES, or of the form of one of PATTERNS."""
     return _builder(name) is not None
 
 
-def build_model(name, num_classes, image_size, widths=None):
+def build_model(name: str, num_classes: int, image_size: int,
+                widths: dict[str, int] | None = None) -> nn.Module:
     """-> nn.Module: images [B, 3, image_size, image_size] -> logits [B, num_classes].
 
     The weights are drawn from torch's global generator. widths: {convolution: channels that pruning left}.
@@ -67,7 +69,7 @@ def build_model(name, num_classes, image_size, widths=None):
     return shrink(model, {layer: torch.arange(width) for layer, width in widths.items()}) if widths else model
 
 
-def pretrained_weights(name):
+def pretrained_weights(name: str) -> torchvision.models.WeightsEnum:
     """-> torchvision's WeightsEnum member of ImageNet weights, version 1; nothing is downloaded.
 
     They load with strict=True into build_model(name, 1000, image_size > 64). ValueError if torchvision has none.

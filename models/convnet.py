@@ -25,7 +25,7 @@ class ConvNet(nn.Sequential):
     ValueError if the poolings leave less than one pixel.
     """
 
-    def __init__(self, width, depth, num_classes, image_size):
+    def __init__(self, width: int, depth: int, num_classes: int, image_size: int):
         last = image_size >> depth
         if last < 1:
             raise ValueError(f"a ConvNet of depth {depth} halves an image {depth} times and needs at least "

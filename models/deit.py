@@ -3,7 +3,7 @@ import torchvision
 from torch import nn
 
 
-def deit_tiny(num_classes, image_size):
+def deit_tiny(num_classes: int, image_size: int) -> nn.Module:
     """[B, 3, S, S] -> logits [B, num_classes].
 
     Up to 64 pixels patches of 4 instead of 16. ValueError if S is not a multiple of the patch.

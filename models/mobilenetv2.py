@@ -23,7 +23,7 @@ class Block(nn.Module):
         return x + self.conv(x) if self.residual else self.conv(x)
 
 
-def mobilenetv2(width_mult, num_classes, image_size):
+def mobilenetv2(width_mult: float, num_classes: int, image_size: int) -> torchvision.models.MobileNetV2:
     """[B, 3, S, S] -> logits [B, num_classes].
 
     Up to 64 pixels the last map is S/16 wide instead of S/32, widths are not rounded to multiples of 8 (0.5 * 24 = 12),

@@ -56,7 +56,7 @@ def _readers(node, layers, calls, flat=False):
     return norms, consumers
 
 
-def prunable(model):
+def prunable(model: nn.Module) -> dict[str, tuple]:
     """The convolutions whose output channels can be removed without touching those of another: between them and the next
     convolutions, or the linear layer behind a flatten, every layer acts on each channel by itself. An addition, a
     concatenation, a grouped convolution or a layer called twice in between rules them out.
@@ -80,7 +80,7 @@ def _select(layer, index, dim, names):
             setattr(layer, name, nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part)
 
 
-def shrink(model, kept):
+def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
     """Remove all output channels but `kept`, {name of a `prunable` convolution: indices}, in place.   -> model
 
     What computes with them goes along: norms with their running statistics, inputs of the next layers. The parameters are
@@ -110,7 +110,7 @@ def shrink(model, kept):
     return model
 
 
-def widths(model, kept):
+def widths(model: nn.Module, kept: dict[str, torch.Tensor]) -> dict[str, int]:
     """What a checkpoint of shrink(model, kept) needs beside its weights: {conv name: channels left}, see the module."""
     layers = dict(model.named_modules())
     return {name: layers[name].out_channels for name in kept}
@@ -129,7 +129,7 @@ def _parameters_left(model, plan, channels):
                      for layer, tensor in owners))
 
 
-def random_channels(model, share, generator):
+def random_channels(model: nn.Module, share: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Channels drawn at random, the same part of every prunable convolution and at least one, such that about `share` of
     the model's parameters are left: the smallest part with no fewer, so more where one channel each is still more. Teddy
     (arXiv:2410.07579) keeps 7.72 of ResNet-18's 11.69 million and 1.2 of its 1.8 billion multiply-adds at 224 pixels, which
@@ -148,7 +148,7 @@ def random_channels(model, share, generator):
             for name, number in channels(high).items()}
 
 
-def channel_scales(model):
+def channel_scales(model: nn.Module) -> dict[str, nn.Parameter]:
     """The BatchNorm scales that decide over channels in network slimming.   -> {prunable convolution: parameter [C]}, of
     those with one BatchNorm and no other norm behind them"""
     layers = dict(model.named_modules())
@@ -156,7 +156,7 @@ def channel_scales(model):
     return {name: found[0].weight for name, found in norms.items() if len(found) == 1 and isinstance(found[0], nn.BatchNorm2d)}
 
 
-def largest_scales(model, sparsity, least=0.1):
+def largest_scales(model: nn.Module, sparsity: float, least: float = 0.1) -> dict[str, torch.Tensor]:
     """Network slimming (Liu et al., arXiv:1708.06519): all channels of `channel_scales` but the part `sparsity` of them (0 ..
     below 1) with the smallest |scale| in the whole network. Each convolution keeps the part `least` of its own with the
     largest: where all scales of a layer are small, one threshold alone cuts the network in two.

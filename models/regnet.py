@@ -3,7 +3,7 @@ import torch
 from torchvision.models.regnet import BlockParams, RegNet
 
 
-def regnet_x_8gf(num_classes, image_size):
+def regnet_x_8gf(num_classes: int, image_size: int) -> RegNet:
     """[B, 3, S, S] -> logits [B, num_classes].
 
     Up to 64 pixels the stem has stride 1, so that the last map is S/16 wide instead of S/32.

@@ -3,7 +3,7 @@ import torchvision
 from torch import nn
 
 
-def resnet(arch, num_classes, image_size):
+def resnet(arch: str, num_classes: int, image_size: int) -> torchvision.models.ResNet:
     """[B, 3, S, S] -> logits [B, num_classes].  arch: torchvision's name ("resnet18", "resnet50", "resnet101").
 
     Up to 64 pixels a 3x3 stem of stride 1 and no max-pooling, so that the last map is S/8 wide instead of S/32.

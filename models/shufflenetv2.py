@@ -13,7 +13,7 @@ class Unit(InvertedResidual):
         return F.channel_shuffle(torch.cat((left, self.branch2(right)), dim=1), 2)
 
 
-def shufflenetv2_05(num_classes, image_size):
+def shufflenetv2_05(num_classes: int, image_size: int) -> ShuffleNetV2:
     """[B, 3, S, S] -> logits [B, num_classes].
 
     Up to 64 pixels a 1x1 stem of stride 1 and no max-pooling, so that the last map is S/8 wide instead of S/32.

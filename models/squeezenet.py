@@ -2,7 +2,7 @@
 import torchvision
 
 
-def squeezenet(num_classes, image_size):
+def squeezenet(num_classes: int, image_size: int) -> torchvision.models.SqueezeNet:
     """[B, 3, S, S] -> logits [B, num_classes].
 
     Up to 64 pixels the stem has stride 1. ValueError if the three poolings leave less than one pixel.

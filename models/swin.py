@@ -2,7 +2,7 @@
 import torchvision
 
 
-def swin_t(num_classes, image_size):
+def swin_t(num_classes: int, image_size: int) -> torchvision.models.SwinTransformer:
     """[B, 3, S, S] -> logits [B, num_classes].
 
     Up to 64 pixels patches of 2 and windows of 4 instead of 4 and 7: 64 pixels make maps 32, 16, 8 and 4 wide.

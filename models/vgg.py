@@ -3,7 +3,7 @@ import torchvision
 from torch import nn
 
 
-def vgg11_bn(num_classes, image_size):
+def vgg11_bn(num_classes: int, image_size: int) -> nn.Module:
     """[B, 3, S, S] -> logits [B, num_classes].
 
     Up to 64 pixels one linear layer on the averaged 512 features instead of three on 7x7 of them.

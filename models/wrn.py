@@ -23,7 +23,7 @@ class Block(nn.Module):
 class WideResNet(nn.Module):
     """[B, 3, S, S] -> logits [B, num_classes], any S.  WRN-depth-width, depth = 6n + 4: three groups of n blocks."""
 
-    def __init__(self, depth, width, num_classes):
+    def __init__(self, depth: int, width: int, num_classes: int):
         super().__init__()
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"the depth of a wide residual network is 6n + 4 (10, 16, 22, 28, ...), not {depth}")

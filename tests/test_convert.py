@@ -1,7 +1,9 @@
 """utils/convert.py: other projects' tensors, an ImageFolder there and back, a run to publish."""
+import hashlib
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ from PIL import Image
 
 from utils.convert import UNITS, load_tensors, main, to_pixels
 from utils.hub import write_zip
+
+
+ARCHIVES = sorted((Path(__file__).parent / "evidence" / "images").glob("*.zip"))
 
 
 def call(*words):
@@ -218,6 +223,14 @@ def test_zip_is_the_same_each_time_and_unpacks_to_the_images(run, tmp_path, caps
         assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
         archive.extractall(tmp_path / "out")
     assert bytes_of(tmp_path / "out" / "images") == bytes_of(run / "images")
+
+
+@pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.stem)
+def test_archives_of_the_evidence_are_whole(archive):
+    assert hashlib.sha256(archive.read_bytes()).hexdigest() == archive.with_name(f"{archive.name}.sha256").read_text().split()[0]
+    with zipfile.ZipFile(archive) as files:
+        assert all(info.compress_type == zipfile.ZIP_STORED and info.filename.startswith("images/") for info in files.infolist())
+        assert Image.open(files.open(files.namelist()[-1])).mode == "RGB"
 
 
 def test_converted_images_train_by_their_classes_and_by_soft_labels(project, tmp_path):

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 
-def sds_match(current, target, ema, alpha):
+def sds_match(current: torch.Tensor, target: torch.Tensor, ema: torch.Tensor | None,
+              alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Distance of a smoothed batch statistic from the dataset's.   Eqs. 6 and 10, derivation Eqs. 12-15.
 
         ema' = alpha * ema + (1 - alpha) * current        (ema None, the first batch: ema' = current)
@@ -17,7 +18,7 @@ def sds_match(current, target, ema, alpha):
     return torch.linalg.vector_norm(current - target - (current.detach() - ema), dim=-1).sum(), ema
 
 
-def pooled_rows(images, scale="sum"):
+def pooled_rows(images: torch.Tensor, scale: str = "sum") -> torch.Tensor:
     """Eq. 4: images [B, C, H, W] -> rows [B, C*32*32] (smaller images keep their size).
 
     scale "sum" is the paper's Gram matrix, whose eigenvalues are of the order of the row length; "mean" divides it by
@@ -29,7 +30,8 @@ def pooled_rows(images, scale="sum"):
     return rows if scale == "sum" else rows / rows.shape[1] ** 0.5
 
 
-def data_densification(images, labels, tau=4.0, scale="sum"):
+def data_densification(images: torch.Tensor, labels: torch.Tensor, tau: float = 4.0,
+                       scale: str = "sum") -> torch.Tensor:
     """Eq. 5: sum over classes of KL( sg(softmax(lambda / tau)) || softmax(lambda) ), lambda the eigenvalues of the
     Gram matrix of the class.   images [B, C, H, W], labels [B] -> scalar; exactly 0 for one image a class.
     """
@@ -61,7 +63,8 @@ class ClosedFormDensification(torch.autograd.Function):
         return grad * ctx.saved_tensors[0], None
 
 
-def densification_closed_form(images, members, tau=4.0, scale="sum"):
+def densification_closed_form(images: torch.Tensor, members: list[torch.Tensor], tau: float = 4.0,
+                              scale: str = "sum") -> torch.Tensor:
     """`data_densification` without a graph through the eigenvalues and without a loop over classes.
     members: index tensors [K, n], one for each class size n, as `class_members` gives them.   -> scalar
     """
@@ -69,7 +72,7 @@ def densification_closed_form(images, members, tau=4.0, scale="sum"):
     return sum((ClosedFormDensification.apply(rows[index], tau) for index in members), rows.new_zeros(()))
 
 
-def class_members(labels):
+def class_members(labels: torch.Tensor) -> list[torch.Tensor]:
     """labels [B] -> the images of each class as index tensors [K, n], one for each class size n > 1 (one image of a
     class adds nothing to Eq. 5)."""
     classes, counts = labels.unique(return_counts=True)
@@ -77,7 +80,7 @@ def class_members(labels):
             for n in counts.unique().tolist() if n > 1]
 
 
-def ensemble_logits(logits, normalize):
+def ensemble_logits(logits: torch.Tensor, normalize: bool) -> torch.Tensor:
     """Eq. 8: logits [K, B, C] of K backbones -> [B, C], their mean; normalize (LN) first scales each backbone's
     logits to the mean Frobenius norm over the backbones."""
     if normalize:
@@ -86,14 +89,15 @@ def ensemble_logits(logits, normalize):
     return logits.mean(0)
 
 
-def mse_gt_loss(student_logits, soft_logits, labels, gamma):
+def mse_gt_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, labels: torch.Tensor,
+                gamma: float) -> torch.Tensor:
     """Eq. 11: mean over B*C of (f(x) - z)^2 + gamma * CE(f(x), y).   logits [B, C], labels [B] -> scalar.
     DEVIATION(paper): it writes the squared norm; gamma = 0.1 / 0.15 was tuned with the mean.
     """
     return F.mse_loss(student_logits, soft_logits) + gamma * F.cross_entropy(student_logits, labels)
 
 
-def kl_loss(student_logits, soft_logits, temperature):
+def kl_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Eq. 3 and SRe2L's loss: KL( softmax(z / T) || softmax(f / T) ), mean over B, no factor T^2.   -> scalar"""
     return F.kl_div((student_logits / temperature).log_softmax(-1), (soft_logits / temperature).log_softmax(-1),
                     reduction="batchmean", log_target=True)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 
-def draw_resized_crop(n, size, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale=(0.08, 1.0),
+                      ratio=(3 / 4, 4 / 3)) -> torch.Tensor:
     """n boxes of random area and aspect ratio in a square of `size` pixels, distributed as torchvision's
     RandomResizedCrop: ten attempts, then the largest centred box (a square holds every ratio).   -> [n, 4]
     scale: smallest and largest share of the area, numbers, or [n, 1] where boxes differ"""
@@ -27,7 +28,7 @@ def draw_resized_crop(n, size, generator, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3
     return torch.cat([corner, sides], 1).long()
 
 
-def apply_resized_crop(images, boxes, size=None):
+def apply_resized_crop(images: torch.Tensor, boxes: torch.Tensor, size: int | None = None) -> torch.Tensor:
     """Cut each box and resize it bilinearly to `size` (default: that of the images), as torchvision's resized_crop with
     antialiasing, differentiably: a pixel of a shrunk box averages all that it covers, and nothing outside the box is seen.
     """
@@ -59,22 +60,22 @@ def triangles(start, length, size, side):
     return weight / weight.sum(2, keepdim=True)
 
 
-def draw_flip(n, generator):
+def draw_flip(n: int, generator: torch.Generator) -> torch.Tensor:
     """-> [n] booleans, true for half of the samples."""
     return torch.rand(n, generator=generator) < 0.5
 
 
-def apply_flip(images, flip):
+def apply_flip(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     """Mirror the images where flip [N] is true."""
     return torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
-def draw_shift(n, low, high, generator):
+def draw_shift(n: int, low: int, high: int, generator: torch.Generator) -> torch.Tensor:
     """n vertical and horizontal shifts of low .. high pixels.   -> [n, 2]"""
     return torch.randint(low, high + 1, (n, 2), generator=generator)
 
 
-def apply_shift(images, shift, wrap=False):
+def apply_shift(images: torch.Tensor, shift: torch.Tensor, wrap: bool = False) -> torch.Tensor:
     """Move each image down and right by shift [N, 2] pixels. What enters is 0 (RandomCrop with padding), or, with
     `wrap`, what left on the other side (circular)."""
     H, W = images.shape[2:]
@@ -88,7 +89,8 @@ def apply_shift(images, shift, wrap=False):
     return moved * inside.to(moved.dtype)
 
 
-def draw_view(n, size, crop, flip, roll, generator, smallest=0.08):
+def draw_view(n: int, size: int, crop: str, flip: bool, roll: int, generator: torch.Generator,
+              smallest: float = 0.08) -> dict[str, torch.Tensor]:
     """One view of each of n images: crop none, resized (RandomResizedCrop, of `smallest` .. 1 of the area) or pad<pixels>
     (RandomCrop with padding), then flip (bool: half of them), then roll (a circular shift of 0 .. roll pixels on both
     axes).   -> dict"""
@@ -104,7 +106,7 @@ def draw_view(n, size, crop, flip, roll, generator, smallest=0.08):
     return draw
 
 
-def apply_view(images, draw):
+def apply_view(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
     """Images [N, C, S, S] under a draw of `draw_view`, differentiably."""
     if "crop" in draw:
         images = apply_resized_crop(images, draw["crop"])
@@ -117,7 +119,7 @@ def apply_view(images, draw):
     return images
 
 
-def draw_beta(alpha, generator):
+def draw_beta(alpha: float, generator: torch.Generator) -> float:
     """One number of Beta(alpha, alpha), by Johnk's rejection."""
     while True:
         x, y = (torch.rand(2, generator=generator, dtype=torch.float64) ** (1 / alpha)).tolist()
@@ -125,7 +127,7 @@ def draw_beta(alpha, generator):
             return x / (x + y)
 
 
-def draw_cutmix_box(size, generator, alpha=1.0):
+def draw_cutmix_box(size: int, generator: torch.Generator, alpha: float = 1.0) -> torch.Tensor:
     """The box CutMix pastes: sides size * sqrt(1 - lambda), lambda of Beta(alpha, alpha), uniform centre, clipped.
     -> [4]"""
     side = int(size * (1 - draw_beta(alpha, generator)) ** 0.5)
@@ -155,7 +157,8 @@ def draw_epoch(n, size, batch_size, mix, generator, scale=(0.08, 1.0)):
     return draw
 
 
-def apply_epoch(images, draw, index, mix, units=None):
+def apply_epoch(images: torch.Tensor, draw: dict[str, torch.Tensor], index: torch.Tensor, mix: str,
+                units: torch.Tensor | None = None) -> torch.Tensor:
     """The mixed samples `index` [B] of a draw of `draw_epoch`, for images [N, C, S, S] (all of them), with units (mean,
     std) uint8 ones that `normalize` brings into them.   -> [B, C, S, S].  The bytes do not depend on which samples make a
     batch."""
@@ -176,7 +179,7 @@ def apply_epoch(images, draw, index, mix, units=None):
     return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], partner, base)
 
 
-def draw_colour(n, generator):
+def draw_colour(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """MoCo's change of colours for each of n images: with probability 0.8 torchvision's ColorJitter(0.4, 0.4, 0.4, 0.1),
     then with 0.2 its Grayscale.   -> dict: jitter, gray [n] booleans; order [n, 4], a permutation of the four operations;
     factor [n, 4] of brightness, contrast and saturation (0.6 .. 1.4), and the turn of the hue (-0.1 .. 0.1)"""
@@ -186,7 +189,7 @@ def draw_colour(n, generator):
             "factor": torch.tensor([1.0, 1.0, 1.0, 0.0]) + spread}
 
 
-def apply_colour(images, draw):
+def apply_colour(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
     """RGB images [N, 3, H, W] of 0 .. 1 under a draw of `draw_colour`."""
     draw = {key: rows.to(images.device) for key, rows in draw.items()}
     changed = images
@@ -200,13 +203,13 @@ def apply_colour(images, draw):
     return torch.where(draw["gray"][:, None, None, None], luma(changed), changed)
 
 
-def luma(images):
+def luma(images: torch.Tensor) -> torch.Tensor:
     """Grey of RGB images, ITU-R 601.   -> [N, 1, H, W]"""
     red, green, blue = images.split(1, 1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
-def turn_hue(images, turn):
+def turn_hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Turn the hue of RGB images of 0 .. 1 by `turn` [N, 1, 1, 1] of the circle; HSV's saturation and value stay."""
     red, green, blue = images.split(1, 1)
     value = images.amax(1, keepdim=True)
@@ -218,13 +221,13 @@ def turn_hue(images, turn):
     return value - chroma * place.minimum(4 - place).clamp(0, 1)
 
 
-def normalize(images, mean, std):
+def normalize(images: torch.Tensor, mean, std) -> torch.Tensor:
     """uint8 images [N, 3, S, S] -> float32 in the units the networks see.   mean, std: three numbers each; as tensors on
     the images' device they cost no transfer."""
     return (images.float() / 255 - _channel(mean, images)) / _channel(std, images)
 
 
-def to_uint8(images, mean, std):
+def to_uint8(images: torch.Tensor, mean, std) -> torch.Tensor:
     """The inverse of `normalize`, clamped to 0 .. 255 and rounded (the release truncates)."""
     images = images.detach().float()
     return ((images * _channel(std, images) + _channel(mean, images)) * 255).clamp(0, 255).round().to(torch.uint8)
@@ -237,7 +240,7 @@ def _channel(values, images):
 SIAMESE = "colour", "crop", "cutout", "flip", "scale", "rotate"
 
 
-def draw_siamese(size, generator):
+def draw_siamese(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """One of the families of differentiable siamese augmentation (DSA, arXiv:2102.08259; one strategy at a time),
     and its parameters at the strengths of the authors' code: brightness 1, saturation 2, contrast 0.5, crop 1/8, cutout 1/2,
     flip 1/2, scale 1.2, rotate 15 degrees.   -> dict of one entry, a tensor, for all images alike"""
@@ -262,7 +265,7 @@ def draw_siamese(size, generator):
     return {family: draw}
 
 
-def apply_siamese(images, draw):
+def apply_siamese(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
     """Images [N, C, S, S] in normalised units, all with the parameters of a draw of `draw_siamese`; differentiable twice.
     What enters is 0, the mean."""
     (family, draw), = draw.items()
@@ -285,7 +288,7 @@ def apply_siamese(images, draw):
     return apply_linear_map(images, draw)
 
 
-def apply_linear_map(images, matrix):
+def apply_linear_map(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Each pixel reads, bilinearly and 0 outside, at matrix [2, 2] times its place (x, y) from the centre: what grid_sample
     gives on affine_grid's grid, with derivatives of every order."""
     S = images.shape[-1]

@@ -62,6 +62,10 @@ def test_each_number_of_a_result_file_stands_in_its_row(name):
     assert all(report.accuracy(result) in section for result in cell["real"].values())
 
 
+def test_the_notes_stay_short():
+    assert (make_readme.FOLDER / "NOTES.md").stat().st_size <= 15000
+
+
 def test_no_table_has_more_than_eight_columns():
     lines = (make_readme.FOLDER / "README.md").read_text().splitlines()
     assert 2 < max(line.count("|") - 1 for line in lines if line.startswith("|")) <= 8

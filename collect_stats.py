@@ -8,8 +8,8 @@ smaller than the variance over the data set by the variance between batches. So 
 
 reads   data/<dataset>/...                                           the training images
         runs/<dataset>/teachers/<teachers>/<backbone>.pt             squeeze.py
-writes  runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt       four vectors a convolution, the weights' fingerprint
-        runs/<dataset>/teachers/<teachers>/collect_stats.json        the RESULT line
+writes  runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt       four vectors a convolution, the weights' hash
+        runs/<dataset>/teachers/<teachers>/collect_stats.json        arguments, costs
 
 python collect_stats.py --dataset cifar100                             # paper setting: patches of 4x4 pixels
 python collect_stats.py --dataset cifar100 --teachers e20              # of other weights
@@ -18,7 +18,6 @@ python collect_stats.py --dataset shapes                               # smoke r
 import argparse
 import json
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,29 +37,34 @@ from utils.teachers import costs, load_teachers
 
 
 @torch.inference_mode()
-def sum_statistics(model, batches, patch, classes=0, start=None, keep=lambda state: None):
-    """The sums of Eq. 9 over batches of images [B, C, H, W] and labels [B], an iterable; with `classes` those of each class
-    too.   keep: takes, after every batch, a function that gives the state; start: a state to go on from.
-    -> state {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]}, float64, "seen": images, "batches",
-    "class_sums": {layer: [moments [classes, n] of `image_moments`]}, "class_seen": [classes]}"""
+def sum_statistics(model, batches, patch, classes=0, state=None):
+    """The sums of Eq. 9 over batches of images [B, C, H, W] and labels [B]; with `classes` those of each class too.
+    state: one to go on from   -> yields, after every batch, {"sums": {convolution: [channel_mean, channel_var, patch_mean,
+    patch_var]}, float64, "seen": images, "batches", "class_sums": {layer: moments [classes, n] of `image_moments`},
+    "class_seen": [classes]}"""
     layers = matched_layers(model)
     convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
-    state = start or {"sums": {}, "seen": 0, "batches": 0, "class_sums": {}, "class_seen": torch.zeros(classes)}
+    state = state or new_sums(classes)
     for images, labels in batches:
         with layer_inputs(model, layers if classes else convolutions) as inputs:
             model(images)
-        shared = {id(inputs[name]): inputs[name] for name in convolutions}
-        shared = {key: conv_stats(x.float(), patch) for key, x in shared.items()}
-        sums = {name: [vector[0].double() * len(images) for vector in shared[id(inputs[name])]] for name in convolutions}
-        state = state | {"sums": add(state["sums"], sums), "seen": state["seen"] + len(images), "batches": state["batches"] + 1}
+        measured = {id(inputs[name]): inputs[name] for name in convolutions}     # layers that share an input share its moments
+        measured = {key: conv_stats(x.float(), patch) for key, x in measured.items()}
+        sums = {name: [vector[0].double() * len(images) for vector in measured[id(inputs[name])]] for name in convolutions}
+        state = state | {"sums": add(state["sums"], sums), "seen": state["seen"] + len(images),
+                         "batches": state["batches"] + 1}
         if classes:
             members = (send(labels, images.device)[:, None] == torch.arange(classes, device=images.device)).double()
-            sums = {name: [members.T @ moment.double() for moment in image_moments(x, patch if name in convolutions else None)]
-                    for name, x in inputs.items()}
+            moments = {name: image_moments(x, patch if name in convolutions else None) for name, x in inputs.items()}
+            sums = {name: [members.T @ moment.double() for moment in each] for name, each in moments.items()}
             state["class_sums"] = add(state["class_sums"], sums)
             state["class_seen"] = state["class_seen"].to(members) + members.sum(0)
-        keep(lambda: state)
-    return state
+        yield state
+
+
+def new_sums(classes=0):
+    """The state of `sum_statistics` before the first batch."""
+    return {"sums": {}, "seen": 0, "batches": 0, "class_sums": {}, "class_seen": torch.zeros(classes)}
 
 
 def image_moments(x, patch=None):
@@ -99,20 +103,33 @@ def class_statistics(states):
             for name, pairs in moments.items()}
 
 
-def training_views(split, kept, data, args, device, progress, done):
-    """The training images `kept` once, augmented and normalised, and their labels, in batches: this process's, but for those
-    that are `done`."""
-    draw, units = generator("collect_stats", args.seed), torch.tensor([data["mean"], data["std"]], device=device)
-    order = kept[torch.randperm(len(kept), generator=draw)]       # batches of mixed classes: their variances are averaged
-    batches = order.split(args.batch_size)
-    views = [draw_view(len(batch), data["image_size"], args.crop, True, 0, draw) for batch in batches if not split.streamed]
+def training_views(split, kept, data, *, crop, seed, batch_size, device, done=0):
+    """The training images `kept` once, augmented and normalised, and their labels, in batches: this process's, but for the
+    first `done`.   data: mean, std and image_size of `describe`"""
+    rng, mean_std = generator("collect_stats", seed), torch.tensor([data["mean"], data["std"]], device=device)
+    order = kept[torch.randperm(len(kept), generator=rng)]           # batches of mixed classes: their variances are averaged
+    batches = order.split(batch_size)
+    views = [draw_view(len(batch), data["image_size"], crop, True, 0, rng) for batch in batches if not split.streamed]
     todo = shard(range(len(batches)))[done:]
-    for i, (images, labels) in zip(todo, split.batches([batches[i] for i in todo], crop_seed=args.seed)):
+    for i, (images, labels) in zip(todo, split.batches([batches[i] for i in todo], crop_seed=seed)):
         images = send(images, device)
         if not split.streamed:
             images = apply_view(images.float(), send(views[i], device))
-        yield normalize(images, *units), labels
-        progress.step(count=len(images))
+        yield normalize(images, *mean_std), labels
+
+
+def stored_backbones(args, folder, records, settings):
+    """The backbones whose statistics exist, are of these weights and settings, and complete."""
+    found = []
+    for name, record in records.items():
+        path = folder / f"{name}.stats.pt"
+        if stored := load_finished(path, args, settings=settings, keys=["checkpoint"]):
+            if stored["checkpoint"] != record["fingerprint"]:
+                fail(f"{path} belongs to other weights than {name}.pt; collect again with --overwrite")
+            if args.class_statistics and "class_statistics" not in stored:
+                fail(f"{path} holds no statistics of single classes; collect again with --overwrite")
+            found.append(name)
+    return found
 
 
 def get_parser():
@@ -136,47 +153,46 @@ def main(argv=None):
     if args.patch > data["image_size"]:
         fail(f"--patch {args.patch} is larger than the images, {data['image_size']} pixels a side; use at most that")
     settings = {key: relevant(args)[key] for key in ("patch", "crop", "batch_size", "seed", "precision")}
-    result, todo, piece, made = paths.teachers / "collect_stats.json", [], f"{rank()} of {world_size()}", {}
-    for name in models:
-        path = paths.teachers / f"{name}.stats.pt"
-        if stored := load_finished(path, args, settings=settings, keys=["checkpoint"]):
-            if stored["checkpoint"] != records[name]["fingerprint"]:
-                fail(f"{path} belongs to other weights than {name}.pt; collect again with --overwrite")
-            if args.class_statistics and "class_statistics" not in stored:
-                fail(f"{path} holds no statistics of single classes; collect again with --overwrite")
-        else:
-            todo.append(name)
-    run = Run("collect_stats", args, result, fingerprints(records))
-    if not todo and run.unchanged(settings | {"backbones": args.backbones}, made_from=fingerprints(records)):
+    run = Run("collect_stats", args, paths.teachers / "collect_stats.json", fingerprints(records))
+    found = stored_backbones(args, paths.teachers, records, settings)
+    todo, made, piece = [name for name in models if name not in found], {}, f"{rank()} of {world_size()}"
+    if not todo and run.unchanged(settings | {"backbones": args.backbones}, made_from=run.inputs):
         return None
     if todo:
-        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers, holdout=args.holdout).to(device)
+        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers,
+                           holdout=args.holdout).to(device)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
         check_trained(split, records, paths)
         split.check_crop(args.crop)
     classes = len(data["classes"]) if args.class_statistics else 0
     for name in todo:
         path, kept = paths.teachers / f"{name}.stats.pt", records[name].get("kept", torch.arange(len(split)))
-        seen = {"data": fingerprint(json.dumps([data, len(split)]))}
-        with Checkpoint(path, args, fingerprints({name: records[name]}) | seen, settings | {"class_statistics": classes > 0}) as work:
-            state, progress = send(work.read(piece), device), Progress(f"collect_stats {name}", math.ceil(len(kept) / world_size()))
-            progress.skip(state["seen"] if state else 0)
-            views = training_views(split, kept, data, args, device, progress, state["batches"] if state else 0)
-            state = sum_statistics(channels_last(models[name]), views, args.patch, classes, state, partial(work.save_if_due, piece=piece))
-            work.save(state, piece)
+        inputs = fingerprints({name: records[name]}) | {"data": fingerprint(json.dumps([data, len(split)]))}
+        with Checkpoint(path, args, inputs, settings | {"class_statistics": classes > 0}) as checkpoint:
+            state = send(checkpoint.read(piece), device) or new_sums(classes)
+            progress = Progress(f"collect_stats {name}", math.ceil(len(kept) / world_size()), "images")
+            progress.skip(seen := state["seen"])
+            views = training_views(split, kept, data, crop=args.crop, seed=args.seed, batch_size=args.batch_size,
+                                   device=device, done=state["batches"])
+            for state in sum_statistics(channels_last(models[name]), views, args.patch, classes, state):
+                progress.step(count=state["seen"] - seen)
+                seen = state["seen"]
+                checkpoint.save_if_due(lambda: state, piece)
+            checkpoint.save(state, piece)
             barrier()
             if rank() == 0:
-                states = [work.read(f"{other} of {world_size()}") for other in range(world_size())]
+                states = [checkpoint.read(f"{other} of {world_size()}") for other in range(world_size())]
                 statistics = dataset_statistics(states)
                 check_finite(statistics, path)
                 more = {"class_statistics": class_statistics(states)} if classes else {}
-                save_torch(path, more | {"statistics": statistics, "patch": args.patch, "checkpoint": records[name]["fingerprint"],
-                                         "classes": data["classes"], "args": relevant(args)})
-            made[name] = {"seconds": round(work.seconds(), 1), "peak_memory": peak_memory()}
-    upstream = {"squeeze": {name: record["args"] for name, record in records.items()}}
-    spent = costs(result) | made
-    convolutions = {name: len([m for m in model.modules() if isinstance(m, nn.Conv2d)]) for name, model in models.items()}
-    return run.finish({"convolutions": convolutions, "costs": spent}, f"statistics of {' '.join(models)}", upstream,
+                save_torch(path, more | {"statistics": statistics, "patch": args.patch, "classes": data["classes"],
+                                         "checkpoint": records[name]["fingerprint"], "args": relevant(args)})
+            made[name] = {"seconds": round(checkpoint.seconds(), 1), "peak_memory": peak_memory()}
+    spent, convolutions = costs(run.result) | made, {}
+    for name, model in models.items():
+        convolutions[name] = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    return run.finish({"convolutions": convolutions, "costs": spent}, f"statistics of {' '.join(models)}",
+                      {"squeeze": {name: record["args"] for name, record in records.items()}},
                       sum(spent[name]["seconds"] for name in args.backbones if name in spent))
 
 

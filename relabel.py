@@ -2,89 +2,46 @@
 
 For each epoch every image is cropped, flipped and mixed (CutMix); the backbones see the mixed image, and their logits are
 averaged, with or without logit normalisation (Eq. 8). Logits are stored, so Eq. 3's temperature is the student's choice.
-Beside them stands what was drawn, one row for each mixed sample, so that training replays exactly what was labelled, in
-batches of any size.
+What was drawn is stored beside them, a row for each mixed sample, so that training replays what was labelled, in batches
+of any size.
 
 reads   runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py
         runs/<dataset>/<run>/images/<class>/<id>.png             recover.py, or any ImageFolder (--images)
-writes  runs/<dataset>/<run>/labels/logits.npy                   float16 [epochs, N, classes], memory-mapped
-        runs/<dataset>/<run>/labels/{crop,flip,partner,box,ratio}.npy   what was drawn, [epochs, N, ...]
-        runs/<dataset>/<run>/labels/result.json                  classes, fingerprint of the images, arguments
+writes  runs/<dataset>/<run>/labels/...                          logits and what was drawn (utils/labels.py)
 
 python relabel.py --dataset cifar100 --ipc 10                                                # paper setting, Table 9
 python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --images runs/cifar100/gvbsm-ipc10/images
 python relabel.py --dataset shapes                                                           # smoke run: seconds
 """
 import argparse
-import math
-import os
 import sys
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from models import build_model
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch
-from utils.checkpoint import load_json, whole_file, writable
+from utils.checkpoint import load_json
 from utils.cli import Parser, call, identity_flags, number, parse_args
 from utils.data import folder_name, list_folder, load_folder, preset_column
+from utils.labels import LabelWriter
 from utils.losses import ensemble_logits
 from utils.processes import barrier, rank, shard
 from utils.provenance import check_classes, check_recovered, fingerprints, image_set
-from utils.run import Progress, Run, begin, channels_last, generator, script, send
+from utils.run import Run, begin, channels_last, generator, script, send
 from utils.teachers import load_teachers
 
-DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
-         "ratio": (np.float32, ())}                                   # what a mixed sample is made with
-FILLING = 1 << 20       # pixels in a pass that leave no GPU idle, so 1024 images at 32x32; an estimate
-
-
-class RowFile:
-    """An .npy file of this shape whose rows are written in any order, by any process.
-
-    Not through a memory map, whose pages count as the process's own and whose errors, such as a full disk, kill it.
-    """
-
-    def __init__(self, path, shape, dtype):
-        self.path, self.shape, self.dtype = path, tuple(shape), np.dtype(dtype)
-
-    def create(self):
-        """All zeros, which take no room on the disk."""
-        with whole_file(self.path) as temporary, open(temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape})
-            file.truncate(file.tell() + self.dtype.itemsize * math.prod(self.shape))
-
-    @contextmanager
-    def opened(self):
-        with writable(self.path):
-            self.file = open(self.path, "r+b", buffering=0)
-        with self.file:
-            yield
-
-    def write(self, index, row):
-        size, rest = self.dtype.itemsize * math.prod(self.shape[1:]), memoryview(np.ascontiguousarray(row, self.dtype)).cast("B")
-        with writable(self.path):
-            self.file.seek(index * size - self.shape[0] * size, os.SEEK_END)
-            while rest:                                              # a disk may have room for a part alone
-                rest = rest[self.file.write(rest):]
-
-    def sync(self):
-        """What is written stays after a power cut."""
-        with writable(self.path):
-            os.fsync(self.file.fileno())
+SATURATING_PIXELS = 1 << 20       # in a pass, so 1024 images at 32x32, leave no GPU idle; an estimate
 
 
 @torch.inference_mode()
-def label_epoch(images, units, draw, batch_size, models, mix, logit_norm, together=1):
-    """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch, of which `together` go through the models at once.
-    images: uint8 [N, 3, S, S]; units: their mean and deviation [2, 3]   -> [N, classes]"""
+def label_epoch(images, mean_std, draw, batch_size, models, mix, logit_norm, together=1):
+    """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch; `together` batches share a pass.
+    images: uint8 [N, 3, S, S]; mean_std: [2, 3]; draw: of `draw_epoch`   -> [N, classes]"""
     draw, logits = send(draw, images.device), None
     for rows in draw["order"].split(batch_size * together):
-        mixed = apply_epoch(images, draw, rows, mix, units)
+        mixed = apply_epoch(images, draw, rows, mix, mean_std)
         outputs = torch.stack([model(mixed) for model in models])
         logits = outputs.new_empty(len(images), outputs.shape[2]) if logits is None else logits
         for batch, output in zip(rows.split(batch_size), outputs.split(batch_size, dim=1)):
@@ -92,78 +49,38 @@ def label_epoch(images, units, draw, batch_size, models, mix, logit_norm, togeth
     return logits
 
 
-def draw_labelled(args, images, batch_size, epoch):
-    """What is random in an epoch, a function of (seed, epoch)."""
-    return draw_epoch(len(images), images.shape[-1], batch_size, args.mix, generator("relabel", args.seed, epoch),
-                      (args.crop_floor, 1.0))
+def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", logit_norm=True):
+    """Label each of `draws`, an iterable of (epoch, draw of `draw_epoch`).   models: {name: model}, in eval mode
+    -> yields epoch, draw, logits float16 [N, classes] on the CPU.   ValueError where logits are not finite"""
+    pixels = images[0, 0].numel() * batch_size
+    together = 1 if images.device.type == "cpu" else max(1, SATURATING_PIXELS // pixels)
+    for epoch, draw in draws:
+        def labels(chosen, norm=False):
+            return label_epoch(images, mean_std, draw, batch_size, chosen, mix, norm, together).half().cpu()
+
+        logits = labels(list(models.values()), logit_norm)
+        if not logits.isfinite().all():
+            names = [name for name, model in models.items() if not labels([model]).isfinite().all()]
+            raise ValueError(f"the logits of {' '.join(names) or 'the ensemble'} are not finite in float16 in epoch {epoch}")
+        yield epoch, draw, logits
 
 
 @torch.inference_mode()
-def logit_rms(images, units, draw, batch_size, models, mix):
-    """Root mean square of each model's logits on the first batch of an epoch.   -> [float]   One that is far above the others
-    rules the mean norm of Eq. 8, and with it the scale of all labels."""
+def logit_rms(images, mean_std, draw, batch_size, models, mix):
+    """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}   A model whose logits
+    are far larger than the others' sets the mean norm of Eq. 8, and with it the scale of all labels."""
     draw = send(draw, images.device)
-    mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, units)
-    return [model(mixed).square().mean().sqrt().item() for model in models]
+    mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, mean_std)
+    return {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}
 
 
-def label_epochs(images, units, models, batch_size, classes, args, folder, work):
-    """Labels and draws of all epochs, into the files of a folder; none is kept in memory. The processes of torchrun deal
-    the epochs among them."""
-    shape, piece = (args.epochs, len(images)), f"epochs-{rank()}"
-    files = {key: RowFile(work.folder / f"{key}.npy", (*shape, *extra), kind)
-             for key, (kind, extra) in {"logits": (np.float16, (classes,)), **DRAWN}.items()}
-    done = {epoch for state in work.states() for epoch in state["done"]}
-    if rank() == 0 and not done:
-        for file in files.values():
-            file.create()
-    barrier()                                                   # until all know what is done
-
-    def state():
-        for file in files.values():
-            file.sync()
-        return {"done": sorted(done)}
-
-    todo = shard([epoch for epoch in range(args.epochs) if epoch not in done])
-    together = 1 if images.device.type == "cpu" else max(1, FILLING // (batch_size * images[0, 0].numel()))
-    progress = Progress("relabel", len(todo))
-    with ExitStack() as stack:
-        for file in files.values() if todo else ():
-            stack.enter_context(file.opened())
-        for epoch in todo:
-            draw = draw_labelled(args, images, batch_size, epoch)
-            logits = label_epoch(images, units, draw, batch_size, models, args.mix, args.logit_norm, together).half().cpu()
-            if not logits.isfinite().all():
-                blame(images, units, draw, batch_size, models, args, epoch)
-            for key, file in files.items():
-                file.write(epoch, draw.get(key, logits).numpy())
-            done.add(epoch)
-            work.save_if_due(state, piece)
-            progress.step()
-        if todo:
-            work.save(state(), piece)
-    barrier()
-    if rank() == 0:
-        for file in files.values():                                  # some may have been moved before a kill
-            with writable(folder), suppress(FileNotFoundError):
-                os.replace(file.path, folder / file.path.name)
-
-
-def blame(images, units, draw, batch_size, models, args, epoch):
-    """Say whose logits are not finite in float16."""
-    guilty = [name for name, model in zip(args.backbones, models) if not label_epoch(
-        images, units, draw, batch_size, [model], args.mix, False).half().isfinite().all()]
-    fail(f"--backbones: the logits of {' '.join(guilty) or 'the ensemble'} are not finite in float16 in epoch {epoch}; "
-         "train again with squeeze.py, or name others")
-
-
-def warn(rms):
-    """Say whose logits are far larger than another's.   rms: {backbone: of `logit_rms`}"""
+def warn_of_scales(rms):
+    """Say whose logits are far larger than another's.   rms: of `logit_rms`"""
     least, most = min(rms, key=rms.get), max(rms, key=rms.get)
     if rms[most] > 8 * rms[least] and rank() == 0:
         print(f"warning: the logits of {most} are of size {rms[most]:.3g}, those of {least} {rms[least]:.3g}, as when a "
-              "BatchNorm's running statistics have not settled; train it again with another --seed or --schedule, or leave it out",
-              file=sys.stderr)
+              "BatchNorm's running statistics have not settled; train it again with another --seed or --schedule, "
+              "or leave it out", file=sys.stderr)
 
 
 def get_parser():
@@ -174,6 +91,8 @@ def get_parser():
     method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
                         help="scale each backbone's logits to the mean norm before averaging [LN, Eq. 8]")
     method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
+    method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
+                        help="mirror half of the views [not in the paper's tables]")
     method.add_argument("--crop-floor", type=number(float, 0.01, 1), default=0.08,
                         help="smallest share of the area that a random crop takes, 1 = off")
     method.add_argument("--epochs", type=number(int, 1), default=300, help="how many times every image is labelled")
@@ -184,39 +103,72 @@ def get_parser():
     return parser
 
 
-def main(argv=None):
-    args = parse_args(get_parser(), "relabel", argv, preset_column)
-    device, paths = begin(args)
-    models, records, data = load_teachers(args, paths.teachers, build_model, device)
-    squeezed, upstream, folder = {name: record["args"] for name, record in records.items()}, {}, args.images or paths.images
+def earlier_phases(args, paths, records, data):
+    """What the labels are made from.   -> folder of images, hashes, {phase: arguments}"""
+    folder, upstream = args.images or paths.images, {}
     if args.images:
         images = image_set(folder, list_folder(folder)[2])
     else:
         recovered = load_json(paths.run / "result.json", "run: " + call("recover.py", args),
                               ("args", "upstream", "made_from", "image_set", "classes"))
-        upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
         check_recovered(recovered, args, paths, data, records)
-    upstream["squeeze"] = upstream.get("squeeze", {}) | squeezed
-    made_from, result = fingerprints(records) | {"images": images}, paths.labels / "result.json"
-    run = Run("relabel", args, result, made_from)
+        upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
+    upstream["squeeze"] = upstream.get("squeeze", {}) | {name: record["args"] for name, record in records.items()}
+    return folder, fingerprints(records) | {"images": images}, upstream
+
+
+def main(argv=None):
+    args = parse_args(get_parser(), "relabel", argv, preset_column)
+    device, paths = begin(args)
+    models, records, data = load_teachers(args, paths.teachers, build_model, device)
+    folder, inputs, upstream = earlier_phases(args, paths, records, data)
+    run = Run("relabel", args, paths.labels / "result.json", inputs)
     if run.finished():
         return None
-    raw, _, classes, files = load_folder(folder, data["image_size"], args.workers)
+    images, _, classes, files = load_folder(folder, data["image_size"], args.workers)
     check_classes(classes, sorted(map(folder_name, data["classes"])), folder, f"the teachers in {paths.teachers}")
-    if not args.images and image_set(folder, files) != images:
+    if not args.images and image_set(folder, files) != inputs["images"]:
         fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
-    batch_size = len(raw) if len(raw) <= args.whole_up_to else args.batch_size
-    raw, units = raw.to(device), torch.tensor([data["mean"], data["std"]], device=device)
-    models = [channels_last(model) for model in models.values()]
-    with run.work() as work:
-        first = draw_labelled(args, raw, batch_size, 0)
-        rms = dict(zip(args.backbones, logit_rms(raw, units, first, batch_size, models, args.mix)))
-        warn(rms)
-        label_epochs(raw, units, models, batch_size, len(classes), args, paths.labels, work)
-        metrics = {"images": len(raw), "classes": data["classes"], "data": data,
-                   "teacher_top1": {name: record["top1"] for name, record in records.items()}, "teacher_logit_rms": rms,
-                   "label_batch": batch_size}
-        return run.finish(metrics, f"{args.epochs} epochs of labels for {len(raw)} images", upstream)
+    images, mean_std = images.to(device), torch.tensor([data["mean"], data["std"]], device=device)
+    models = {name: channels_last(model) for name, model in models.items()}
+    batch_size, piece = len(images) if len(images) <= args.whole_up_to else args.batch_size, f"epochs-{rank()}"
+
+    def draw(epoch):                                                 # a function of (seed, epoch)
+        return draw_epoch(len(images), data["image_size"], batch_size, args.mix, generator("relabel", args.seed, epoch),
+                          (args.crop_floor, 1.0), args.flip)
+
+    def state():
+        writer.sync()
+        return {"done": sorted(done)}
+
+    with run.work() as checkpoint:
+        writer = LabelWriter(checkpoint.folder, args.epochs, len(images), len(classes))
+        rms = logit_rms(images, mean_std, draw(0), batch_size, models, args.mix)
+        warn_of_scales(rms)
+        done = {epoch for saved in checkpoint.states() for epoch in saved["done"]}
+        if rank() == 0 and not done:
+            writer.create()
+        barrier()                                                    # until all processes know what is done
+        todo = shard([epoch for epoch in range(args.epochs) if epoch not in done])
+        if todo:
+            run.start(len(todo), "epochs")
+            labelled = label_epochs(images, mean_std, models, ((epoch, draw(epoch)) for epoch in todo),
+                                    batch_size=batch_size, mix=args.mix, logit_norm=args.logit_norm)
+            with writer.opened():
+                try:
+                    for epoch, drawn, logits in labelled:
+                        writer.write(epoch, logits, drawn)
+                        done.add(epoch)
+                        run.step(state=state, piece=piece)
+                except ValueError as error:
+                    fail(f"--backbones: {error}; train again with squeeze.py, or name others")
+                checkpoint.save(state(), piece)
+        barrier()
+        if rank() == 0:
+            writer.move(paths.labels)
+        metrics = {"images": len(images), "classes": data["classes"], "data": data, "teacher_logit_rms": rms,
+                   "teacher_top1": {name: record["top1"] for name, record in records.items()}, "label_batch": batch_size}
+        return run.finish(metrics, f"{args.epochs} epochs of labels for {len(images)} images", upstream)
 
 
 if __name__ == "__main__":

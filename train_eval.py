@@ -24,7 +24,6 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +34,7 @@ from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.checkpoint import load_json
 from utils.cli import Parser, call, identity_flags, number, parse_args
 from utils.data import describe, folder_name, list_folder, load_folder, load_split, preset_column
+from utils.labels import StoredLabels
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.processes import barrier, rank, rank0_first, shard, world_size
 from utils.protocols import SeenLabels, prune, summary, trainings
@@ -45,37 +45,18 @@ from utils.run import (Finite, Graphed, Progress, Run, accuracy, begin, channels
 from utils.teachers import check_models, load_teachers
 
 
-class StoredLabels:
-    """The arrays of relabel.py, memory-mapped: what was drawn in an epoch, and the logits of its mixed samples."""
-
-    def __init__(self, folder, mix):
-        self.mix = mix
-        try:
-            self.logits, *drawn = (np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False)
-                                   for key in ("logits", "crop", "flip", "partner", "box", "ratio"))
-        except (OSError, ValueError, EOFError) as error:
-            fail(f"{folder} does not hold whole labels ({error}); run relabel.py --overwrite")
-        self.drawn = dict(zip(("crop", "flip", "partner", "box", "ratio"), drawn))
-
-    def epoch(self, epoch, rows=slice(None)):
-        draw = {key: torch.from_numpy(np.array(array[epoch, rows])) for key, array in self.drawn.items()}
-        return {key: value.long() if key in ("crop", "partner", "box") else value for key, value in draw.items()}
-
-    def soft_logits(self, epoch, batch, mixed):
-        return send(torch.from_numpy(self.logits[epoch, batch.numpy()]), mixed.device).to(mixed)
-
-
 class FreshLabels:
     """What relabel.py would draw in batches of this size, and the logits of the teachers, asked while training (none for hard
     labels), for the classes `seen`, by default all."""
 
     def __init__(self, args, count, size, teachers=(), seen=slice(None)):
         self.mix, self.seed, self.logit_norm, self.floor = args.mix, args.seed, args.logit_norm, args.crop_floor
-        self.count, self.size, self.teachers, self.seen = count, size, teachers, seen
+        self.count, self.size, self.teachers, self.seen, self.flip = count, size, teachers, seen, args.flip
         self.batch_size = whole_batch(args, count)
 
     def epoch(self, epoch):
-        return draw_epoch(self.count, self.size, self.batch_size, self.mix, generator("relabel", self.seed, epoch), (self.floor, 1.0))
+        return draw_epoch(self.count, self.size, self.batch_size, self.mix, generator("relabel", self.seed, epoch),
+                          (self.floor, 1.0), self.flip)
 
     @torch.no_grad()
     def soft_logits(self, epoch, batch, mixed):
@@ -245,6 +226,8 @@ def get_parser():
                         help="with --labels online [LN, Eq. 8]")
     method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",
                         help="with --labels online or hard; stored labels know theirs")
+    method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
+                        help="with --labels online or hard: mirror half of the views")
     method.add_argument("--crop-floor", type=number(float, 0.01, 1), default=0.08,
                         help="with --labels online or hard: smallest share of the area that a random crop takes, 1 = off")
     optimization = parser.add_argument_group("optimization")

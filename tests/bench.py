@@ -31,9 +31,10 @@ import train_eval
 from models import build_model
 from tests.helpers import counted_operations, saved_bytes
 from utils.augment import apply_epoch, draw_epoch, normalize
-from utils.data import Split
-from utils.losses import mse_gt_loss
 from utils.checkpoint import Checkpoint
+from utils.data import Split
+from utils.labels import LabelWriter, RowFile, StoredLabels
+from utils.losses import mse_gt_loss
 from utils.run import Finite, Graphed, Progress, channels_last, generator, pick_device
 from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
 
@@ -213,7 +214,6 @@ def bench_relabel(rounds, quick, device):
         models = [channels_last(network(name).to(device).eval().requires_grad_(False)) for name in names]
         draw = draw_epoch(count, 32, size, "cutmix", generator("relabel", 0, 0))
         mixed = [apply_epoch(images, draw, batch, "cutmix", units) for batch in draw["order"].split(size)]
-        args = relabel.get_parser().parse_args(["--epochs", str(epochs)])
 
         @torch.inference_mode()
         def bare():
@@ -223,7 +223,7 @@ def bench_relabel(rounds, quick, device):
                         model(batch)
 
         with TemporaryDirectory() as folder:
-            times = interleaved([lambda: label(images, units, models, size, 10, args, Path(folder)), bare], rounds)
+            times = interleaved([lambda: label(images, units, models, size, 10, epochs, folder), bare], rounds)
         yield what, ratio(times)
 
 
@@ -238,7 +238,7 @@ def bench_train_eval(rounds, quick, device):
         images, classes = pixels(count).to(device), torch.arange(count, device=device) % 10
         with TemporaryDirectory() as folder:
             store_labels(Path(folder), epochs, count, 10)
-            labels = train_eval.StoredLabels(Path(folder), "cutmix")
+            labels = StoredLabels(Path(folder), "cutmix")
             draw, batches = labels.epoch(0), []
             for rows in torch.arange(count).split(train_eval.whole_batch(args, count)):
                 mixed = apply_epoch(images.cpu(), draw, rows, "cutmix", UNITS).to(device)
@@ -295,10 +295,10 @@ def bench_labels(rounds, quick, device):
         ours, files = Path(folder, "ours"), Path(folder, "files")
         files.mkdir()
         store_labels(ours, epochs, count, classes)                   # the draws, which reading needs too
-        stored = train_eval.StoredLabels(ours, "cutmix")
+        stored = StoredLabels(ours, "cutmix")
 
         def write():
-            file = relabel.RowFile(ours / "written.npy", (epochs, count, classes), np.float16)
+            file = RowFile(ours / "written.npy", (epochs, count, classes), np.float16)
             file.create()
             with file.opened():
                 for epoch in range(epochs):
@@ -327,18 +327,23 @@ def bench_labels(rounds, quick, device):
 
 def store_labels(folder, epochs, count, classes):
     """Labels as of relabel.py for images of 32 pixels, of no teacher."""
-    args = relabel.get_parser().parse_args(["--epochs", str(epochs)])
     weights = torch.randn(48, classes, generator=generator("bench"))
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, classes, bias=False))
     model[2].weight.data = weights.T
     with redirect_stdout(io.StringIO()):
-        label(pixels(count), torch.tensor(UNITS), [model], count, classes, args, folder)
+        label(pixels(count), torch.tensor(UNITS), [model], count, classes, epochs, folder)
 
 
-def label(images, units, models, size, classes, args, folder):
+def label(images, units, models, size, classes, epochs, folder):
     """relabel.py without its main."""
-    with Checkpoint(folder / "result.json", args) as work:
-        relabel.label_epochs(images, units, models, size, classes, args, folder, work)
+    count, pixels = len(images), images.shape[-1]
+    draws = ((epoch, draw_epoch(count, pixels, size, "cutmix", generator("relabel", 0, epoch))) for epoch in range(epochs))
+    writer = LabelWriter(folder, epochs, count, classes)
+    writer.create()
+    with writer.opened():
+        for epoch, draw, logits in relabel.label_epochs(images, units, dict(enumerate(models)), draws, batch_size=size):
+            writer.write(epoch, logits, draw)
+        writer.sync()
 
 
 BENCHES = {"recover": bench_recover, "passes": bench_passes, "keeping": bench_keeping, "relabel": bench_relabel,

@@ -12,6 +12,7 @@ from models import build_model
 from models.pruning import channel_scales
 from utils import protocols, report
 from utils.data import load_split
+from utils.labels import StoredLabels
 from utils.protocols import SeenLabels, classes_so_far, incremental_step, prune
 from utils.run import generator
 
@@ -69,7 +70,7 @@ def made_up(epochs=12, n=12, classes=4, seed=0):
     """Labels as `StoredLabels` gives them, whose logits and crops tell where they come from."""
     rng = np.random.default_rng(seed)
     tell = np.arange(epochs)[:, None, None] * 10000 + np.arange(n)[:, None] * 100 + np.arange(classes)
-    stored = object.__new__(train_eval.StoredLabels)
+    stored = object.__new__(StoredLabels)
     stored.mix, stored.logits = "cutmix", tell.astype(np.float64)
     stored.drawn = {"crop": tell, "flip": rng.random((epochs, n)) < 0.5, "box": tell,
                     "partner": np.stack([rng.permutation(n) for _ in range(epochs)]).astype(np.int32),

@@ -1,6 +1,5 @@
 """Bookkeeping: whole files, generators, fingerprints, comparison of arguments, accuracy, time."""
 import argparse
-import itertools
 import json
 import operator
 import os
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import relabel
 from utils import checkpoint, fail, provenance, run
 
 ROOT = Path(run.__file__).parents[1]
@@ -66,24 +64,6 @@ def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
     assert not (tmp_path / "result.json").exists() and len(list(tmp_path.iterdir())) == 1
     checkpoint.save_torch(tmp_path / "result.json", 1)            # the next attempt clears it away
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int16, np.int32, np.bool_])
-def test_an_array_written_row_by_row_in_any_order_is_the_file_that_numpy_saves(dtype, tmp_path):
-    rows = np.random.default_rng(0).integers(0, 2, (5, 3, 4))
-    one, other = (relabel.RowFile(tmp_path / "rows.npy", rows.shape, dtype) for _ in range(2))          # two processes
-    one.create()
-    with one.opened(), other.opened():
-        for i, file in zip([3, 0, 4, 1, 2], itertools.cycle([one, other])):
-            file.write(i, rows[i])
-        one.sync()
-    np.save(tmp_path / "whole.npy", rows.astype(dtype))
-    assert (tmp_path / "rows.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
-
-
-def test_an_array_takes_no_room_on_the_disk_before_it_is_written(tmp_path):
-    relabel.RowFile(tmp_path / "rows.npy", (1000, 1000), np.float32).create()
-    assert os.stat(tmp_path / "rows.npy").st_blocks * 512 < 100_000
 
 
 @pytest.mark.parametrize("norm, expected", [(torch.nn.BatchNorm2d, True), (lambda width: torch.nn.GroupNorm(width, width), False)])

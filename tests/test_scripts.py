@@ -22,7 +22,7 @@ import train_eval
 from models import build_model
 from tests.helpers import assert_near, faked_graphs
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
-from utils.checkpoint import Checkpoint
+from utils.labels import LabelWriter
 from utils.run import channels_last, generator
 
 PHASES = {module.__name__: module for module in (squeeze, collect_stats, recover, relabel, train_eval)}
@@ -581,12 +581,20 @@ def test_pretrained_weights_come_from_torchs_hub_folder(tmp_path, monkeypatch):
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), saved.parameters(), strict=True))
 
 
+def last_sums(model, batches):
+    """The sums of Eq. 9 after all batches of images."""
+    state = collect_stats.new_sums()
+    for state in collect_stats.sum_statistics(model, ((x, None) for x in batches), 4):
+        pass
+    return state
+
+
 @pytest.mark.parametrize("name, sizes", [("convnet_w8", (20, 20, 8)), ("wrn10_1", (7, 7, 7, 1))])
 def test_dataset_statistics_are_the_average_of_batches_by_their_size(name, sizes, project):
     model = teachers(project, name)[name]
     batches = [torch.randn(size, 3, 16, 16) * (i + 1) for i, size in enumerate(sizes)]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    parts = [collect_stats.sum_statistics(model, ((x, None) for x in part), patch=4) for part in (batches[::2], [], batches[1::2])]
+    parts = [last_sums(model, part) for part in (batches[::2], [], batches[1::2])]
     found, total = collect_stats.dataset_statistics(parts), sum(sizes)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     inputs = [inputs_and_logits(model, batch)[0] for batch in batches]
@@ -615,7 +623,7 @@ def test_the_stored_statistics_are_of_the_augmented_training_images_in_eval_mode
     assert len(seen) == 48 and seen <= once | mirrored and seen & once and seen & mirrored
     stored = checkpoint(project.teachers / "wrn10_1.stats.pt")["statistics"]
     model = channels_last(teachers(project, "wrn10_1")["wrn10_1"])
-    again = collect_stats.dataset_statistics([collect_stats.sum_statistics(model, ((x, None) for x in images), 4)])
+    again = collect_stats.dataset_statistics([last_sums(model, images)])
     for layer in again:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(stored[layer], again[layer], strict=True))
 
@@ -690,19 +698,22 @@ def test_no_crop_of_labels_is_smaller_than_the_floor(project):
     for floor, low, high in (0.08, 0, 0.2), (0.5, 0.45, 0.6):
         project.call("relabel", f"--epochs 20 --crop-floor {floor} --overwrite")
         assert low < labels(project)["crop"][..., 2:].prod(-1).min() / 16 ** 2 < high
-    args = SimpleNamespace(mix="none", seed=0, logit_norm=True, crop_floor=1.0, batch_size=8, whole_up_to=0)
+    args = SimpleNamespace(mix="none", seed=0, logit_norm=True, crop_floor=1.0, batch_size=8, whole_up_to=0, flip=False)
     fresh = train_eval.FreshLabels(args, 8, 16)
-    assert fresh.epoch(0)["crop"].tolist() == 8 * [[0, 0, 16, 16]]
+    assert fresh.epoch(0)["crop"].tolist() == 8 * [[0, 0, 16, 16]] and not fresh.epoch(0)["flip"].any()
 
 
 def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path):
     images, units, model = torch.zeros(50, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 3), build_model("convnet_w8", 40, 8)
     peaks = []
     for epochs in 25, 225:                                           # the first ones fill caches
-        args = relabel.get_parser().parse_args(["--epochs", str(epochs)])
+        writer = LabelWriter(tmp_path / str(epochs), epochs, 50, 40)
+        writer.create()
+        draws = ((epoch, draw_epoch(50, 8, 50, "cutmix", generator("relabel", 0, epoch))) for epoch in range(epochs))
         tracemalloc.start()                                                          # numpy's arrays, not torch's tensors
-        with Checkpoint(tmp_path / str(epochs) / "result.json", args) as work:
-            relabel.label_epochs(images, units, [model], 50, 40, args, tmp_path / str(epochs), work)
+        with writer.opened():
+            for epoch, draw, logits in relabel.label_epochs(images, units, {"convnet_w8": model}, draws, batch_size=50):
+                writer.write(epoch, logits, draw)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert np.load(tmp_path / str(epochs) / "logits.npy").shape == (epochs, 50, 40)

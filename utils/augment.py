@@ -136,15 +136,16 @@ def draw_cutmix_box(size: int, generator: torch.Generator, alpha: float = 1.0) -
     return torch.cat([low, high - low])
 
 
-def draw_epoch(n, size, batch_size, mix, generator, scale=(0.08, 1.0)):
+def draw_epoch(n, size, batch_size, mix, generator, scale=(0.08, 1.0), flip=True):
     """What is random in one pass over n images of `size` pixels: crop, flip, and the mixing of batches of `batch_size`
     in random order; partners are a permutation of the batch, lambda or box one for the batch.
 
-    mix: "cutmix", "mixup" (lambda of Beta(0.8, 0.8)) or "none".
+    mix: "cutmix", "mixup" (lambda of Beta(0.8, 0.8)) or "none"; flip: whether half of the images are mirrored, which
+    changes nothing else that is drawn.
     -> dict, a row for each *mixed sample*, named by its base image: crop [n, 4], flip [n], partner [n], box [n, 4] (empty
     for mixup), ratio [n] (the share of the base image); order [n], the batches' images one after another.
     """
-    draw = {"crop": draw_resized_crop(n, size, generator, scale), "flip": draw_flip(n, generator),
+    draw = {"crop": draw_resized_crop(n, size, generator, scale), "flip": draw_flip(n, generator) & flip,
             "order": torch.randperm(n, generator=generator), "partner": torch.arange(n),
             "box": torch.zeros(n, 4, dtype=torch.long), "ratio": torch.ones(n)}
     for batch in draw["order"].split(batch_size) if mix != "none" else ():

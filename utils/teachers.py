@@ -4,7 +4,7 @@ import torch
 from utils import fail
 from utils.checkpoint import load_json, load_torch, reason
 from utils.cli import call
-from utils.provenance import AGAIN, fingerprint
+from utils.provenance import AGAIN, check_classes, fingerprint
 from utils.run import with_precision
 
 TEACHER = ("weights", "backbone", "data", "top1", "tested", "args")            # what squeeze.py stores
@@ -48,6 +48,7 @@ def load_teachers(args, folder, build_model, device):
         if not torch.equal(*kept):
             fail(f"{path} and {args.backbones[0]}.pt were trained on other images (--prune-ratio); train them again alike, "
                  "or name those that were")
+    check_classes(first["classes"], sorted(first["classes"]), f"the teachers in {folder}", "every data set")
     return models, records, first
 
 

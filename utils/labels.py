@@ -1,0 +1,192 @@
+"""The soft-label files of a run: relabel.py writes them, train_eval.py and other people's training loops read them.
+
+One row for each mixed sample; sample i of an epoch is image i, mixed with image partner[i].
+
+    logits.npy     float16 [epochs, N, classes]   mean of the teachers' logits of the mixed sample, Eq. 8
+    crop.npy       int16 [epochs, N, 4]           top, left, height, width in pixels: the crop of image i
+    flip.npy       bool [epochs, N]               whether image i is mirrored
+    partner.npy    int32 [epochs, N]              the image that is mixed in
+    box.npy        int16 [epochs, N, 4]           top, left, height, width of CutMix's box
+    ratio.npy      float32 [epochs, N]            the share of image i
+    result.json    classes, mean and std of the pixels, arguments, hashes
+"""
+import json
+import math
+import os
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import fail
+from utils.augment import apply_epoch
+from utils.checkpoint import whole_file, writable
+from utils.data import folder_name, load_folder
+from utils.provenance import image_set
+from utils.run import send
+
+DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
+         "ratio": (np.float32, ())}                                  # what an epoch draws, a row for each mixed sample
+
+
+class RowFile:
+    """An .npy file of this shape whose rows are written in any order, by any process.
+
+    Not through a memory map, whose pages count as the process's own and whose errors, such as a full disk, kill it.
+    """
+
+    def __init__(self, path, shape, dtype):
+        self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
+
+    def create(self):
+        """All zeros, which take no room on the disk."""
+        with whole_file(self.path) as temporary, open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape})
+            file.truncate(file.tell() + self.dtype.itemsize * math.prod(self.shape))
+
+    @contextmanager
+    def opened(self):
+        with writable(self.path):
+            self.file = open(self.path, "r+b", buffering=0)
+        with self.file:
+            yield
+
+    def write(self, index, row):
+        size = self.dtype.itemsize * math.prod(self.shape[1:])
+        rest = memoryview(np.ascontiguousarray(row, self.dtype)).cast("B")
+        with writable(self.path):
+            self.file.seek(index * size - self.shape[0] * size, os.SEEK_END)
+            while rest:                                              # a full disk may take a part
+                rest = rest[self.file.write(rest):]
+
+    def sync(self):
+        """What is written stays after a power cut."""
+        with writable(self.path):
+            os.fsync(self.file.fileno())
+
+
+class LabelWriter:
+    """The label files of `epochs` epochs of `count` images, written epoch by epoch by any process.   `create` them once;
+    `with writer.opened():` write epochs; `move` them to their place when all is written."""
+
+    def __init__(self, folder, epochs, count, classes):
+        kinds = {"logits": (np.float16, (classes,)), **DRAWN}
+        self.files = {key: RowFile(Path(folder, f"{key}.npy"), (epochs, count, *extra), dtype)
+                      for key, (dtype, extra) in kinds.items()}
+
+    def create(self):
+        for file in self.files.values():
+            file.create()
+
+    @contextmanager
+    def opened(self):
+        with ExitStack() as stack:
+            for file in self.files.values():
+                stack.enter_context(file.opened())
+            yield
+
+    def write(self, epoch, logits, draw):
+        """logits: [N, classes]; draw: of `draw_epoch`"""
+        for key, file in self.files.items():
+            file.write(epoch, draw.get(key, logits).numpy())
+
+    def sync(self):
+        for file in self.files.values():
+            file.sync()
+
+    def move(self, folder):
+        for file in self.files.values():
+            with writable(folder), suppress(FileNotFoundError):      # moved before a kill
+                os.replace(file.path, Path(folder, file.path.name))
+
+
+def load_arrays(folder):
+    """{name: array, memory-mapped} of the label files.   ValueError where one is missing or damaged"""
+    try:
+        return {key: np.load(Path(folder, f"{key}.npy"), mmap_mode="r", allow_pickle=False)
+                for key in ("logits", *DRAWN)}
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{folder} does not hold whole labels ({error})") from None
+
+
+def draw_rows(arrays, epoch, rows=slice(None)):
+    """What an epoch drew for these images, as of `draw_epoch` but for its order."""
+    draw = {key: torch.from_numpy(np.array(arrays[key][epoch, rows])) for key in DRAWN}
+    return {key: value.long() if key in ("crop", "partner", "box") else value for key, value in draw.items()}
+
+
+class StoredLabels:
+    """Stored labels as train_eval.py uses them: what an epoch drew, and the logits of its mixed samples."""
+
+    def __init__(self, folder, mix):
+        self.mix = mix
+        try:
+            self.drawn = load_arrays(folder)
+        except ValueError as error:
+            fail(f"{error}; run relabel.py --overwrite")
+        self.logits = self.drawn.pop("logits")
+
+    def epoch(self, epoch, rows=slice(None)):
+        return draw_rows(self.drawn, epoch, rows)
+
+    def soft_logits(self, epoch, batch, mixed):
+        logits = torch.from_numpy(self.logits[epoch, batch.numpy()])
+        return send(logits, mixed.device).to(mixed)
+
+
+class DistilledDataset(torch.utils.data.Dataset):
+    """One labelled epoch of a run as a torch Dataset: what train_eval.py trains on, to the bit.
+
+    dataset[i] -> the mixed sample of image i, float32 [3, S, S], normalised; the teachers' logits, float32 [classes]; the
+    class of image i (y of Eq. 11), int. The mixing is part of the stored sample, so batches may have any size and order.
+    `epochs` epochs are stored; `set_epoch` also reaches DataLoader workers that are alive.
+    ValueError where labels are missing or damaged, or belong to other images.
+
+    run: a folder such as runs/cifar10/gvbsm-ipc10; images: the folder of images, by default the one that was labelled
+    """
+
+    def __init__(self, run, epoch=0, images=None):
+        self.folder = Path(run, "labels")
+        try:
+            result = json.loads((self.folder / "result.json").read_text())
+            self.mix, data, hashes = result["args"]["mix"], result["data"], result["made_from"]
+            images = Path(images or result["args"].get("images") or Path(run, "images"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder} holds no finished labels ({error}); run relabel.py") from None
+        self.images, number, names, files = load_folder(images, data["image_size"])
+        if image_set(images, files) != hashes["images"]:
+            raise ValueError(f"{self.folder} was made for other images than {images}; run relabel.py --overwrite")
+        self.classes, self.mean_std = data["classes"], torch.tensor([data["mean"], data["std"]])
+        order = [folder_name(name) for name in self.classes]
+        self.targets = [order.index(names[label]) for label in number.tolist()]
+        self.arrays, self.epoch = load_arrays(self.folder), torch.zeros((), dtype=torch.long).share_memory_()
+        self.epochs = len(self.arrays["logits"])
+        self.set_epoch(epoch)
+
+    def set_epoch(self, epoch):
+        """Choose the labelled epoch, 0 .. epochs - 1."""
+        if not 0 <= epoch < self.epochs:
+            raise ValueError(f"epoch {epoch} is not among the {self.epochs} in {self.folder}; use epoch % {self.epochs}")
+        self.epoch.fill_(epoch)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.__getitems__([range(len(self))[i]])[0]
+
+    def __getitems__(self, rows):
+        """Several samples at once, for a DataLoader."""
+        epoch, rows = self.epoch.item(), list(rows)
+        if self.arrays is None:                                      # in a worker that was not forked
+            self.arrays = load_arrays(self.folder)
+        pairs = [*rows, *self.arrays["partner"][epoch, rows].tolist()]
+        draw = draw_rows(self.arrays, epoch, pairs) | {"partner": torch.arange(len(pairs)).roll(-len(rows))}
+        mixed = apply_epoch(self.images[pairs], draw, torch.arange(len(rows)), self.mix, self.mean_std)
+        logits = torch.from_numpy(self.arrays["logits"][epoch, rows]).to(mixed)
+        return [(mixed[i], logits[i], self.targets[row]) for i, row in enumerate(rows)]
+
+    def __getstate__(self):
+        return self.__dict__ | {"arrays": None}                      # a copy of a memory map would hold the whole file

@@ -19,7 +19,6 @@ python recover.py --dataset shapes                                         # smo
 import argparse
 import json
 import math
-import sys
 from contextlib import suppress
 from functools import partial, reduce
 from itertools import groupby
@@ -41,13 +40,13 @@ from utils.data import describe, folder_name, load_split, preset_column, read_im
 from utils.dm import dm_loss, ite_norms, new_pruning, prune
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import SELECTIONS, UNMATCHED
-from utils.processes import barrier, rank, shard, world_size
+from utils.processes import barrier, rank, shard, warn, world_size
 from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, image_set, relevant
 from utils.run import Finite, Graphed, Progress, Run, begin, generator, script, send
 from utils.selection import herding, k_center, mosaic, most_forgotten, surest_crops
 from utils.stats import (ClosedFormMatching, channel_stats, freeze, layer_inputs, layer_target, matched_layers, mixed_moments,
                          patch_stats)
-from utils.teachers import load_teachers, need_files
+from utils.teachers import at_chance, load_teachers, need_files
 
 
 FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 81 batches of 50 at 32x32; an estimate
@@ -491,16 +490,15 @@ def load_statistics(args, paths, models, records):
     return stored
 
 
-def warn(args, models, records, num_classes):
+def warn_of_backbones(args, models, records, num_classes):
     """Say which backbones know nothing, within two standard errors of a guess, and which have nothing that is matched."""
     for name, record in records.items():
-        chance = 100 / num_classes
-        if record["top1"] <= chance + 2 * math.sqrt(chance * (100 - chance) / record["tested"]) and rank() == 0:
-            print(f"warning: {name} is right on {record['top1']:.1f} % of the test images, no better than chance "
-                  f"({chance:.1f} %); train it longer with squeeze.py", file=sys.stderr)
+        if at_chance(record["top1"], num_classes, record["tested"]):
+            warn(f"{name} is right on {record['top1']:.1f} % of the test images, no better than chance "
+                 f"({100 / num_classes:.1f} %); train it longer with squeeze.py")
         if (args.bn_weight or args.conv_weight) and not any(layer_weights(
-                models[name], args.bn_weight, args.conv_weight, 1).values()) and rank() == 0:
-            print(f"warning: {name} has no BatchNorm, and --conv-weight is 0: its statistics are not matched", file=sys.stderr)
+                models[name], args.bn_weight, args.conv_weight, 1).values()):
+            warn(f"{name} has no BatchNorm, and --conv-weight is 0: its statistics are not matched")
 
 
 def features(model, split, data, device):
@@ -756,7 +754,7 @@ def main(argv=None):
     old = [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]
     with run.work(seen, old) as work:
         if taught:
-            warn(args, models, records, len(data["classes"]))
+            warn_of_backbones(args, models, records, len(data["classes"]))
             synthesise(args, paths, device, models, statistics, data, starts, work)
         elif rank() == 0 and not selects:
             write_matched(args, paths, device, split, kept, data, starts, work)

@@ -14,7 +14,6 @@ python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --image
 python relabel.py --dataset shapes                                                           # smoke run: seconds
 """
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from utils.cli import Parser, call, identity_flags, number, parse_args
 from utils.data import folder_name, list_folder, load_folder, preset_column
 from utils.labels import LabelWriter
 from utils.losses import ensemble_logits
-from utils.processes import barrier, rank, shard
+from utils.processes import barrier, rank, shard, warn
 from utils.provenance import check_classes, check_recovered, fingerprints, image_set
 from utils.run import Run, begin, channels_last, generator, script, send
 from utils.teachers import load_teachers
@@ -77,10 +76,9 @@ def logit_rms(images, mean_std, draw, batch_size, models, mix):
 def warn_of_scales(rms):
     """Say whose logits are far larger than another's.   rms: of `logit_rms`"""
     least, most = min(rms, key=rms.get), max(rms, key=rms.get)
-    if rms[most] > 8 * rms[least] and rank() == 0:
-        print(f"warning: the logits of {most} are of size {rms[most]:.3g}, those of {least} {rms[least]:.3g}, as when a "
-              "BatchNorm's running statistics have not settled; train it again with another --seed or --schedule, "
-              "or leave it out", file=sys.stderr)
+    if rms[most] > 8 * rms[least]:
+        warn(f"the logits of {most} are of size {rms[most]:.3g}, those of {least} {rms[least]:.3g}, as when a BatchNorm's "
+             "running statistics have not settled; train it again with another --seed or --schedule, or leave it out")
 
 
 def get_parser():

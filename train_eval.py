@@ -36,13 +36,14 @@ from utils.cli import Parser, call, identity_flags, number, parse_args
 from utils.data import describe, folder_name, list_folder, load_folder, load_split, preset_column
 from utils.labels import StoredLabels
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
-from utils.processes import barrier, rank, rank0_first, shard, world_size
+from utils.processes import barrier, rank, rank0_first, shard, warn, world_size
 from utils.protocols import SeenLabels, prune, summary, trainings
 from utils.provenance import (AGAIN, check_classes, check_inputs, check_recovered, check_same, fingerprint,
                               fingerprints, image_set, relevant)
+from utils.report import beside
 from utils.run import (Finite, Graphed, Progress, Run, accuracy, begin, channels_last, check_training,
                        generator, script, send, with_precision)
-from utils.teachers import check_models, load_teachers
+from utils.teachers import at_chance, check_models, load_teachers
 
 
 class FreshLabels:
@@ -324,8 +325,16 @@ def main(argv=None):
                 metrics = {"student": name, "labels": args.labels, **accuracies(args, done), "images": len(images),
                            "classes": data["classes"]}
                 seconds = works[name].seconds() + earlier[name].get("seconds", 0)
-                told = f"{name} {metrics['top1']:.1f} ± {metrics['top1_std']:.1f} % of the test images"
-                runs[name].finish(metrics, told, upstream, seconds)
+                runs[name].finish(metrics, partial(summary_line, folder=paths.run.parent), upstream, seconds)
+                if at_chance(metrics["top1"], len(data["classes"]), len(test)):
+                    warn(f"{name} is right on {metrics['top1']:.1f} % of the test images, no better than chance; "
+                         "look at the images, or name more --epochs, another --lr or other --backbones")
+
+
+def summary_line(result, folder):
+    """The accuracy of a result, and what it compares with.   folder: runs/<dataset>"""
+    deviation = f" ± {result['top1_std']:.1f}" * (len(result["seeds"]) > 1)
+    return f"{result['student']} {result['top1']:.1f}{deviation} % of the test images ({beside(result, folder)})"
 
 
 def earlier_seeds(path, args, made_from):

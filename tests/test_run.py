@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import checkpoint, fail, provenance, run
+from utils import checkpoint, fail, provenance, run, teachers
 
 ROOT = Path(run.__file__).parents[1]
 
@@ -230,3 +230,85 @@ def test_progress_off_a_terminal_is_a_plain_line_now_and_then_and_at_the_end(cap
         ["work", "30/100 images", "0:00:30, 0:01:10 left"], ["work", "60/100 images", "0:01:00, 0:00:40 left"],
         ["work", "90/100 images", "0:01:30, 0:00:10 left"], ["work", "100/100 images", "0:01:40, 0:00:00 left"]]
     assert lines[-1] == "" and all(line.endswith("loss 1.0") and "\r" not in line for line in lines[:-1])
+
+
+def screen(text, columns):
+    """The rows that a terminal of this width shows of a text."""
+    rows, column = [""], 0
+    for sign in text:
+        if sign in "\r\n":
+            rows += [""] * (sign == "\n")
+            column = 0
+            continue
+        if column == columns:                                        # in the last column: on to the next row
+            rows.append("")
+            column = 0
+        rows[-1] = rows[-1][:column] + sign + rows[-1][column + 1:]
+        column += 1
+    return [row.rstrip() for row in rows]
+
+
+@pytest.mark.parametrize("columns, expected", [
+    (120, "squeeze convnet_w128  123456/123456 images  0:00:10, 0:00:00 left  loss 1.2346  top1 43.21"),
+    (80, "squeeze convnet_w128  123456/123456 images  0:00:10, 0:00:00 left"),
+    (60, "squeeze convnet_w128  123456/123456 images, 0:00:00 left"), (40, "123456/123456 images, 0:00:00 left"),
+    (20, "123456/123456 image")])
+def test_progress_on_a_terminal_is_one_row_whatever_its_width(columns, expected, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "time", lambda: now[0])
+    monkeypatch.setattr(run.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    progress = run.Progress("squeeze convnet_w128", 123456, "images")
+    for _ in range(10):
+        now[0] += 1
+        progress.step(lambda: "loss 1.2346  top1 43.21", 12345.6)
+    shown = capsys.readouterr().out
+    assert shown.count("\r") == 10 and screen(shown, columns) == [expected, ""]
+
+
+def test_progress_counts_what_an_earlier_process_did_but_not_for_the_time_left(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "time", lambda: now[0])
+    progress = run.Progress("work", 100, "epochs")
+    progress.skip(40)
+    now[0] = 30
+    progress.step(count=30)
+    assert capsys.readouterr().out == "work  70/100 epochs  0:00:30, 0:00:30 left\n"
+
+
+@pytest.mark.parametrize("threads, load, noted", [(1, 9.0, False), (2, 1.2, False), (2, 2.9, True)])
+def test_busy_cores_are_noted_where_threads_would_wait(threads, load, noted, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(run.os, "getloadavg", lambda: (load, 0, 0))
+    line = run.busy_cores()
+    assert bool(line) == noted and (not noted or "3 processes" in line and "2 cores" in line and "OMP_NUM_THREADS=1" in line)
+
+
+@pytest.mark.parametrize("path, remedy", [
+    ("runs/shapes/teachers/supervised/convnet_w8.pt", "choose another --teachers,"),
+    ("runs/shapes/gvbsm-ipc2/result.json", "choose another --tag,"),
+    ("runs/shapes/gvbsm-ipc2/eval/convnet_w8.json", "choose another --tag,")])
+def test_the_remedy_names_the_flag_that_the_path_depends_on(path, remedy, capsys):
+    with pytest.raises(SystemExit):
+        provenance.check_same({"alpha": 1}, {"alpha": 2}, Path(path))
+    assert remedy in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed, told", [
+    (["--image-size", "32"], "--image-size None (now 32);"),                       # batch_size is of another preset
+    ([], "--image-size None (now 32), --batch-size 256 (now 64);")])
+def test_unfinished_work_is_told_with_the_command_that_began_it_and_the_flags_typed(typed, told, capsys):
+    begun = ["python", "squeeze.py", "--dataset", "my images"]
+    stored, settings = {"image_size": None, "batch_size": 256}, {"image_size": 32, "batch_size": 64}
+    with pytest.raises(SystemExit):
+        provenance.check_same(stored, settings, Path("teachers/supervised/a.pt"), begun, [*begun, *typed])
+    line = capsys.readouterr().err
+    assert "a.pt is unfinished: `python squeeze.py --dataset 'my images'` began it with " + told in line
+    assert "repeat that command" in line and "--overwrite" in line and "was made" not in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("top1, tested, expected", [(10, 100, True), (15.9, 100, True), (16.1, 100, False),
+                                                    (16.1, 50, True), (5, 10000, True)])
+def test_chance_is_at_most_two_standard_errors_away(top1, tested, expected):
+    assert teachers.at_chance(top1, 10, tested) == expected                       # one standard error of 100: 3

@@ -991,3 +991,16 @@ def test_students_learn_from_soft_labels_and_from_hard_ones_without_any_teacher(
     assert bare.call("train_eval", run, training)["top1"] > 60                           # of four classes
     shutil.rmtree(bare.teachers)
     assert bare.call("train_eval", run, training, "--labels hard")["top1"] > 60
+
+
+def test_a_student_at_chance_and_one_beside_random_images_are_told(relabelled, capsys):
+    flags = "--labels hard --epochs 1 --lr 1e-9"
+    relabelled.call("recover", "--method random")
+    relabelled.call("train_eval", flags, "--method random")
+    assert "(chance 25.0 %), in" in relabelled.printed
+    capsys.readouterr()
+    result = relabelled.call("train_eval", flags)
+    assert f"convnet_w8 {result['top1']:.1f} % of the test images (chance 25.0 %, random real images " in relabelled.printed
+    assert "warning: convnet_w8 is right on" in capsys.readouterr().err
+    relabelled.call("train_eval", flags, "--epochs 2 --overwrite")                 # another recipe
+    assert "(chance 25.0 %), in" in relabelled.printed

@@ -1,5 +1,6 @@
 """The processes of torchrun, and the signals that end them."""
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ def world_size():
 
 
 def shard(work):
-    """This process's share of a list or tensor: every `world`-th."""
+    """This process's share of a list or tensor: every `world_size`-th."""
     return work[rank()::world_size()]
 
 
@@ -52,6 +53,12 @@ def print_rank0(*words):
     """Print, once for all processes."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+def warn(message):
+    """One line on stderr, once for all processes."""
+    if rank() == 0:
+        sys.stderr.write(f"warning: {' '.join(message.split())}\n")
 
 
 def stop(number, frame):

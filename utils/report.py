@@ -83,10 +83,10 @@ RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to
 SOFT = ("loss", "gamma", "temperature", "logit_norm", "seed")                  # of soft labels alone
 
 
-def read_results(folder):
-    """{(ipc, student, labels, method, tag): result} of all evaluations below runs/<dataset>."""
+def read_results(folder, runs="*"):
+    """{(ipc, student, labels, method, tag): result} of all evaluations below runs/<dataset>, of the runs of this pattern."""
     results = {}
-    for path in sorted(folder.glob("*/eval/*.json")):
+    for path in sorted(folder.glob(f"{runs}/eval/*.json")):
         remedy = "remove it and run train_eval.py again"
         result = load_json(path, remedy, (*IDENTITY, "top1", "top1_std", "seeds", "args", "upstream", "made_from"))
         if result["method"] not in METHODS or result["labels"] not in LABELS or not isinstance(result["ipc"], int):
@@ -125,6 +125,16 @@ def random_results(result, results):
 def random_beside(result, results):
     """The result of random images under the same recipe, of the same tag if there is one; or None."""
     return next((other for other in random_results(result, results) if recipe(other) == recipe(result)), None)
+
+
+def beside(result, folder):
+    """What an accuracy compares with: chance, and random real images under the same recipe where they were run.
+    folder: runs/<dataset>"""
+    chance = f"chance {100 / len(result['classes']):.1f} %"
+    if result["method"] == "random" or result["args"].get("protocol", "standard") != "standard":
+        return chance
+    real = random_beside(result, read_results(folder, f"random-ipc{result['ipc']}*"))
+    return f"{chance}, random real images {accuracy(real)} %" if real else chance
 
 
 def why_alone(result, results):

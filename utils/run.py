@@ -33,10 +33,10 @@ PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 
 
 def begin(args):
-    """The first act of a phase: SIGINT and SIGTERM end it behind the step at work (`Checkpoint`), torchrun's processes find each
-    other.   -> device, folders (`run_paths`)"""
+    """The first act of a phase: from here on SIGINT and SIGTERM end it after the current step (`Checkpoint`), and
+    torchrun's processes know each other.   -> device, folders (`run_paths`)"""
     signals.stopped_by = None
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")       # work may go on at the end of an epoch
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")    # work may continue after an epoch's end
     if threading.current_thread() is threading.main_thread():
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, stop)
@@ -44,25 +44,37 @@ def begin(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         gpus = torch.cuda.device_count()
         if gpus and device in ("auto", "cuda"):
-            device = f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}"  # several may share one, which small networks leave idle
+            device = f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}"             # several may share one GPU
         elif device.startswith("cuda:"):
-            fail(f"--device {device} would be that of every process; under torchrun use cuda, which is dealt to them")
-        dist.init_process_group("gloo", timeout=timedelta(30))       # days: one may wait for another's work
+            fail(f"--device {device} would be that of every process; under torchrun use cuda, a GPU for each")
+        dist.init_process_group("gloo", timeout=timedelta(30))                  # days: one may wait for another's work
     device = pick_device(device, args.precision)
     if args.precision == "auto":                                     # the result tells what ran
         args.precision = "bf16" if native_bf16(device) else "tf32"
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
+    elif note := busy_cores():
+        print_rank0(note)
     return device, run_paths(args)
 
 
+def busy_cores():
+    """A line where more processes are at work than there are cores: threads that wait for each other then cost more than
+    they give. None where one thread is used or the system does not say."""
+    if torch.get_num_threads() == 1 or not hasattr(os, "sched_getaffinity"):
+        return None
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    return (f"note: {load:.0f} processes are at work on {cores} cores; OMP_NUM_THREADS=1 may be several times faster"
+            if load + 0.5 > cores else None)
+
+
 def script(main):
-    """Run a phase from the command line: what the system refuses, such as a folder that may not be read, is told in one
-    line."""
+    """Run a phase from the command line. What the system refuses, such as a folder without permission, ends in one line
+    of text."""
     try:
         main()
     except OSError as error:
-        fail(f"{error.filename or 'the output'}: {error.strerror or error}; make it usable or name another place")
+        fail(f"{error.filename or 'the output'}: {error.strerror or error}; make it usable or name another")
 
 
 def pick_device(name, precision="tf32"):
@@ -209,7 +221,7 @@ class Run:
         return same and all(stored.get(key) == metrics[key] for key in metrics) and self._repeat(stored)
 
     def _repeat(self, stored):
-        print_rank0(f"already done: {self.result} (--overwrite starts again)")
+        print_rank0(f"already done: {self.result.absolute()} (--overwrite starts again)")
         print_rank0("RESULT", json.dumps(short_result(stored, self.result)))
         return True
 
@@ -232,7 +244,8 @@ class Run:
 
     def finish(self, metrics, summary="", upstream=None, seconds=None):
         """Write the result file; print three lines for people and a short RESULT for scripts. Once for all processes.
-        summary: what came out, in a line; upstream: {phase: arguments}; seconds: by default those of the work"""
+        summary: what came out, a line or a function of the result; upstream: {phase: arguments}; seconds: by default
+        those of the work"""
         if rank():
             return None
         args, seconds = self.args, self.checkpoint.seconds() if seconds is None else seconds
@@ -244,7 +257,9 @@ class Run:
         save_json(self.result, result)
         folder = self.result.absolute().parent
         picture = f", picture {folder / 'grid.png'}" * (self.phase == "recover")
-        print_rank0(f"{self.phase}: {summary}, in {clock(seconds)}\nfiles: {folder}{picture}\nnext:  {next_command(self)}")
+        text = summary(result) if callable(summary) else summary
+        print_rank0(f"{self.phase}: {text}, in {clock(seconds)}")
+        print_rank0(f"files: {folder}{picture}\nnext:  {next_command(self)}")
         print_rank0("RESULT", json.dumps(short_result(result, self.result)))
         return result
 

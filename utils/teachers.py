@@ -1,4 +1,6 @@
 """Squeezed backbones: loading and checking."""
+import math
+
 import torch
 
 from utils import fail
@@ -50,6 +52,12 @@ def load_teachers(args, folder, build_model, device):
                  "or name those that were")
     check_classes(first["classes"], sorted(first["classes"]), f"the teachers in {folder}", "every data set")
     return models, records, first
+
+
+def at_chance(top1, classes, tested):
+    """Whether an accuracy in % on `tested` images is at most two standard errors above chance."""
+    chance = 100 / classes
+    return top1 <= chance + 2 * math.sqrt(chance * (100 - chance) / tested)
 
 
 def costs(path):

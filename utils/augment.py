@@ -136,7 +136,8 @@ def draw_cutmix_box(size: int, generator: torch.Generator, alpha: float = 1.0) -
     return torch.cat([low, high - low])
 
 
-def draw_epoch(n, size, batch_size, mix, generator, scale=(0.08, 1.0), flip=True):
+def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Generator, scale=(0.08, 1.0),
+               flip: bool = True) -> dict[str, torch.Tensor]:
     """What is random in one pass over n images of `size` pixels: crop, flip, and the mixing of batches of `batch_size`
     in random order; partners are a permutation of the batch, lambda or box one for the batch.
 

@@ -31,9 +31,10 @@ from utils.cli import Parser, crop_name, identity_flags, number, parse_args
 from utils.data import load_split, preset_column
 from utils.processes import barrier, rank, shard, world_size
 from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, relevant
-from utils.run import Progress, Run, begin, channels_last, generator, peak_memory, script, send
+from utils.run import Progress, Run, begin, generator, peak_memory, script, send
 from utils.stats import conv_stats, layer_inputs, matched_layers, whole_patches
 from utils.teachers import costs, load_teachers
+from utils.train import channels_last
 
 
 @torch.inference_mode()

@@ -42,11 +42,12 @@ from utils.losses import class_members, data_densification, densification_closed
 from utils.presets import SELECTIONS, UNMATCHED
 from utils.processes import barrier, rank, shard, warn, world_size
 from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, image_set, relevant
-from utils.run import Finite, Graphed, Progress, Run, begin, generator, script, send
+from utils.run import Progress, Run, begin, generator, script, send
 from utils.selection import herding, k_center, mosaic, most_forgotten, surest_crops
 from utils.stats import (ClosedFormMatching, channel_stats, freeze, layer_inputs, layer_target, matched_layers, mixed_moments,
                          patch_stats)
 from utils.teachers import at_chance, load_teachers, need_files
+from utils.train import Graphed, NonFinite
 
 
 FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 81 batches of 50 at 32x32; an estimate
@@ -424,7 +425,7 @@ def recover_group(group, models, statistics, data, starts, args, paths, device, 
     pixels = torch.stack(pixels).view(shape).to(device)
     labels, slot = torch.tensor([label for label, _ in flat], device=device).view(len(group), -1), slot_of(*group[0], args)
     matchings = make_matchings(models, statistics, labels, args, device)
-    finite, start = Finite(["ce", "bn", "conv", "dd", "pixel"], device), work.read(piece)
+    nonfinite, start = NonFinite(["ce", "bn", "conv", "dd", "pixel"], device), work.read(piece)
     if start and start["numbers"] != numbers:                        # another --groups-per-step
         start = None
     progress.skip(len(flat) * start["iterations"] if start else 0)
@@ -433,14 +434,14 @@ def recover_group(group, models, statistics, data, starts, args, paths, device, 
         return "+".join(list(models)[k] for k in backbones)
 
     def check():
-        if found := finite.first():
+        if found := nonfinite.first():
             t, term = found
             backbones = draw_iterations(args, matchings, numbers, data["image_size"], slot)[0][t]
             fail(f"{term} is not finite in iteration {t}, backbone {named(backbones)}, batches {numbers}; use a smaller --lr")
 
     def report(t, losses, pixels):
         backbone = named(losses.pop("backbone"))
-        finite.see(t, *(losses[term] for term in finite.names[:-1]), pixels.detach().sum())
+        nonfinite.update(t, *(losses[term] for term in nonfinite.names[:-1]), pixels.detach().sum())
         last = t + 1 == args.iterations
         if t % args.log_every == 0 or last:
             check()
@@ -605,11 +606,11 @@ def write_matched(args, paths, device, split, kept, data, starts, work):
     pixels = torch.stack(pixels).unflatten(0, (-1, args.ipc)).to(device)
     log = Log(paths.run, {"args": relevant(args)})
     grid = Grid(paths.run / "grid.png", len(data["classes"]), args.ipc, data["image_size"])
-    finite, start, progress = Finite(["loss", "pixel"], device), work.read(), Progress("recover", args.iterations)
+    nonfinite, start, progress = NonFinite(["loss", "pixel"], device), work.read(), Progress("recover", args.iterations)
     progress.skip(start["iterations"] if start else 0)
 
     def check():
-        if found := finite.first():
+        if found := nonfinite.first():
             fail(f"{found[1]} is not finite in iteration {found[0]}; use a smaller --lr")
 
     def draw(images):
@@ -617,7 +618,7 @@ def write_matched(args, paths, device, split, kept, data, starts, work):
         grid.save()
 
     def report(t, loss, kept, pixels):
-        finite.see(t, loss, pixels.detach().sum())
+        nonfinite.update(t, loss, pixels.detach().sum())
         if t % args.log_every == 0 or t + 1 == args.iterations:
             check()
             log.write({"iteration": t, "batches": [0], "dm": loss.item(), "kept": kept})

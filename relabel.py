@@ -28,8 +28,9 @@ from utils.labels import LabelWriter
 from utils.losses import ensemble_logits
 from utils.processes import barrier, rank, shard, warn
 from utils.provenance import check_classes, check_recovered, fingerprints, image_set
-from utils.run import Run, begin, channels_last, generator, script, send
+from utils.run import Run, begin, generator, script, send
 from utils.teachers import load_teachers
+from utils.train import channels_last
 
 SATURATING_PIXELS = 1 << 20       # in a pass, so 1024 images at 32x32, leave no GPU idle; an estimate
 

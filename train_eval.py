@@ -16,7 +16,6 @@ python train_eval.py --dataset shapes                                           
 """
 import argparse
 import json
-import math
 import statistics
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from models import build_model, is_model_name
 from models.pruning import channel_scales
 from utils import fail
-from utils.augment import apply_epoch, draw_epoch, normalize
+from utils.augment import apply_epoch, draw_epoch
 from utils.checkpoint import load_json
 from utils.cli import Parser, call, identity_flags, number, parse_args
 from utils.data import describe, folder_name, list_folder, load_folder, load_split, preset_column
@@ -38,33 +37,32 @@ from utils.labels import StoredLabels
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.processes import barrier, rank, rank0_first, shard, warn, world_size
 from utils.protocols import SeenLabels, prune, summary, trainings
-from utils.provenance import (AGAIN, check_classes, check_inputs, check_recovered, check_same, fingerprint,
-                              fingerprints, image_set, relevant)
+from utils.provenance import (AGAIN, check_classes, check_inputs, check_recovered, check_same, fingerprint, fingerprints,
+                              image_set, relevant)
 from utils.report import beside
-from utils.run import (Finite, Graphed, Progress, Run, accuracy, begin, channels_last, check_training,
-                       generator, script, send, with_precision)
+from utils.run import Run, begin, generator, script, send
 from utils.teachers import at_chance, check_models, load_teachers
+from utils.train import (Graphed, Record, channels_last, fit, learning_rates, make_step, split_accuracy, split_batches,
+                         with_precision)
 
 
-class FreshLabels:
-    """What relabel.py would draw in batches of this size, and the logits of the teachers, asked while training (none for hard
-    labels), for the classes `seen`, by default all."""
+class OnlineLabels:
+    """What relabel.py would draw, and the logits of the teachers, asked while training, for the classes `seen`, by default
+    all. Without teachers, for hard labels: the draws alone.   draw: function(epoch) -> what `draw_epoch` gives"""
 
-    def __init__(self, args, count, size, teachers=(), seen=slice(None)):
-        self.mix, self.seed, self.logit_norm, self.floor = args.mix, args.seed, args.logit_norm, args.crop_floor
-        self.count, self.size, self.teachers, self.seen, self.flip = count, size, teachers, seen, args.flip
-        self.batch_size = whole_batch(args, count)
-
-    def epoch(self, epoch):
-        return draw_epoch(self.count, self.size, self.batch_size, self.mix, generator("relabel", self.seed, epoch),
-                          (self.floor, 1.0), self.flip)
+    def __init__(self, draw, mix, teachers=(), logit_norm=True, seen=slice(None)):
+        self.epoch, self.mix, self.teachers, self.logit_norm, self.seen = draw, mix, teachers, logit_norm, seen
 
     @torch.no_grad()
     def soft_logits(self, epoch, batch, mixed):
-        return ensemble_logits(torch.stack([teacher(mixed) for teacher in self.teachers]), self.logit_norm)[:, self.seen]
+        if not self.teachers:
+            return mixed.new_zeros(0)
+        logits = torch.stack([teacher(mixed) for teacher in self.teachers])
+        return ensemble_logits(logits, self.logit_norm)[:, self.seen]
 
 
-def whole_batch(args, count):
+def full_batch(args, count):
+    """Size of a batch: all images where they are at most --whole-up-to."""
     return count if count <= args.whole_up_to else args.batch_size
 
 
@@ -80,8 +78,7 @@ def make_optimizer(model, args):
     groups, lr, fused = parameter_groups(model, args.weight_decay), float(args.lr[0]), next(model.parameters()).is_cuda
     optimizer = (torch.optim.AdamW(groups, lr=lr, fused=fused) if args.optimizer == "adamw" else
                  torch.optim.SGD(groups, lr=lr, momentum=args.momentum, fused=fused))
-    return optimizer, (torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.lr_stretch)
-                       if args.schedule == "cosine" else torch.optim.lr_scheduler.ConstantLR(optimizer, 1))
+    return optimizer, learning_rates(optimizer, args.schedule, args.epochs * args.lr_stretch)
 
 
 def hard_loss(logits, labels, partner_labels, ratio):
@@ -90,87 +87,82 @@ def hard_loss(logits, labels, partner_labels, ratio):
     return (ratio * base + (1 - ratio) * partner).mean()
 
 
-def student_loss(args, logits, y, soft, partner_y, ratio):
-    """The loss of --labels and --loss; soft [B, classes] is not read by hard labels."""
-    if args.labels == "hard":
+def student_loss(logits, y, soft, partner_y, ratio, *, kind, gamma, temperature):
+    """The loss of --loss, or that of hard labels, which read no soft [B, classes]: kind "hard"."""
+    if kind == "hard":
         return hard_loss(logits, y, partner_y, ratio)
-    if args.loss != "mse_gt":
-        return kl_loss(logits, soft, args.temperature) * (args.temperature ** 2 if args.loss == "kl_t2" else 1)
-    return mse_gt_loss(logits, soft, y, args.gamma)
+    if kind == "mse_gt":
+        return mse_gt_loss(logits, soft, y, gamma)
+    return kl_loss(logits, soft, temperature) * (temperature ** 2 if kind == "kl_t2" else 1)
 
 
-def train_student(name, seed, images, classes, labels, test, data, args, device, load=lambda: None, keep=lambda state: None,
-                  model=None, penalty=lambda: 0):
-    """One student from scratch, or a trained model further, in place.   keep: takes, after every step, a function that gives
-    the state; load: gives a state to go on from, or None; args: of `for_student`; penalty(): is added to the loss.
+def learn(model, optimizer, train_data, loss_of, record, *, label_epochs, ema_decay=0.0, cuda_graphs=False):
+    """-> train_epoch of `fit`: a student on mixed samples of the distilled images; of its labels the epochs 0 ..
+    label_epochs - 1 again and again. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
+    train_data: of `load_distilled`; record["average"]: running averages of `floating(model)`, at ema_decay a step"""
+    images, classes, labels = (train_data[key] for key in ("images", "classes", "labels"))
+    mean_std, keys, weights = units(train_data, images.device), [], floating(model) if ema_decay else []
+
+    def mixed_samples(batch, *params):
+        params = dict(zip(keys, params))
+        mixed = apply_epoch(images, params, batch, labels.mix, mean_std)
+        return mixed, classes[batch], classes[params["partner"][batch]], params["ratio"][batch]
+
+    step = make_step(optimizer, lambda mixed, *targets: (loss_of(model(mixed), *targets),), cuda_graphs)
+    graphs = defaultdict(partial(Graphed, mixed_samples))            # by the size of a batch: the last may differ
+
+    def train_epoch(epoch, batches, rng):
+        labelled = epoch % label_epochs
+        params = send(labels.epoch(labelled), images.device)
+        keys[:] = params
+        for batch in batches:
+            mix = graphs[len(batch)] if cuda_graphs else mixed_samples
+            mixed, y, partner_y, ratio = mix(send(batch, images.device), *params.values())
+            loss, = step(mixed, y, labels.soft_logits(labelled, batch, mixed), partner_y, ratio)
+            if ema_decay:
+                torch._foreach_lerp_(record["average"], weights, 1 - ema_decay)
+            yield loss
+    return train_epoch
+
+
+def floating(model):
+    """The model's floating-point weights and buffers."""
+    return [value for value in model.state_dict().values() if value.is_floating_point()]
+
+
+def units(train_data, device):
+    """Mean and std of the pixels, [2, 3]."""
+    return torch.tensor([train_data["data"]["mean"], train_data["data"]["std"]], device=device)
+
+
+def train_student(name, seed, train_data, args, checkpoint, piece, *, model=None, penalty=lambda: 0):
+    """One student from scratch, or a trained model further, in place; unfinished, it goes on from its piece of the checkpoint.
+    args: of `for_student`; penalty(): is added to the loss.
     -> top-1 in % by epoch evaluated, {epoch: top1}; the last epoch is always among them"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
+    data, count, device = train_data["data"], len(train_data["images"]), train_data["images"].device
     model = model or build_model(name, len(data["classes"]), data["image_size"]).to(device)
     model = with_precision(channels_last(model), device, args.precision)
     optimizer, schedule = make_optimizer(model, args)
-    trained = model, optimizer, schedule
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    order, units, top1 = generator("order", seed, name), torch.tensor([data["mean"], data["std"]], device=device), {}
-    weights = [value for value in model.state_dict().values() if value.is_floating_point()] if args.ema_decay else []
-    average = [value.clone() for value in weights]
-    finite, epoch, done, before, loss = Finite(["loss"], device), 0, 0, order.get_state(), torch.tensor(math.nan)
-    progress = Progress(f"train_eval {name} seed {seed}", args.epochs)
-    if start := load():
-        epoch, done, before, top1 = (start[key] for key in ("epoch", "done", "order", "top1"))
-        for part, saved in zip(trained, start["trained"]):
-            part.load_state_dict(saved)
-        average = send(start["average"], device)
-        order.set_state(before)
-        progress.skip(epoch)
+    weights = floating(model) if args.ema_decay else []
+    record = Record(device, top1={}, average=[value.clone() for value in weights])
+    loss = partial(student_loss, kind="hard" if args.labels == "hard" else args.loss, gamma=args.gamma,
+                   temperature=args.temperature)
+    order, mean_std = generator("order", seed, name), units(train_data, device)
 
-    def state():
-        check_training(finite, model, progress.what)
-        return {"epoch": epoch, "done": done, "order": before, "top1": top1, "average": average,
-                "trained": [part.state_dict() for part in trained]}
+    def draw_batches(epoch):
+        return order, split_batches(torch.randperm(count, generator=order), full_batch(args, count))
 
-    def mixed_samples(batch, *drawn):
-        drawn = dict(zip(draw, drawn))
-        mixed = apply_epoch(images, drawn, batch, labels.mix, units)
-        return mixed, classes[batch], classes[drawn["partner"][batch]], drawn["ratio"][batch]
-
-    def loss_and_gradients(mixed, *targets):
-        loss = student_loss(args, model(mixed), *targets) + penalty()
-        return loss.detach(), *torch.autograd.grad(loss, parameters)
-
-    # by the size of a batch: the last may be short
-    graphs = [defaultdict(partial(Graphed, function)) for function in (mixed_samples, loss_and_gradients)]
-    while epoch < args.epochs:
-        model.train()
-        labelled = epoch % (args.label_epochs or args.epochs)
-        draw = send(labels.epoch(labelled), device)
-        batches = torch.randperm(len(images), generator=order).split(whole_batch(args, len(images)))
-        for rows in batches[done:]:
-            mix, step = (graph[len(rows)] for graph in graphs) if args.cuda_graphs else (mixed_samples, loss_and_gradients)
-            mixed, y, partner_y, ratio = mix(send(rows, device), *draw.values())
-            soft = labels.soft_logits(labelled, rows, mixed) if args.labels != "hard" else mixed.new_zeros(0)
-            loss, *gradients = step(mixed, y, soft, partner_y, ratio)
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient
-            optimizer.step()
-            if args.ema_decay:
-                torch._foreach_lerp_(average, weights, 1 - args.ema_decay)
-            done += 1
-            finite.see(epoch * len(batches) + done, loss)
-            keep(state)
-        schedule.step()
-        epoch, done, before = epoch + 1, 0, order.get_state()
+    train_epoch = learn(model, optimizer, train_data, lambda *targets: loss(*targets) + penalty(), record,
+                        label_epochs=args.label_epochs or args.epochs, ema_decay=args.ema_decay, cuda_graphs=args.cuda_graphs)
+    for epoch in fit((model, optimizer, schedule, record), draw_batches, train_epoch, epochs=args.epochs,
+                     name=f"train_eval {name} seed {seed}", resume=checkpoint.load(piece),
+                     save=partial(checkpoint.save_if_due, piece=piece)):
         # `evaluations` evenly spaced epochs, the last of them the last epoch
         if epoch * args.evaluations // args.epochs > (epoch - 1) * args.evaluations // args.epochs:
-            check_training(finite, model, progress.what)
-            with swapped(weights, average):
-                top1[epoch] = tested(model, test, units)
-        progress.step(lambda: f"loss {loss.item():.4f}  top1 {list(top1.values())[-1:]}")
-    return top1
-
-
-def tested(model, test, units):
-    """Top-1 in % on the test images; units: mean and std on the model's device."""
-    return accuracy(model, ((normalize(send(x, units.device), *units), y) for x, y in test.batches(500)))
+            with swapped(weights, record["average"]):
+                record["top1"][epoch] = split_accuracy(model, train_data["test"], mean_std)
+    return record["top1"]
 
 
 @contextmanager
@@ -310,14 +302,13 @@ def main(argv=None):
                           args.holdout).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
     whole = {"images": images, "classes": classes, "labels": labels, "test": test, "data": data}
-    pieces = trainings(args, whole, partial(labels_of, args))
+    pieces = trainings(args, whole, partial(labels_of, args, data["image_size"]))
     for names in [todo] if world_size() > 1 else [[name] for name in todo]:                # torchrun deals all trainings at once
         with ExitStack() as stack:
-            works = {name: stack.enter_context(runs[name].work(extends=bool(earlier[name])))
-                     for name in names}
+            works = {name: stack.enter_context(runs[name].work(extends=bool(earlier[name]))) for name in names}
             for name, piece in shard([(name, piece) for name in names for piece in pieces if piece not in earlier[name]]):
                 if (works[name].read(piece) or {}).get("epoch") != args.epochs:
-                    done = train_piece(name, piece, *pieces[piece], works[name], alone[name], device, starts.get(name))
+                    done = train_piece(name, piece, *pieces[piece], works[name], alone[name], starts.get(name))
                     works[name].save({"epoch": args.epochs, **done}, piece)
             barrier()
             for name in names if rank() == 0 else ():
@@ -369,30 +360,38 @@ def load_starts(args, paths, device):
     return loaded
 
 
-def labels_of(args, labels, rows, seen):
+def labels_of(args, size, labels, rows, seen):
     """Labels of the images `rows` [N] booleans with logits of the classes `seen`.   -> the rows they are for, labels object"""
     if args.labels == "stored":
         labels = SeenLabels(labels, min(args.epochs, args.label_epochs or args.epochs), rows, seen)
         return labels.rows, labels
     rows = rows.nonzero().flatten()
-    return rows, FreshLabels(args, len(rows), labels.size, labels.teachers, seen)
+    return rows, online_labels(args, len(rows), size, labels.teachers, seen)
 
 
-def train_piece(name, piece, seed, material, work, args, device, start):
-    """One piece of `trainings`.   start: the trained model that --protocol prune begins with   -> {"top1": {epoch: top1}, ...}"""
-    material = material()
+def online_labels(args, count, size, teachers, seen=slice(None)):
+    """`OnlineLabels` of `count` images of `size` pixels, drawn as relabel.py would by these arguments."""
+    def draw(epoch):
+        return draw_epoch(count, size, full_batch(args, count), args.mix, generator("relabel", args.seed, epoch),
+                          (args.crop_floor, 1.0), args.flip)
+    return OnlineLabels(draw, args.mix, teachers, args.logit_norm, seen)
 
-    def train(stage="", model=None, penalty=lambda: 0):
-        part = piece + "-sparse" * (stage == "sparse")
-        return train_student(name, seed, **material, args=args, device=device, load=partial(work.load, part),
-                             keep=partial(work.save_if_due, piece=part), model=model, penalty=penalty)
 
+def train_piece(name, piece, seed, make_data, checkpoint, args, start):
+    """One piece of `trainings`.   start: the trained model that --protocol prune begins with
+    -> {"top1": {epoch: top1}, ...}"""
+    train_data = make_data()
+    train = partial(train_student, name, seed, train_data, args, checkpoint)
     if args.protocol != "prune":
-        return {"top1": train(), "images": len(material["images"])}
-    units = torch.tensor([material["data"]["mean"], material["data"]["std"]], device=device)
-    sparse = (work.read(f"{piece}-sparse") or {}).get("weights")
-    return prune(channels_last(deepcopy(start).requires_grad_()), train, partial(tested, test=material["test"], units=units),
-                 args.sparsity, args.l1, sparse, lambda weights: work.save({"weights": weights}, f"{piece}-sparse"))
+        return {"top1": train(piece), "images": len(train_data["images"])}
+
+    def train_stage(stage, model, penalty):
+        return train(piece + "-sparse" * (stage == "sparse"), model=model, penalty=penalty)
+
+    test = partial(split_accuracy, split=train_data["test"], mean_std=units(train_data, train_data["images"].device))
+    sparse = (checkpoint.read(f"{piece}-sparse") or {}).get("weights")
+    return prune(channels_last(deepcopy(start).requires_grad_()), train_stage, test, args.sparsity, args.l1, sparse,
+                 lambda weights: checkpoint.save({"weights": weights}, f"{piece}-sparse"))
 
 
 def earlier_result(args, paths):
@@ -436,7 +435,7 @@ def load_distilled(args, paths, before, data, made_from, teachers, device):
             fail(f"{flag} is more than the {len(labels.logits)} in {paths.labels}; use --label-epochs {len(labels.logits)}, "
                  f"or run relabel.py --epochs {wanted} --overwrite")
     else:
-        labels = FreshLabels(args, len(raw), data["image_size"], [channels_last(teacher) for teacher in teachers])
+        labels = online_labels(args, len(raw), data["image_size"], [channels_last(teacher) for teacher in teachers])
     number = torch.tensor([expected.index(name) for name in names])
     return raw.to(device), number[classes].to(device), labels
 

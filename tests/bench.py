@@ -17,6 +17,7 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,12 +36,14 @@ from utils.checkpoint import Checkpoint
 from utils.data import Split
 from utils.labels import LabelWriter, RowFile, StoredLabels
 from utils.losses import mse_gt_loss
-from utils.run import Finite, Graphed, Progress, channels_last, generator, pick_device
+from utils.run import generator, pick_device
 from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
+from utils.train import Graphed, NonFinite, channels_last
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
 DATA = {"classes": [str(label) for label in range(10)], "image_size": 32, "mean": UNITS[0], "std": UNITS[1]}
 CIFAR = "resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05"
+NOTHING_KEPT = SimpleNamespace(load=lambda *_: None, save_if_due=lambda *_, **how: None)      # in place of a Checkpoint
 
 
 def interleaved(functions, rounds):
@@ -174,7 +177,7 @@ def bench_keeping(rounds, quick, device):
         args, states = recover.get_parser().parse_args(["--iterations", str(iterations)]), []
         with TemporaryDirectory() as folder, Checkpoint(Path(folder, "result.json"), args) as work:
             def run():
-                finite, spent = Finite(["ce", "bn", "conv", "dd", "pixel"], device), []
+                nonfinite, spent = NonFinite(["ce", "bn", "conv", "dd", "pixel"], device), []
 
                 def timed(function, *what):
                     started = time.perf_counter()
@@ -182,7 +185,7 @@ def bench_keeping(rounds, quick, device):
                     spent.append(time.perf_counter() - started)
 
                 def report(t, losses, x):
-                    timed(lambda: finite.see(t, *(losses[term] for term in finite.names[:-1]), x.detach().sum()))
+                    timed(lambda: nonfinite.update(t, *(losses[term] for term in nonfinite.names[:-1]), x.detach().sum()))
 
                 def keep(state):
                     states[:] = [state]
@@ -239,14 +242,15 @@ def bench_train_eval(rounds, quick, device):
         with TemporaryDirectory() as folder:
             store_labels(Path(folder), epochs, count, 10)
             labels = StoredLabels(Path(folder), "cutmix")
+            train_data = {"images": images, "classes": classes, "labels": labels, "test": test, "data": DATA}
             draw, batches = labels.epoch(0), []
-            for rows in torch.arange(count).split(train_eval.whole_batch(args, count)):
+            for rows in torch.arange(count).split(train_eval.full_batch(args, count)):
                 mixed = apply_epoch(images.cpu(), draw, rows, "cutmix", UNITS).to(device)
                 batches.append((mixed, labels.soft_logits(0, rows, mixed), classes[rows]))
             model = network(name).to(device)
             optimizer = torch.optim.AdamW(train_eval.parameter_groups(model, 0), lr=1e-3, fused=device.type == "cuda")
             times = interleaved([
-                lambda: train_eval.train_student(name, 0, images, classes, labels, test, DATA, args, device),
+                lambda: train_eval.train_student(name, 0, train_data, args, NOTHING_KEPT, "seed0"),
                 training_steps(model, optimizer, batches * epochs, lambda *x: mse_gt_loss(*x, args.gamma))], rounds)
         yield f"{name}, {count} images by {len(batches[0][0])}", ratio(times)
 
@@ -256,7 +260,7 @@ def bench_squeeze(rounds, quick, device):
     count = 32 if quick else 256
     split = Split(pixels(count).permute(0, 2, 3, 1).numpy(), torch.arange(count) % 10, DATA["classes"], 32).to(device)
     batches = [(normalize(images, *UNITS), labels) for images, labels in split.batches(64)]
-    args = squeeze.get_parser().parse_args(["--epochs", "1"])
+    args = squeeze.changed(squeeze.get_parser().parse_args(["--epochs", "1"]), step_epochs=30, remedy="")
     for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
         def bare(model):
             optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, fused=device.type == "cuda")
@@ -264,7 +268,8 @@ def bench_squeeze(rounds, quick, device):
 
         trained, last, first = (network(name, last).to(device) for last in (True, True, False))
         times = interleaved([
-            lambda: squeeze.train(trained, split, torch.arange(count), DATA, args, device, Progress("", count)),
+            lambda: list(squeeze.train("", trained, split, torch.arange(count), torch.tensor(UNITS, device=device), args,
+                                       NOTHING_KEPT, record=squeeze.forgetting_record(count, device))),
             bare(last), bare(first)], rounds)
         yield f"{name}, {count} images by 64", {**ratio(times), "bare/channels_first": times[1] / times[2]}
 

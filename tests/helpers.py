@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils.stats
-from utils.run import Graphed
+from utils.train import Graphed
 
 
 def assert_near(actual, expected, tolerance):
@@ -73,8 +73,8 @@ class FakeGraph:
             mine.copy_(fresh)
 
 
-def faked_graphs(monkeypatch, script):
-    """A list of the `Graphed` that a script makes from now on, without a GPU."""
+def faked_graphs(monkeypatch, *modules):
+    """A list of the `Graphed` that these modules make from now on, without a GPU."""
     graphed = []
 
     def registered(*args):
@@ -86,7 +86,8 @@ def faked_graphs(monkeypatch, script):
         graph.owner = next(one for one in graphed if one.graph is graph)
         yield
 
-    monkeypatch.setattr(script, "Graphed", registered)
+    for module in modules:
+        monkeypatch.setattr(module, "Graphed", registered)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")

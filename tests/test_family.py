@@ -25,7 +25,9 @@ from utils.augment import apply_resized_crop, draw_resized_crop, draw_view, norm
 from utils.data import Split, load_split
 from utils.presets import METHODS, SELECTIONS, preset_values
 from utils.run import generator
+from utils import scores
 from utils.selection import drop_largest, herding, k_center, last_epoch_weights, most_forgotten
+from utils.train import learning_rates
 from utils.stats import ClosedFormMatching, freeze, layer_inputs, matched_layers, mixed_moments
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
@@ -194,11 +196,10 @@ def test_the_crops_of_recover_follow_the_curriculum():
 
 
 def test_the_kl_loss_of_tiny_imagenet_has_the_squared_temperature():
-    args = type("args", (), dict(labels="stored", loss="kl", temperature=20.0))
     logits, soft, y = torch.randn(5, 3), torch.randn(5, 3), torch.zeros(5, dtype=torch.long)
-    plain = train_eval.student_loss(args, logits, y, soft, y, torch.ones(5))
-    args.loss = "kl_t2"
-    assert_near(train_eval.student_loss(args, logits, y, soft, y, torch.ones(5)), 400 * plain, 1e-6)
+    plain, squared = (train_eval.student_loss(logits, y, soft, y, torch.ones(5), kind=kind, gamma=0.1, temperature=20.0)
+                      for kind in ("kl", "kl_t2"))
+    assert_near(squared, 400 * plain, 1e-6)
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -207,7 +208,7 @@ def test_the_kl_loss_of_tiny_imagenet_has_the_squared_temperature():
     (dict(schedule="constant", warmup_epochs=1, epochs=3), [0.01, 1, 1])])
 def test_learning_rates_warm_up_and_then_follow_their_schedule(flags, expected):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule, rates = squeeze.learning_rates(optimizer, type("args", (), dict(step_epochs=30) | flags)), []
+    schedule, rates = learning_rates(optimizer, **flags), []
     for _ in expected:
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -263,13 +264,11 @@ def test_a_pruned_teacher_has_two_thirds_of_the_parameters_and_comes_from_the_tr
         bare.call(phase, pool, "--subset 2 --loop original" * (phase == "recover"))
 
 
-def test_the_later_a_pruned_teacher_the_more_fine_tuning_it_has(bare):
-    bare.call("squeeze", "--backbones convnet_w8")
-    paths = type("paths", (), dict(teachers=bare.teachers))
+def test_the_later_a_pruned_teacher_the_more_fine_tuning_it_has():
     how = []
     for i in range(1, 10):
         args = squeeze.get_parser().parse_args(["--pruned", "9", "--backbones", "convnet_w8"])
-        how.append(squeeze.post_generation(f"convnet_w8@pruned{i}", build_model("convnet_w8", 4, 16), args, paths)[0])
+        how.append(squeeze.fine_tuning(f"convnet_w8@pruned{i}", args))
     assert [one.epochs for one in how] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert {(one.lr, one.batch_size, one.schedule, one.step_epochs, one.weight_decay) for one in how} == {(0.1, 32, "step", 1, 1e-4)}
 
@@ -570,10 +569,9 @@ def test_mistakes_end_in_a_line_and_lose_nothing(phase, flags, told, project):
 
 
 def test_a_rate_that_is_too_large_is_named_by_its_flag(bare):
-    bare.call("squeeze", "--backbones wrn10_1")
     with pytest.raises(SystemExit), redirect_stderr(io.StringIO()) as err:
-        bare.call("squeeze", "--backbones wrn10_1 --pruned 3 --pruned-lr 1e30")
-    assert "use a smaller --pruned-lr" in err.getvalue()
+        bare.call("squeeze", "--prune-ratio 0.5 --score-trials 1 --score-epochs 3 --score-lr 1e30")
+    assert "use a smaller --score-lr" in err.getvalue() and "--lr" not in err.getvalue()
 
 
 def test_save_epochs_belong_to_work_that_is_unfinished(bare, monkeypatch):
@@ -695,7 +693,7 @@ def test_a_recipe_may_bring_other_backbones_of_the_same_set_but_none_trained_ane
 # Interrupted
 
 WORKS = {
-    "scores": ("squeeze", "--prune-ratio 0.25 --score-trials 2 --score-epochs 3 --score-batch-size 20", "normalize", 8),
+    "scores": ("squeeze", "--prune-ratio 0.25 --score-trials 2 --score-epochs 3 --score-batch-size 20", "scores.normalize", 8),
     "scores, when all are made": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 2 --score-batch-size 20",
                                   "save_torch", 1),
     "the training behind them": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 1 --epochs 4", "gathered", 7),
@@ -715,7 +713,9 @@ def test_interrupted_work_goes_on_to_the_same_bytes(what, request, beasts, new_p
             project.call("squeeze")
             project.call("collect_stats")
         if broken:
-            calls, original = itertools.count(1), getattr(globals()[phase], function)
+            *place, name = function.split(".")
+            module = globals()[place[0] if place else phase]
+            calls, original = itertools.count(1), getattr(module, name)
 
             def interrupting(*args, **kwargs):
                 if next(calls) == call:
@@ -723,7 +723,7 @@ def test_interrupted_work_goes_on_to_the_same_bytes(what, request, beasts, new_p
                 return original(*args, **kwargs)
 
             with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-                patch.setattr(globals()[phase], function, interrupting)
+                patch.setattr(module, name, interrupting)
                 project.call(phase, flags, "--checkpoint-minutes 0")
         project.call(phase, flags.replace("--overwrite", "" if broken else "--overwrite"), "--checkpoint-minutes 0")
         files = [path for path in project.results.rglob("*") if path.suffix in (".pt", ".png")]

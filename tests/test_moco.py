@@ -15,6 +15,7 @@ import squeeze
 from models import NAMES, build_model
 from tests.conftest import Project
 from tests.helpers import assert_near, gradient
+from utils import moco as moco_module
 from utils.moco import MoCo, Probe, SplitBatchNorm, as_encoder, join_norms, knn_top1, last_linear, split_norms
 
 FLAGS = ("--objective moco --backbones wrn10_1 --batch-size 16 --queue 32 --epochs 2 --probe-epochs 2 --lr 0.06 "
@@ -253,10 +254,10 @@ def test_a_backbone_squeezed_without_labels_is_one_for_the_other_phases(contrast
 def test_the_saved_classifier_is_the_probe_on_the_encoder_that_moco_left(bare, contrasted, monkeypatch):
     seen = []
 
-    def watched(model, *rest, **how):
+    def watched(name, model, *rest, **how):
         if isinstance(model, Probe):
             seen.append(copy.deepcopy(model.features.state_dict()))
-        train(model, *rest, **how)
+        yield from train(name, model, *rest, **how)
         seen.append(model)
 
     train = squeeze.train
@@ -290,8 +291,8 @@ def test_the_learning_rate_is_a_cosine_with_epochs_counted_from_1(bare, monkeypa
 def test_moco_sees_two_views_of_each_image_with_colours_of_their_own(bare, monkeypatch):
     seen, forward, coloured = [], MoCo.forward, []
     monkeypatch.setattr(MoCo, "forward", lambda self, *views: seen.append(views) or forward(self, *views))
-    colour = squeeze.apply_colour
-    monkeypatch.setattr(squeeze, "apply_colour", lambda images, draw: coloured.append((images, colour(images, draw))) or coloured[-1][1])
+    colour = moco_module.apply_colour
+    monkeypatch.setattr(moco_module, "apply_colour", lambda images, draw: coloured.append((images, colour(images, draw))) or coloured[-1][1])
     bare.call("squeeze", FLAGS)
     mean, std = (torch.tensor(weights(bare)["data"][key])[:, None, None] for key in ("mean", "std"))
     assert len(seen) == 6 and len(coloured) == 12
@@ -304,7 +305,7 @@ def test_moco_sees_two_views_of_each_image_with_colours_of_their_own(bare, monke
 
 def test_the_test_images_are_those_whose_neighbours_are_sought_among_the_training_images(bare, monkeypatch):
     asked = []
-    monkeypatch.setattr(squeeze, "knn_top1", lambda *found: asked.append(found) or 50.0)
+    monkeypatch.setattr(moco_module, "knn_top1", lambda *found: asked.append(found) or 50.0)
     bare.call("squeeze", FLAGS, "--prune-ratio 0.25 --score-trials 1 --score-epochs 1")
     for bank, bank_labels, queries, labels, classes in asked:
         assert bank.shape == (36, 128) and queries.shape == (24, 128) and classes == 4
@@ -384,7 +385,7 @@ def test_one_objective_is_not_taken_for_the_other(contrasted, squeezed):
 
 def test_unfinished_work_of_one_objective_is_not_the_others(bare, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(squeeze, "knn_top1", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 0)
+        patch.setattr(moco_module, "knn_top1", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 0)
         squeeze.main(bare.arguments("squeeze", FLAGS))
     assert "--objective moco (now supervised)" in bare.mistake("squeeze", FLAGS.replace("--objective moco", ""))
 

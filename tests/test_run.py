@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import checkpoint, fail, provenance, run, teachers
+from utils import checkpoint, fail, provenance, run, teachers, train
 
 ROOT = Path(run.__file__).parents[1]
 
@@ -68,7 +68,7 @@ def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
 
 @pytest.mark.parametrize("norm, expected", [(torch.nn.BatchNorm2d, True), (lambda width: torch.nn.GroupNorm(width, width), False)])
 def test_channels_come_last_unless_there_are_group_norms(norm, expected):
-    outputs = run.channels_last(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm(8)))(torch.rand(2, 3, 9, 9))
+    outputs = train.channels_last(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm(8)))(torch.rand(2, 3, 9, 9))
     assert outputs.is_contiguous(memory_format=torch.channels_last) == expected
     assert outputs.is_contiguous() != expected
 
@@ -78,7 +78,7 @@ def test_precision_is_that_of_the_layers_and_not_of_weights_or_outputs(precision
     seen, model = [], torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
     keys = list(model.state_dict())
     model[1].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
-    model = run.with_precision(model, torch.device("cpu"), precision)
+    model = train.with_precision(model, torch.device("cpu"), precision)
     outputs = model(torch.rand(5, 3, 3, 3))
     outputs.sum().backward()
     assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32] and outputs.dtype == torch.float32
@@ -199,7 +199,7 @@ def test_accuracy_is_the_share_of_images_whatever_the_batches_and_in_eval_mode()
 
     guesses, labels = torch.tensor([0, 1, 2, 3, 3, 3, 0]), torch.tensor([0, 1, 2, 3, 0, 0, 1])
     for size in 1, 3, 7:
-        assert run.accuracy(Model().train(), zip(guesses.split(size), labels.split(size))) == pytest.approx(400 / 7)
+        assert train.accuracy(Model().train(), zip(guesses.split(size), labels.split(size))) == pytest.approx(400 / 7)
 
 
 def test_a_mistake_is_one_line_whatever_the_message(capsys):

@@ -21,9 +21,11 @@ import squeeze
 import train_eval
 from models import build_model
 from tests.helpers import assert_near, faked_graphs
+from utils import train
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
 from utils.labels import LabelWriter
-from utils.run import channels_last, generator
+from utils.run import generator
+from utils.train import channels_last
 
 PHASES = {module.__name__: module for module in (squeeze, collect_stats, recover, relabel, train_eval)}
 RUN = "gvbsm-ipc2"
@@ -699,8 +701,8 @@ def test_no_crop_of_labels_is_smaller_than_the_floor(project):
         project.call("relabel", f"--epochs 20 --crop-floor {floor} --overwrite")
         assert low < labels(project)["crop"][..., 2:].prod(-1).min() / 16 ** 2 < high
     args = SimpleNamespace(mix="none", seed=0, logit_norm=True, crop_floor=1.0, batch_size=8, whole_up_to=0, flip=False)
-    fresh = train_eval.FreshLabels(args, 8, 16)
-    assert fresh.epoch(0)["crop"].tolist() == 8 * [[0, 0, 16, 16]] and not fresh.epoch(0)["flip"].any()
+    draw = train_eval.online_labels(args, 8, 16, []).epoch(0)
+    assert draw["crop"].tolist() == 8 * [[0, 0, 16, 16]] and not draw["flip"].any()
 
 
 def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path):
@@ -758,7 +760,7 @@ def test_a_backbone_is_the_same_when_its_steps_are_graphs(bare, new_project, mon
     flags = "--backbones convnet_w8 --epochs 3 --batch-size 9"      # the last batch of an epoch is short
     bare.call("squeeze", flags)
     other = new_project(bare.dataset)
-    graphed = faked_graphs(monkeypatch, squeeze)
+    graphed = faked_graphs(monkeypatch, train)
     monkeypatch.setattr(squeeze, "fail", print)                     # here is no GPU
     other.call("squeeze", flags, "--cuda-graphs")
     expected, found = (torch.load(one.teachers / "convnet_w8.pt", weights_only=True) for one in (bare, other))
@@ -783,7 +785,7 @@ def test_a_backbone_is_the_same_up_to_rounding_when_a_gpu_replays_its_steps(back
 def test_a_student_is_the_same_when_its_steps_are_graphs_one_for_each_size_of_batch(flags, relabelled, monkeypatch):
     flags += " --students convnet_w8 --epochs 3 --evaluations 3 --batch-size 3 --whole-up-to 0 --overwrite"
     expected = relabelled.call("train_eval", flags)["top1_by_epoch"]
-    graphed = faked_graphs(monkeypatch, train_eval)
+    graphed = faked_graphs(monkeypatch, train, train_eval)
     monkeypatch.setattr(train_eval, "fail", print)                  # here is no GPU
     assert relabelled.call("train_eval", flags, "--cuda-graphs")["top1_by_epoch"] == expected
     assert [one.graph.replays for one in graphed] == [4, 4, 1, 1]   # six batches of three, three of two; all but two each
@@ -957,7 +959,7 @@ def test_the_averaged_weights_are_those_of_a_slow_loop_and_they_are_tested(relab
     build = train_eval.build_model
     monkeypatch.setattr(train_eval, "build_model", lambda *args: students.append(build(*args)) or students[-1])
     before(train_eval, "apply_epoch", lambda: steps.append(weights()))
-    before(train_eval, "accuracy", lambda: tested.append(weights()))
+    before(train, "accuracy", lambda: tested.append(weights()))
     relabelled.call("train_eval", "--students wrn10_1 --epochs 3 --ema-decay 0.7 --batch-size 3 --whole-up-to 0 --evaluations 1")
     steps.append(weights())
     average = steps[0]

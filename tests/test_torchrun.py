@@ -14,10 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-import squeeze
 from models import build_model
 from tests.helpers import assert_near
-from utils import processes
+from utils import ddp, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -162,10 +161,10 @@ def joint_steps(rank, folder):
     torch.set_num_threads(1)
     for name, count in CASES:
         model, images, labels = example(name, count)
-        network = squeeze.in_parallel(model, torch.device("cpu"))
+        network = ddp.in_parallel(model, torch.device("cpu"))
         for _ in range(2):
-            loss = F.cross_entropy(network(squeeze.share(images)), squeeze.share(labels))
-            (loss * squeeze.share_weight(len(squeeze.share(images)), count)).backward()
+            loss = F.cross_entropy(network(ddp.share(images)), ddp.share(labels))
+            (loss * ddp.share_weight(len(ddp.share(images)), count)).backward()
             step(model)
         if rank == 0:
             torch.save(model.state_dict(), folder / f"{name}-{count}.pt")
@@ -201,17 +200,17 @@ def test_two_steps_in_parallel_are_those_of_one_process(tmp_path):
 def test_shares_make_up_a_batch_and_their_weights_the_mean(rows, world, monkeypatch):
     batch, losses = torch.arange(rows), torch.rand(rows, dtype=torch.float64)
     monkeypatch.setattr(processes, "world_size", lambda: world)
-    monkeypatch.setattr(squeeze, "world_size", lambda: world)
+    monkeypatch.setattr(ddp, "world_size", lambda: world)
     parts = []
     for number in range(world):
         monkeypatch.setattr(processes, "rank", lambda: number)
-        parts.append(squeeze.share(batch))
+        parts.append(ddp.share(batch))
     assert sorted(torch.cat(parts).tolist()) == batch.tolist()
-    mean = sum(losses[part].mean() * squeeze.share_weight(len(part), rows) for part in parts) / world
+    mean = sum(losses[part].mean() * ddp.share_weight(len(part), rows) for part in parts) / world
     assert_near(mean, losses.mean(), 1e-12)
 
 
 def test_a_batch_too_small_for_all_is_everybodys(monkeypatch):
     monkeypatch.setattr(processes, "world_size", lambda: 4)
-    monkeypatch.setattr(squeeze, "world_size", lambda: 4)
-    assert squeeze.share(torch.arange(3)).tolist() == [0, 1, 2] and squeeze.share_weight(3, 3) == 1
+    monkeypatch.setattr(ddp, "world_size", lambda: 4)
+    assert ddp.share(torch.arange(3)).tolist() == [0, 1, 2] and ddp.share_weight(3, 3) == 1

@@ -1,10 +1,14 @@
 """MoCo on small images, as the squeeze of SC-DD: contrast of two views, a monitor, and a linear probe.   SC-DD, Sec. 2.4.
 
-MoCo v2's CIFAR-10 recipe: no MLP head, BatchNorm in splits instead of several GPUs, asymmetric loss. Needs torch alone.
+MoCo v2's CIFAR-10 recipe: no MLP head, BatchNorm in splits instead of several GPUs, asymmetric loss.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from utils.augment import apply_colour, apply_view, draw_colour, draw_view, normalize
+from utils.run import send
+from utils.train import make_step
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
@@ -97,16 +101,52 @@ class MoCo(nn.Module):
         self.pointer.copy_((self.pointer + len(keys)) % size)
 
 
+def contrast(moco, optimizer, split, mean_std):
+    """-> train_epoch of `fit`: MoCo on two views of each image of the split, without its label.   mean_std [2, 3]"""
+    step = make_step(optimizer, lambda *views: (moco(*views),))
+
+    def view(images, rng):
+        crop = draw_view(len(images), split.image_size, "resized", True, 0, rng)
+        colour = draw_colour(len(images), rng)
+        images = apply_view(images.float() / 255, send(crop, mean_std.device))
+        return normalize(255 * apply_colour(images, send(colour, mean_std.device)), *mean_std)
+
+    def train_epoch(epoch, batches, rng):
+        for images, _ in split.batches(batches):
+            images = send(images, mean_std.device)
+            query, key = view(images, rng), view(images, rng)
+            loss, = step(query, key, send(torch.randperm(len(images), generator=rng), mean_std.device))
+            yield loss
+    return train_epoch
+
+
+def neighbours_top1(model, splits, rows, mean_std):
+    """`knn_top1` of a model's outputs: the images `rows` of the training split are the bank, the test images the queries.
+    splits: {"train", "test"}"""
+    bank = outputs(model, splits["train"], rows, mean_std)
+    queries = outputs(model, splits["test"], torch.arange(len(splits["test"])), mean_std)
+    return knn_top1(*bank, *queries, len(splits["train"].classes))
+
+
+@torch.inference_mode()
+def outputs(model, split, rows, mean_std):
+    """What the model in eval mode gives for the images `rows` [n] of a split, never augmented, and their labels."""
+    model.eval()
+    found = [(model(normalize(send(images, mean_std.device), *mean_std)), send(labels, mean_std.device))
+             for images, labels in split.batches(rows.split(500))]
+    return [torch.cat(parts) for parts in zip(*found)]
+
+
 @torch.inference_mode()
 def knn_top1(bank, bank_labels, queries, labels, classes, k=200, temperature=0.1, chunk=512):
     """Top-1 in % of queries [M, D] by a vote of the k nearest of bank [N, D] in cosine similarity, each with the weight
     exp(similarity / temperature)."""
-    bank, queries, right = F.normalize(bank), F.normalize(queries), 0
+    bank, queries, correct = F.normalize(bank), F.normalize(queries), 0
     for rows, truth in zip(queries.split(chunk), labels.split(chunk)):
         similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)))
         votes = rows.new_zeros(len(rows), classes).scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
-        right += (votes.argmax(1) == truth).sum()
-    return 100 * right.item() / len(labels)
+        correct += (votes.argmax(1) == truth).sum()
+    return 100 * correct.item() / len(labels)
 
 
 class Probe(nn.Module):

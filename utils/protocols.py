@@ -12,8 +12,8 @@ from utils.run import generator
 
 
 def trainings(args, whole, label):
-    """What --protocol trains each student on.   whole: arguments of train_student, of all images; label: as of
-    `incremental_step`   -> {piece of work: (student seed, function() -> the same of this piece)}"""
+    """What --protocol trains each student on.   whole: train_data of all images (train_eval.py); label: as of
+    `incremental_step`   -> {piece of work: (student seed, function() -> train_data of this piece)}"""
     if args.protocol != "continual":
         return {f"seed{seed}": (seed, lambda: whole) for seed in args.student_seeds}
     count, chances = len(whole["data"]["classes"]), (generator("class order", args.seed, i) for i in range(args.orders))
@@ -89,7 +89,7 @@ class SeenLabels:
 def incremental_step(seen, label, images, classes, labels, test, data):
     """What a student is trained and tested on when it has met the classes `seen`: their distilled and test images.
     label: function(labels, rows, seen), rows [N] booleans -> images to train on (LongTensor), labels of these.
-    -> dict of arguments of train_student, whose classes are numbered as in `seen`"""
+    -> train_data (train_eval.py) whose classes are numbered as in `seen`"""
     number = torch.full((len(data["classes"]),), -1).index_put((seen,), torch.arange(len(seen)))
     rows, labels = label(labels, number[classes.cpu()] >= 0, seen)
     rows, tested = rows.to(images.device), (number[test.labels.cpu()] >= 0).nonzero().flatten()

@@ -21,7 +21,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from utils import fail
 from utils.checkpoint import Checkpoint, load_finished, load_json, save_json
@@ -102,21 +101,6 @@ def native_bf16(device):
     return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
 
 
-def with_precision(model, device, precision):
-    """The model; at bf16 its layers run under autocast, and its outputs are float32 again."""
-    if precision == "bf16":
-        forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-        model.forward = lambda images: forward(images).float()
-    return model
-
-
-def channels_last(model):
-    """The model in the layout that convolutions are fastest in, unless it has GroupNorms: these are slower by more."""
-    if not any(isinstance(layer, nn.GroupNorm) for layer in model.modules()):
-        model.to(memory_format=torch.channels_last)
-    return model
-
-
 def send(value, device):
     """A tensor, or dicts, lists and tuples of tensors and numbers, on the device; a GPU fetches it while the host goes on."""
     if isinstance(value, dict):
@@ -128,29 +112,6 @@ def send(value, device):
     if device.type == "cuda" and not value.is_cuda:
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
-
-
-class Graphed:
-    """function(*tensors) -> tensors as a CUDA graph. The first two calls run as they are, the third is captured, and it and
-    all others are replayed. The function must not ask the device for a value, nor its tensors change their shapes. What a
-    replay returns is written over by the next. Graphs with one `pool` (torch.cuda.graph_pool_handle) share their memory,
-    and return copies."""
-
-    def __init__(self, function, pool=None):
-        self.function, self.pool, self.graph, self.calls = function, pool, None, 0
-
-    def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls < 3:                                           # libraries set themselves up
-            return self.function(*inputs)
-        if self.graph is None:
-            self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool):
-                self.outputs = self.function(*self.inputs)
-        for mine, tensor in zip(self.inputs, inputs):
-            mine.copy_(tensor)
-        self.graph.replay()
-        return [tensor.clone() for tensor in self.outputs] if self.pool else self.outputs
 
 
 def keep_freed_memory():
@@ -175,18 +136,6 @@ def run_paths(args):
     return SimpleNamespace(teachers=root / "teachers" / args.teachers, run=run, images=run / "images",
                            labels=run / "labels", eval=run / "eval")
 
-
-@torch.inference_mode()
-def accuracy(model, batches, jointly=False):
-    """Top-1 in % over batches of (network input, labels); jointly: over those of all processes."""
-    model.eval()
-    right = seen = 0
-    for images, labels in batches:
-        right, seen = right + (model(images).argmax(1) == labels.to(images.device)).sum(), seen + len(labels)
-    counts = torch.tensor([int(right), seen])
-    if jointly and world_size() > 1:
-        dist.all_reduce(counts)
-    return 100 * counts[0].item() / counts[1].item()
 
 
 class Run:
@@ -299,31 +248,6 @@ def hardware():
         name = re.search(r"^model name\s*:\s*(.+)$", (Path("/proc") / "cpuinfo").read_text(), re.MULTILINE)
     threads = torch.get_num_threads()
     return f"{name[1].strip() if name else platform.processor() or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
-
-
-def check_training(finite, model, what, flag="--lr"):
-    """Stop when a loss (of `Finite`) was not finite, or a weight is not.   flag: that of the learning rate"""
-    if found := finite.first():
-        fail(f"{what}: the loss is not finite in step {found[0]}; use a smaller {flag}")
-    for name, value in model.state_dict().items():
-        if not value.isfinite().all():
-            fail(f"{what}: {name} is not finite after the last step; use a smaller {flag}")
-
-
-class Finite:
-    """When values first were not finite; a GPU is asked in `first` alone."""
-
-    def __init__(self, names, device):
-        self.names, self.steps = list(names), torch.full((len(names),), sys.maxsize, device=device)
-
-    def see(self, step, *values):
-        self.steps = torch.where(torch.stack(values).isfinite(), self.steps, self.steps.clamp(max=step))
-
-    def first(self):
-        """-> (step, names), or None"""
-        steps = self.steps.tolist()
-        return None if min(steps) == sys.maxsize else (
-            min(steps), " and ".join(name for name, step in zip(self.names, steps) if step == min(steps)))
 
 
 class Progress:

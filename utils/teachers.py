@@ -7,7 +7,7 @@ from utils import fail
 from utils.checkpoint import load_json, load_torch, reason
 from utils.cli import call
 from utils.provenance import AGAIN, check_classes, fingerprint
-from utils.run import with_precision
+from utils.train import with_precision
 
 TEACHER = ("weights", "backbone", "data", "top1", "tested", "args")            # what squeeze.py stores
 

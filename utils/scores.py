@@ -1,0 +1,61 @@
+"""BiLP's preemptive pruning (arXiv:2305.18381, supplement Sec. 6.4): the training images of largest loss are left out.
+
+    scores = score_images(split, mean_std, trials=50, epochs=100, lr=3e-3, batch_size=512, seed=0, checkpoint=checkpoint)
+    rows = drop_largest(scores, labels, 0.3)                           # utils/selection.py
+"""
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from models import build_model
+from utils.augment import normalize
+from utils.processes import barrier, rank, shard, world_size
+from utils.run import generator, send
+from utils.selection import last_epoch_weights
+from utils.train import Record, fit, learning_rates, make_step, shuffled
+
+
+def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, checkpoint):
+    """The loss of every training image for a small ConvNet, smoothed along the epochs of a training (`last_epoch_weights`);
+    the mean over `trials` trainings, which the processes of torchrun share.   -> [N]
+    The paper does not say: SGD with momentum 0.9, no augmentation, and an image's loss is the one it is trained with.
+
+    mean_std [2, 3] on the device; checkpoint: holds the unfinished work (utils/checkpoint.py)
+    """
+    device, mine, piece = mean_std.device, shard(list(range(trials))), f"{rank()} of {world_size()}"
+    resume, record = checkpoint.load(piece), Record(device, trial=0, scores=torch.zeros(len(split), device=device))
+    first = len(mine) if resume and "scores" in resume else resume["trained"][-1]["trial"] if resume else 0
+    for i in range(first, len(mine)):
+        torch.manual_seed(generator("score", seed, mine[i]).initial_seed())
+        model = build_model("convnet_w128", len(split.classes), split.image_size).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=device.type == "cuda")
+        record["trial"] = i
+        for _ in fit((model, optimizer, learning_rates(optimizer, "constant", epochs), record),
+                     shuffled(torch.arange(len(split)), batch_size, "score", seed, mine[i]),
+                     add_losses(model, optimizer, record, split, mean_std, last_epoch_weights(epochs)),
+                     epochs=epochs, name=f"squeeze scores, training {i + 1} of {len(mine)}",
+                     resume=resume if i == first else None, save=partial(checkpoint.save_if_due, piece=piece), remedy="use a smaller --score-lr"):
+            pass
+    if first < len(mine) or not resume:
+        checkpoint.save({"scores": record["scores"]}, piece)
+    barrier()
+    total = sum(checkpoint.read(f"{other} of {world_size()}")["scores"] for other in range(world_size()))
+    barrier()                                                   # before the pieces are removed
+    return total.cpu() / trials
+
+
+def add_losses(model, optimizer, record, split, mean_std, weights):
+    """-> train_epoch of `fit`: cross-entropy; record["scores"] [N] gains weights[epoch] times the loss of each image."""
+    def loss_of(images, labels):
+        losses = F.cross_entropy(model(normalize(images, *mean_std)), labels, reduction="none")
+        return losses.mean(), losses.detach()
+
+    step = make_step(optimizer, loss_of)
+
+    def train_epoch(epoch, batches, rng):
+        for batch, (images, labels) in zip(batches, split.batches(batches)):
+            loss, losses = step(*send([images, labels], mean_std.device))
+            record["scores"][send(batch, mean_std.device)] += weights[epoch].item() * losses
+            yield loss
+    return train_epoch

@@ -1,0 +1,210 @@
+"""One training loop for backbones, weak teachers, score networks, MoCo, probes and students; accuracy; layouts and graphs."""
+import sys
+from collections import defaultdict
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import lr_scheduler
+
+from utils import fail
+from utils.augment import normalize
+from utils.processes import shard, world_size
+from utils.run import Progress, generator, send
+
+
+def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=None, remedy="use a smaller --lr"):
+    """Train, as a generator of the numbers of the epochs done, from 1: after each the caller may test, save or print.
+
+    trained       (model, optimizer, schedule of the learning rate by epoch, ...): all that changes, with a state_dict
+    draw_batches  function(epoch) -> torch.Generator, batches [LongTensor [B], ...]; called for every epoch in turn, from 0
+    train_epoch   function(epoch, batches, rng): takes a step for each batch and yields its loss, a scalar tensor
+    resume, save  state() of an earlier process, or None; function(state), called after every step, which may store state()
+    remedy        printed where a loss or a weight is not finite, which ends the phase
+    """
+    model, _, schedule, *_ = trained
+    first, done = (resume["epoch"], resume["done"]) if resume else (0, 0)
+    for part, state_dict in zip(trained, resume["trained"] if resume else ()):
+        part.load_state_dict(state_dict)
+    nonfinite, progress = NonFinite(["loss"], next(model.parameters()).device), None
+
+    def state():
+        check_finite(nonfinite, model, name, remedy)
+        return {"epoch": epoch, "done": done, "rng": rng.get_state(), "trained": [part.state_dict() for part in trained]}
+
+    for epoch in range(epochs):
+        rng, batches = draw_batches(epoch)
+        sizes = [len(batch) for batch in batches]
+        progress = progress or Progress(name, epochs * sum(sizes), "images")
+        if epoch < first:
+            progress.skip(sum(sizes))
+            continue
+        if resume and epoch == first:
+            rng.set_state(resume["rng"])
+            progress.skip(sum(sizes[:done]))
+        model.train()
+        for loss in train_epoch(epoch, batches[done:], rng):
+            done += 1
+            nonfinite.update(epoch * len(batches) + done, loss)
+            if save:
+                save(state)
+            progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", sizes[done - 1])
+        schedule.step()
+        done = 0
+        check_finite(nonfinite, model, name, remedy)
+        yield epoch + 1
+
+
+def shuffled(rows, batch_size, *key, drop_last=False):
+    """-> draw_batches of `fit`: rows [N] in an order drawn from generator(*key, epoch). A last batch of one image, which
+    BatchNorm cannot normalise, joins the batch before; drop_last: only whole batches."""
+    def draw_batches(epoch):
+        rng = generator(*key, epoch)
+        return rng, split_batches(rows[torch.randperm(len(rows), generator=rng)], batch_size, drop_last)
+    return draw_batches
+
+
+def split_batches(rows, batch_size, drop_last=False):
+    """rows [N] -> batches of batch_size, as in `shuffled`."""
+    batches = list(rows.split(batch_size))
+    if drop_last and len(batches[-1]) < batch_size:
+        batches.pop()
+    if len(batches) > 1 and batch_size > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def make_step(optimizer, loss_of, cuda_graphs=False):
+    """-> step(*inputs): a step of the optimizer along the gradient of loss_of(*inputs) -> (loss, *others), detached.
+    cuda_graphs: forward and backward pass are replayed, a graph for each size of a batch (the last may differ)"""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def loss_and_gradients(*inputs):
+        loss, *others = loss_of(*inputs)
+        optimizer.zero_grad()
+        loss.backward()                                              # autograd.grad would not ask the other processes
+        return loss.detach(), *others, *(parameter.grad for parameter in parameters)
+
+    graphs = defaultdict(partial(Graphed, loss_and_gradients))
+
+    def step(*inputs):
+        found = (graphs[len(inputs[0])] if cuda_graphs else loss_and_gradients)(*inputs)
+        losses, gradients = found[:-len(parameters)], found[-len(parameters):]
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient                                # a replayed graph fills it and does not set .grad
+        optimizer.step()
+        return losses
+    return step
+
+
+class Record(dict):
+    """Tensors and plain values that change in training beside the networks, with the two methods `fit` needs."""
+
+    def __init__(self, device, **values):
+        super().__init__(values)
+        self.device = device
+
+    def state_dict(self):
+        return dict(self)
+
+    def load_state_dict(self, saved):
+        self.update(send(saved, self.device))
+
+
+def learning_rates(optimizer, schedule, epochs, *, warmup_epochs=0, step_epochs=30, step_factor=0.1):
+    """The schedule per epoch: constant, cosine to 0, or step (times step_factor after every step_epochs), behind
+    warmup_epochs that rise from a hundredth."""
+    rest = epochs - warmup_epochs
+    rates = (lr_scheduler.CosineAnnealingLR(optimizer, rest) if schedule == "cosine" else
+             lr_scheduler.StepLR(optimizer, step_epochs, step_factor) if schedule == "step" else
+             lr_scheduler.ConstantLR(optimizer, 1))
+    if not warmup_epochs:
+        return rates
+    warmup = lr_scheduler.LinearLR(optimizer, 0.01, total_iters=warmup_epochs)
+    return lr_scheduler.SequentialLR(optimizer, [warmup, rates], [warmup_epochs])
+
+
+def split_accuracy(model, split, mean_std, *, jointly=False):
+    """Top-1 in % of a model on the images of a split (utils/data.py); mean_std [2, 3] on the model's device.
+    jointly: the processes of torchrun share the images"""
+    index = shard(torch.arange(len(split)).split(500)) if jointly else 500
+    batches = ((normalize(send(images, mean_std.device), *mean_std), labels) for images, labels in split.batches(index))
+    return accuracy(model, batches, jointly)
+
+
+@torch.inference_mode()
+def accuracy(model, batches, jointly=False):
+    """Top-1 in % over batches of (network input, labels); jointly: over those of all processes."""
+    model.eval()
+    correct = total = 0
+    for images, labels in batches:
+        correct += (model(images).argmax(1) == labels.to(images.device)).sum()
+        total += len(labels)
+    counts = torch.tensor([int(correct), total])
+    if jointly and world_size() > 1:
+        dist.all_reduce(counts)
+    return 100 * counts[0].item() / counts[1].item()
+
+
+def with_precision(model, device, precision):
+    """The model; at bf16 its layers run under autocast, and its outputs are float32 again."""
+    if precision == "bf16":
+        forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+        model.forward = lambda images: forward(images).float()
+    return model
+
+
+def channels_last(model):
+    """The model in the layout that convolutions are fastest in, unless it has GroupNorms: these are slower by more."""
+    if not any(isinstance(layer, nn.GroupNorm) for layer in model.modules()):
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+class Graphed:
+    """function(*tensors) -> tensors as a CUDA graph. The first two calls run as they are, the third is captured, and it and
+    all others are replayed. The function must not ask the device for a value, nor its tensors change their shapes. What a
+    replay returns is written over by the next. Graphs with one `pool` (torch.cuda.graph_pool_handle) share their memory,
+    and return copies."""
+
+    def __init__(self, function, pool=None):
+        self.function, self.pool, self.graph, self.calls = function, pool, None, 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls < 3:                                           # libraries set themselves up
+            return self.function(*inputs)
+        if self.graph is None:
+            self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=self.pool):
+                self.outputs = self.function(*self.inputs)
+        for mine, tensor in zip(self.inputs, inputs):
+            mine.copy_(tensor)
+        self.graph.replay()
+        return [tensor.clone() for tensor in self.outputs] if self.pool else self.outputs
+
+
+class NonFinite:
+    """The first step in which each of some values was not finite; a GPU is asked in `first` alone."""
+
+    def __init__(self, names, device):
+        self.names, self.steps = list(names), torch.full((len(names),), sys.maxsize, device=device)
+
+    def update(self, step, *values):
+        self.steps = torch.where(torch.stack(values).isfinite(), self.steps, self.steps.clamp(max=step))
+
+    def first(self):
+        """-> (step, names), or None"""
+        steps = self.steps.tolist()
+        return None if min(steps) == sys.maxsize else (
+            min(steps), " and ".join(name for name, step in zip(self.names, steps) if step == min(steps)))
+
+
+def check_finite(nonfinite, model, name, remedy):
+    """Stop when a loss was not finite (`NonFinite`), or a weight is not."""
+    if found := nonfinite.first():
+        fail(f"{name}: the loss is not finite in step {found[0]}; {remedy}")
+    for key, value in model.state_dict().items():
+        if not value.isfinite().all():
+            fail(f"{name}: {key} is not finite after the last step; {remedy}")

@@ -36,7 +36,7 @@ from utils.augment import (apply_resized_crop, apply_siamese, apply_view, draw_r
                            to_uint8)
 from utils.checkpoint import load_torch, whole_file, writable
 from utils.cli import Parser, crop_name, identity_flags, number, number_or_auto, parse_args
-from utils.data import describe, folder_name, load_split, preset_column, read_images
+from utils.data import describe, folder_name, load_split, read_images
 from utils.dm import dm_loss, ite_norms, new_pruning, prune
 from utils.losses import class_members, data_densification, densification_closed_form, sds_match
 from utils.presets import SELECTIONS, UNMATCHED
@@ -711,7 +711,7 @@ def get_parser():
 
 
 def main(argv=None):
-    args = parse_args(get_parser(), "recover", argv, preset_column)
+    args = parse_args(get_parser(), "recover", argv)
     device, paths = begin(args)
     if args.cuda_graphs and (device.type != "cuda" or args.statistics == "plain"):
         fail("--cuda-graphs needs a GPU (--device cuda) and --statistics closed; leave it out")
@@ -740,8 +740,9 @@ def main(argv=None):
         return None
     seen, starts = {}, {}
     if not taught or args.init != "noise":
-        data = data if records else describe(args.dataset, args.data_dir, args.image_size, args.workers)
-        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers, holdout=args.holdout)
+        data = data if records else describe(args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
+        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers, holdout=args.holdout,
+                           imbalance=args.imbalance)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
         check_trained(split, records, paths)
         seen = {"data": fingerprint(json.dumps([data, len(split)]))}

@@ -30,11 +30,11 @@ from utils.adopt import load_pretrained
 from utils.augment import apply_view, draw_view, normalize
 from utils.checkpoint import Checkpoint, load_finished, load_torch, reason, save_torch
 from utils.cli import Parser, crop_name, epoch_range, identity_flags, number, parse_args
-from utils.data import describe, load_split, preset_column
+from utils.data import describe, load_split
 from utils.ddp import gathered, in_parallel, share, share_weight
 from utils.moco import MoCo, Probe, as_encoder, contrast, join_norms, neighbours_top1
 from utils.processes import barrier, print_rank0, rank, rank0_first, world_size
-from utils.provenance import AGAIN, check_classes, fingerprint, relevant
+from utils.provenance import AGAIN, check_classes, check_data, fingerprint, relevant
 from utils.run import Run, begin, generator, peak_memory, script, send
 from utils.scores import score_images
 from utils.selection import count_forgetting, drop_largest
@@ -209,7 +209,7 @@ def get_parser():
 
 
 def main(argv=None):
-    args = parse_args(get_parser(), "squeeze", argv, preset_column)
+    args = parse_args(get_parser(), "squeeze", argv)
     device, paths = begin(args)
     if device.type == "cuda" and (gpus := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         fail(f"--nproc-per-node is more than the {gpus} GPUs of this machine; squeeze.py takes one for each process")
@@ -235,8 +235,8 @@ def load_data(args, device):
     """-> {split: images}, what teachers remember of the data (`describe`)"""
     with rank0_first():
         splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
-                                    args.download, args.holdout).to(device) for split in ("train", "test")}
-    data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
+                                    args.download, args.holdout, args.imbalance).to(device) for split in ("train", "test")}
+    data = describe(args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
     check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
     if args.objective == "supervised":
         splits["train"].check_crop(args.crop)
@@ -311,6 +311,7 @@ def already_there(names, args, paths):
         path = paths.teachers / f"{name}.pt"
         own = settings(args, name) | {"objective": args.objective}
         if record := load_finished(path, args, settings=own, keys=TEACHER):
+            check_data(record["data"].get("fingerprint"), args, path)
             accuracies[name], variances[name] = record["top1"], first_bn_variance(name, record["weights"])
     for name in names:
         backbone, _, kind = name.partition("@")
@@ -391,7 +392,7 @@ def first_bn_variance(name, weights):
 
 def settings(args, name=""):
     """The arguments that decide a backbone's weights."""
-    names = ["dataset", "holdout", "image_size", "seed", "precision", "pretrained", "prune_ratio", *SCORES * (args.prune_ratio > 0)]
+    names = ["dataset", "holdout", "imbalance", "image_size", "seed", "precision", "pretrained", "prune_ratio", *SCORES * (args.prune_ratio > 0)]
     if not args.pretrained:
         names += ["epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "warmup_epochs"]
         names += MOCO if args.objective == "moco" else ["crop"]

@@ -24,9 +24,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))             # for pytest without "python -m" as well
 
 CLASSES = "10", "9", "ant", "bee"                                        # sorted as text, not as numbers
-ALWAYS = "--ipc 2 --backbones convnet_w8 wrn10_1 --device cpu --workers 0"
+ALWAYS = "--ipc 2 --backbones convnet_w8 wrn10_1 --device cpu --workers 0 --precision tf32"
 FLAGS = {
-    "squeeze": "--epochs 2 --batch-size 16 --crop pad2",
+    "squeeze": "--epochs 2 --batch-size 16 --crop pad2 --schedule constant --weight-decay 0",
     "collect_stats": "--batch-size 20 --crop pad2",
     "recover": "--iterations 6 --batch-size 4 --log-every 1",
     "relabel": "--epochs 3",

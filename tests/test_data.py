@@ -319,24 +319,23 @@ def test_a_channel_without_contrast_has_a_std_to_divide_by(tmp_path):
     assert found["mean"] == [1, 0, 0] and np.allclose(found["std"], 1 / 255)
 
 
-@pytest.mark.parametrize("heights, widths, column, size", [
-    ([28, 28], [28, 28], "cifar100", 28), ([32, 32], [32, 32], "cifar100", 32), ([64, 64], [64, 64], "tiny", 64),
-    ([65], [65], "imagenet", 224), ([32], [48], "imagenet", 224), ([32, 32], [32, 48], "imagenet", 224),
-    ([32, 64], [32, 64], "imagenet", 224)])
-def test_the_settings_of_a_folder_go_by_the_size_of_its_images(tmp_path, heights, widths, column, size):
-    for number, shape in enumerate(zip(heights, widths)):
+@pytest.mark.parametrize("sizes, size", [
+    ([(28, 28)] * 2, 28), ([(64, 64)], 64), ([(65, 65)], 64), ([(96, 96)], 64), ([(97, 97)], 96), ([(32, 48)], 32),
+    ([(32, 32), (64, 64), (64, 64)], 64), ([(24, 30), (90, 50), (55, 70)], 48), ([(500, 375)], 224), ([(5, 7)], 8)])
+def test_mixed_images_are_cut_to_the_size_that_most_of_them_have(tmp_path, sizes, size):
+    for number, shape in enumerate(sizes):
         save(tmp_path / f"train/a/{number}.png", noise(*shape, 3))
     make_folder(tmp_path, ("val",), ("a",), shape=(99, 99, 3))
-    assert preset_column(str(tmp_path), "nowhere") == column
     assert load_split(str(tmp_path), "nowhere", "test").image_size == size
-    assert [preset_column(str(tmp_path), "nowhere", asked) for asked in (48, 96)] == ["tiny", "imagenet"]
+    assert data.look(str(tmp_path), "nowhere")["image_size"] == size
 
 
-def test_the_settings_of_a_folder_of_large_images_cost_one_header(tmp_path, monkeypatch):
-    make_folder(tmp_path, count=5, shape=(80, 80, 3))
-    opened, original = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or original(path))
-    assert preset_column(str(tmp_path), "nowhere") == "imagenet" and len(opened) == 1
+@pytest.mark.parametrize("size, classes, column", [
+    (16, 2, "cifar10"), (64, 20, "cifar10"), (32, 21, "cifar100"), (33, 21, "tiny"), (64, 200, "tiny"), (65, 2, "imagenet")])
+def test_the_settings_of_a_folder_go_by_size_and_number_of_classes(size, classes, column, tmp_path):
+    for number in range(classes):
+        (tmp_path / "train" / str(number)).mkdir(parents=True)
+    assert data.folder_column(size, classes) == preset_column(str(tmp_path), "nowhere", size) == column
 
 
 def test_every_tenth_image_of_a_class_is_held_out(tmp_path):
@@ -454,7 +453,7 @@ def test_an_unreadable_image_fails_in_one_line_that_names_it(tmp_path, capsys, d
 
 def test_an_unreadable_header_fails(tmp_path, capsys):
     (make_folder(tmp_path) / "train/cat/0.png").write_text("no image")
-    assert_fails(capsys, [tmp_path / "train/cat/0.png"], preset_column, str(tmp_path), "x")
+    assert_fails(capsys, [tmp_path / "train/cat/0.png"], data.look, str(tmp_path), "x")
 
 
 def test_an_image_listed_but_absent_fails(tmp_path, capsys):

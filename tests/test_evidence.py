@@ -85,7 +85,7 @@ def assert_repeatable(cell, results):
     for line in make_readme.commands([cell]):
         _, script, *words = shlex.split(line)
         phase = script.removesuffix(".py")
-        args = parse_args(import_module(phase).get_parser(), phase, words, make_readme.column_of)
+        args = parse_args(import_module(phase).get_parser(), phase, words, make_readme.data_of)
         args = train_eval.for_student(args, args.students[0]) if phase == "train_eval" else args
         understood.append((phase, relevant(args)))
     for result in results:
@@ -97,7 +97,7 @@ def assert_repeatable(cell, results):
 
 def test_a_result_older_than_a_flag_was_made_without_it_whatever_a_preset_says_now():
     words = "--dataset cifar10 --preset best".split()
-    args = relevant(parse_args(import_module("recover").get_parser(), "recover", words, make_readme.column_of))
+    args = relevant(parse_args(import_module("recover").get_parser(), "recover", words, make_readme.data_of))
     assert make_readme.command("recover", args) == "python recover.py --dataset cifar10 --ipc 10 --preset best"
     assert args.pop("init") == "herding"
     assert make_readme.command("recover", args).endswith(" --preset best --init noise")

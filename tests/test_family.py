@@ -386,8 +386,7 @@ def test_class_statistics_aim_each_batch_at_its_own_classes_in_both_gradients(lo
 
 def test_the_target_of_a_batch_is_the_mixture_of_its_classes(project):
     project.call("collect_stats", "--class-statistics --overwrite --backbones wrn10_1")
-    args = recover.parse_args(recover.get_parser(), "recover", project.arguments("recover", "--backbones wrn10_1 --class-statistics"),
-                              recover.preset_column)
+    args = recover.parse_args(recover.get_parser(), "recover", project.arguments("recover", "--backbones wrn10_1 --class-statistics"))
     stored, device = checkpoint(project.teachers / "wrn10_1.stats.pt"), torch.device("cpu")
     model = build_model("wrn10_1", 4, 16).eval()
     labels = torch.tensor([[0, 0, 1, 1], [2, 2, 2, 3]])
@@ -668,7 +667,7 @@ def test_a_recipe_brings_labels_and_training_of_another_method():
     for column, method, recipe in itertools.product(("cifar100", "tiny", "shapes"), METHODS, METHODS):
         flags = ["--dataset", column, "--data-dir", "nowhere", "--method", method, "--recipe", recipe]
         for module in relabel, train_eval, recover:
-            parsed = vars(module.parse_args(module.get_parser(), module.__name__, flags, lambda *_: column))
+            parsed = vars(module.parse_args(module.get_parser(), module.__name__, flags))
             expected = preset_values("paper", column, module.__name__, 10, method if module is recover else recipe)
             assert {flag: parsed[flag] for flag in expected} == expected
 

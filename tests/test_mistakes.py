@@ -27,7 +27,7 @@ from models import build_model
 from tests.conftest import FLAGS
 from utils import provenance, run
 from utils.cli import parse_args
-from utils.data import folder_name, preset_column
+from utils.data import folder_name
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 RUN = "gvbsm-ipc2"
@@ -372,7 +372,7 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
     assert sorted(path.name for path in (project.run() / "images").iterdir()) == ["%2E.%2Fx", "%2Fetc", "a%2Fb", "bee"]
     assert json.loads((project.run() / "labels/result.json").read_text())["classes"] == CLASSES
     flags = "--backbones convnet_w8 wrn10_1 --epochs 1".split()
-    args = parse_args(train_eval.get_parser(), "train_eval", flags, preset_column)
+    args = parse_args(train_eval.get_parser(), "train_eval", flags)
     paths = SimpleNamespace(run=project.run(), labels=project.run() / "labels", images=project.run() / "images")
     labelled, _ = train_eval.earlier_result(args, paths)
     made_from = train_eval.origin(args, paths, labelled, {})
@@ -381,8 +381,8 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
 
 
 @pytest.mark.parametrize("name, folder", [
-    ("ant", "ant"), ("Egyptian cat", "Egyptian cat"), ("été", "été"), ("..", "%2E."), (".", "%2E"), ("", "%"), ("%", "%25"),
-    ("a/b", "a%2Fb"), ("a\\b", "a%5Cb"), ("../x", "%2E.%2Fx"), ("x\0", "x%00"), ("50%2F", "50%252F"), ("c:", "c%3A")])
+    ("ant", "ant"), ("Egyptian cat", "Egyptian cat"), ("été", "été"), ("..", "%2E."), (".", "%2E"), ("", "%"),
+    ("a/b", "a%2Fb"), ("../x", "%2E.%2Fx"), ("x\0", "x%00"), ("c:", "c:"), ("50%", "50%")])
 def test_folder_names_are_safe_and_plain_ones_stay(name, folder):
     assert folder_name(name) == folder
 
@@ -535,7 +535,7 @@ def test_statistics_of_data_whose_classes_have_changed(bare):
     bare.call("squeeze")
     for split in "train", "test":
         (bare.root / "beasts" / split / "bee").rename(bare.root / "beasts" / split / "cow")
-    tells(bare.mistake("collect_stats"), "--dataset", "'cow'", "'bee'", "supervised")
+    tells(bare.mistake("collect_stats"), "--dataset", "changed", "supervised", "squeeze.py", "--overwrite")
 
 
 @pytest.mark.parametrize("phase, flags, file", [
@@ -654,5 +654,5 @@ def test_a_script_ends_with_one_line_and_code_2(bare):
     script = Path(squeeze.__file__).with_name("relabel.py")
     command = [sys.executable, script, *bare.arguments("relabel")]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=bare.root)
-    assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1
+    assert ended.returncode == 2 and ended.stdout.count("\n") == ended.stderr.count("\n") == 1
     tells(ended.stderr, "convnet_w8.pt is missing", "squeeze.py")

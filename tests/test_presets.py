@@ -204,7 +204,7 @@ def test_every_value_of_every_preset_has_a_flag_that_accepts_it(phase, monkeypat
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_flag_has_a_reader(phase):
-    source = "".join((ROOT / file).read_text() for file in (f"{phase}.py", *(f"utils/{room}.py" for room in ("run", "checkpoint", "teachers", "protocols"))))
+    source = "".join((ROOT / file).read_text() for file in (f"{phase}.py", *(f"utils/{room}.py" for room in ("run", "checkpoint", "cli", "teachers", "protocols"))))
     shared = re.findall(r"known\.(\w+)", (ROOT / "utils/cli.py").read_text())
     read = set(re.findall(r"\bargs\.(\w+)", source)) | set(shared)
     assert actions(phase).keys() <= read
@@ -240,25 +240,35 @@ def test_the_command_line_beats_the_preset(phase, flag, words, value, monkeypatc
     preset = parsed(phase, monkeypatch, "--dataset", "imagenet", "--ipc", "10")
     told = parsed(phase, monkeypatch, "--dataset", "imagenet", "--ipc", "10", *words.split())
     assert getattr(told, flag) == value != getattr(preset, flag)
-    assert {key for key, old in vars(preset).items() if vars(told)[key] != old} - {"given"} == {flag}
+    assert {key for key, old in vars(preset).items() if vars(told)[key] != old} - {"given", "typed", "data_set"} == {flag}
 
 
 @pytest.mark.parametrize("sizes, flags, column", [
-    ([(16, 16)], "", "cifar100"), ([(32, 32)], "", "cifar100"), ([(33, 33)], "", "tiny"), ([(64, 64)], "", "tiny"),
-    ([(65, 65)], "", "imagenet"), ([(32, 16)], "", "imagenet"), ([(32, 32), (16, 16)], "", "imagenet"),
-    ([(200, 100)], "--image-size 32", "cifar100"), ([(16, 16)], "--image-size 64", "tiny"),
-    ([(16, 16)], "--image-size 96", "imagenet")])
-def test_a_folder_takes_the_settings_of_the_nearest_image_size(sizes, flags, column, tmp_path, monkeypatch):
-    for split in "train", "val":
-        (tmp_path / split / "a").mkdir(parents=True)
+    ([(16, 16)], "", "cifar10"), ([(64, 64)], "", "cifar10"), ([(65, 65)], "", "cifar10"), ([(97, 97)], "", "imagenet"),
+    ([(32, 16), (20, 20)], "", "cifar10"), ([(200, 100)], "--image-size 32", "cifar10"), ([(16, 16)], "--image-size 96", "imagenet")])
+@pytest.mark.parametrize("classes", [2, 21])
+def test_a_folder_takes_the_settings_of_its_size_and_number_of_classes(classes, sizes, flags, column, tmp_path, monkeypatch):
+    for split, name in itertools.product(("train", "val"), map(str, range(classes))):
+        (tmp_path / split / name).mkdir(parents=True)
         for number, size in enumerate(sizes):
-            Image.new("RGB", size).save(tmp_path / split / "a" / f"{number}.png")
+            Image.new("RGB", size).save(tmp_path / split / name / f"{number}.png")
     for phase in PHASES:
         args = vars(parsed(phase, monkeypatch, "--dataset", str(tmp_path), *flags.split()))
-        expected = preset_values("paper", column, phase, 10)
+        if column != "imagenet" and classes > 20:
+            column = "cifar100" if args["image_size"] <= 32 else "tiny"
+        expected = preset_values("paper", column, phase, 10, own=classes * len(sizes) if column != "imagenet" else None)
         if phase == "squeeze":
             expected["pretrained"] = False                       # torchvision's weights are of ImageNet's classes
         assert {flag: args[flag] for flag in expected} == expected
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("column", ["cifar10", "cifar100", "tiny"])
+def test_no_student_of_a_folder_of_ones_own_trains_by_sgd(preset, column):
+    values = preset_values(preset, column, "train_eval", own=40)
+    assert (values["optimizer"], values["lr"]) == (["adamw"], ["0.001"])
+    assert preset_values(preset, column, "squeeze", own=40)["epochs"] == 100
+    assert preset_values(preset, column, "squeeze", own=10 ** 5)["epochs"] == 5
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -14,7 +14,6 @@ from PIL import Image
 
 from utils import figures, report
 from utils.cli import parse_args
-from utils.data import preset_column
 from utils.presets import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +69,7 @@ def test_every_command_of_the_pages_is_understood(block, tmp_path, monkeypatch):
     for first, *words in calls:
         if first.endswith(".py"):
             phase, words = first.removesuffix(".py"), [word for word in words if word != "--help"]
-            parse_args(import_module(phase).get_parser(), phase, words, preset_column)
+            parse_args(import_module(phase).get_parser(), phase, words)
         elif first == "-m" and words[0] not in ("pytest", "venv"):
             understood_by_module(*words)
         else:
@@ -119,7 +118,7 @@ def test_every_script_begins_with_three_commands_that_it_understands(phase):
     lines = [line.split("#")[0] for line in module.__doc__.splitlines() if line.startswith(f"python {phase}.py")]
     assert len(lines) == 3
     for line in lines:
-        parse_args(module.get_parser(), phase, shlex.split(line)[2:], preset_column)
+        parse_args(module.get_parser(), phase, shlex.split(line)[2:])
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if SIZES[name]])
@@ -227,7 +226,7 @@ def test_every_method_has_a_row_with_flags_that_every_phase_takes():
     assert [row[0] for row in rows] == list(METHODS)
     for method, _, flags in rows:
         for phase in PHASES:
-            args = parse_args(import_module(phase).get_parser(), phase, shlex.split(flags.strip("`")), preset_column)
+            args = parse_args(import_module(phase).get_parser(), phase, shlex.split(flags.strip("`")))
             assert args.method == method
 
 

@@ -4,15 +4,20 @@ Precedence: parser default < preset (utils/presets.py) < command line; relabel.p
 given, in the place of --method.
 """
 import argparse
+import json
+import os
 import re
 import shlex
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 from utils import fail
+from utils.data import DATASETS, SMALL, folder_column, look
 from utils.presets import METHODS, PRESETS, SELECTIONS, preset_values
 
-SHARED = {"dataset", "ipc", "method", "recipe", "tag", "teachers", "backbones", "preset", "data_dir", "holdout", "image_size",
-          "run_dir"}                                                            # flags that a chain of phases has in common
+SHARED = {"dataset", "ipc", "method", "recipe", "tag", "teachers", "backbones", "preset", "data_dir", "holdout", "imbalance",
+          "image_size", "run_dir"}                                              # flags that a chain of phases has in common
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +25,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=Formatter)
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for flag, value in vars(found).items():                      # every path: a shell expands ~ only where a word begins
+            if isinstance(value, (str, Path)) and str(value).startswith("~"):
+                setattr(found, flag, type(value)(os.path.expanduser(value)))
+        return found, rest
 
     def error(self, message):
         fail(f"{self.prog}: {message} (--help lists the flags)")
@@ -47,6 +59,8 @@ def identity_flags(parser):
     group.add_argument("--data-dir", default="data", help="where named data sets lie")
     group.add_argument("--holdout", action="store_true",
                        help="to choose settings by: every tenth training image of a class takes the place of the test set")
+    group.add_argument("--imbalance", type=number(float, 1), default=1.0,
+                       help="long-tailed training images: the first class has so many times those of the last, 1 = all of them")
     group.add_argument("--image-size", type=number(int, 8, 4096), help="of a folder of one's own; found out by default")
     run = parser.add_argument_group("run")
     run.add_argument("--run-dir", default="runs", help="where results go")
@@ -64,34 +78,101 @@ def identity_flags(parser):
     return parser
 
 
-def parse_args(parser, phase, argv, find_column):
-    """Arguments of a phase with the preset's values as defaults, so that --help shows what would run.
-    find_column(dataset, data_dir, image_size) names the column of the table, for folders too."""
+def parse_args(parser, phase, argv=None, find=look):
+    """Arguments of a phase with the preset's values as defaults, so that --help shows what would run; for a folder, and for
+    teachers that squeeze.py has made, also what it found and chose. args.data_set: what is known of the data, as `find` gives it."""
     argv = sys.argv[1:] if argv is None else argv
     early = Parser("")
     early.prog = parser.prog
     identity_flags(early)
-    known, rest = early.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
-    column = find_column(known.dataset, known.data_dir, known.image_size)
+    known, _ = early.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
+    earlier = earlier_results(known)
+    data_set = find(known.dataset, known.data_dir, [one["data_set"] for one in earlier.values()])
+    check_data_set(known, data_set, earlier)
     recipe = known.recipe or known.method if phase in ("relabel", "train_eval") else None
-    values = preset_values(known.preset, column, phase, known.ipc, recipe or known.method)
-    if known.dataset != "imagenet" and values.get("pretrained"):
-        values["pretrained"] = False          # a folder with ImageNet's settings has other classes than the weights
-    unread = set(values) - {action.dest for action in parser._actions}
+
+    def values():
+        own = known.dataset not in DATASETS and data_set["image_size"] <= SMALL
+        data_set["column"] = known.dataset if known.dataset in DATASETS else folder_column(
+            data_set["image_size"], data_set["classes"])
+        return preset_values(known.preset, data_set["column"], phase, known.ipc, recipe or known.method, data_set["train"] if own else None)
+
+    data_set["image_size"] = known.image_size or data_set["image_size"]
+    defaults = values()
+    typed = known.teachers != early.get_default("teachers")
+    path = run_folder(known) / "teachers" / (known.teachers if typed else defaults.get("teachers", known.teachers)) / "squeeze.json"
+    decided = earlier.get(path, {}).get("data_set", {}) if not (phase == "squeeze" and known.overwrite) else {}
+    if known.image_size and decided.get("image_size", known.image_size) != known.image_size:
+        fail(f"--image-size {known.image_size}: squeeze.py chose {decided['image_size']} ({path}); leave it out, or squeeze again "
+             "with --overwrite or under another --teachers")
+    if decided:
+        data_set["image_size"] = decided["image_size"]
+        defaults = values() | ({"backbones": decided["backbones"]} if decided.get("backbones") and phase != "squeeze" else {})
+    if known.dataset != "imagenet" and defaults.get("pretrained"):
+        defaults["pretrained"] = False        # a folder with ImageNet's settings has other classes than the weights
+    unread = set(defaults) - {action.dest for action in parser._actions}
     if unread:
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
-    parser.set_defaults(**values)
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.precision == "auto" and phase in ("collect_stats", "recover"):
         args.precision = "tf32"               # statistics and pixels are float32
     args.recipe = recipe if recipe != args.method else None
     args.typed = ["python", f"{phase}.py", *argv]
     args.given = {flag: value for flag, value in vars(known).items() if flag in SHARED and value != early.get_default(flag)}
+    if args.dataset not in DATASETS or "image_size" in decided:
+        args.image_size = data_set["image_size"]
+    weak = getattr(args, "save_epochs", "none") != "none" or getattr(args, "pruned", 0)
+    chosen = decided.get("backbones") if "backbones" in args.given and decided.get("backbones") else args.backbones
+    args.data_set = data_set | {"backbones": None if weak else chosen}
     for flag in "backbones", "students", "student_seeds":
         names = getattr(args, flag, None) or []
         if twice := [str(name) for name in names if names.count(name) > 1]:
             fail(f"--{flag.replace('_', '-')} names {twice[0]} twice; name it once")
     return args
+
+
+def run_folder(args):
+    """runs/<dataset>, of the training images that --holdout and --imbalance leave."""
+    return Path(args.run_dir) / (Path(args.dataset).resolve().name + "-holdout" * args.holdout +
+                                 f"-imbalance{args.imbalance:g}" * (args.imbalance > 1))
+
+
+def earlier_results(args):
+    """{path: result file} of squeeze.py and recover.py for this data set, of those that tell what it was."""
+    found = {}
+    for path in [*run_folder(args).glob("teachers/*/squeeze.json"), *run_folder(args).glob("*/result.json")]:
+        with suppress(OSError, ValueError):                          # who needs it tells that it is damaged
+            result = json.loads(path.read_text())
+            if isinstance(result, dict) and isinstance(result.get("data_set"), dict):
+                found[path] = result
+    return found
+
+
+def check_data_set(args, data_set, earlier):
+    """Two data sets of one name do not share a folder."""
+    for path, result in earlier.items():
+        other = result["data_set"]
+        if other.get("path") and data_set["path"] not in (None, other["path"]) and other["fingerprint"] != data_set["fingerprint"]:
+            fail(f"{run_folder(args)} is of another data set of that name, {other['path']}; name another --run-dir for "
+                 f"{data_set['path']}, or rename its folder")
+
+
+def describe_choice(args):
+    """What was found and chosen, as the first line of every phase."""
+    data, name = args.data_set, Path(args.dataset).resolve().name
+    size, images, settings = args.image_size or data["image_size"], "", f"settings of {data['column']}"
+    if data["train"]:
+        low, high = data["pixels"]
+        images = f", {data['train']} training and {data['test']} test images of {low if low == high else f'{low}-{high}'} pixels"
+    if args.dataset not in DATASETS:
+        settings += f" for a folder of {data['classes']} classes"
+    line = f"{name}: {data['classes']} classes{images} → {size}×{size}; {settings} (--preset {args.preset}); {args.teachers} teachers: "
+    line += " ".join(args.backbones)
+    for kind, what in ("hidden", "hidden"), ("other", "no images, or not in a class folder"):
+        if data["passed"] and data["passed"][kind][0]:
+            line += f"\nnot read: {data['passed'][kind][0]} files or folders that are {what}, such as {data['passed'][kind][1]}"
+    return line
 
 
 def number(kind, low, high=None):

@@ -10,23 +10,23 @@ Classes are numbered by their sorted names everywhere, images of a class by thei
 import os
 import re
 import signal
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import sys
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from utils import fail
+from utils.folders import (UnreadableImage, class_folders, fit_image, list_images, opened, read_images, rgb_image, same_letters,
+                           sampled, stamp, survey, unreadable_fails, walk, white_levels)
+from utils.shapes import SHAPES, draw_shapes
 
 DATASETS = {  # mean and std of the training pixels on the 0..1 scale; patch: side of the patches of Eq. 9, in pixels
     "shapes": dict(num_classes=10, image_size=32, patch=4,
@@ -41,112 +41,11 @@ DATASETS = {  # mean and std of the training pixels on the 0..1 scale; patch: si
                      mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
 SMALL = 64      # pixels: above, images are streamed, and a folder of one's own takes the settings of ImageNet
+FEW_CLASSES = 20                # up to so many a folder takes the settings of CIFAR-10
+FLAT = 1 / 255                  # standard deviation of a channel that does not vary
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 ARCHIVES = {"cifar10": CIFAR10.base_folder, "cifar100": CIFAR100.base_folder, "tiny": "tiny-imagenet-200"}
 TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
-
-SHAPES = {  # class -> distance of the point (x, y) from the outline, negative inside; about 1 from centre to rim
-    "bar": lambda x, y: np.maximum(abs(x) - 1, abs(y) - 0.3),
-    "circle": lambda x, y: np.hypot(x, y) - 0.85,
-    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.8 - np.hypot(x - 0.5, y)),
-    "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.25, np.maximum(abs(x), abs(y)) - 0.95),
-    "hourglass": lambda x, y: np.maximum(abs(x) - 0.85, 0.7 * (abs(y) - abs(x)) - 0.08),
-    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.2,
-    "semicircle": lambda x, y: np.maximum(np.hypot(x - 0.4, y) - 1, -x),
-    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.75,
-    "star": lambda x, y: 0.7 * (np.hypot(x, y) - 0.68 - 0.3 * np.cos(5 * np.arctan2(y, x))),
-    "triangle": lambda x, y: np.maximum(x, abs(y) * 0.75 ** 0.5 - x / 2) - 0.5,
-}
-
-
-def draw_shape(outline, count, rng):
-    """uint8 [count, 32, 32, 3]: one bright shape, turned, moved, scaled, on stripes, among strokes, blobs and noise."""
-    row, column = np.mgrid[-15.5:16, -15.5:16].astype(np.float32)
-
-    def draw(low, high, *shape):
-        return rng.uniform(low, high, (count, 1, 1, *shape)).astype(np.float32)
-
-    def place(spread):                  # the pixels' coordinates in a frame turned and moved at random, [count, 32, 32]
-        angle, x, y = draw(0, 2 * np.pi), column - draw(-spread, spread), row - draw(-spread, spread)
-        return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-
-    def stripes():
-        return draw(0, 0.15, 3) * np.sin(draw(0.3, 2) * place(16)[0])[..., None]
-
-    def paint(distance, colour):        # distance in pixels: the rim is one pixel wide
-        np.add(canvas, (0.5 - distance).clip(0, 1)[..., None] * (colour - canvas), out=canvas)
-
-    ground = draw(0, 0.5, 3)
-    canvas = ground + stripes()
-    for _ in range(2):
-        along, across = place(16)
-        paint(np.maximum(abs(across) - 1, abs(along) - draw(4, 16)), draw(0, 1, 3))
-    radius, (x, y) = draw(9, 13), place(3)
-    paint(outline(x / radius, y / radius) * radius, ground + draw(0.25, 0.5, 3) + stripes())
-    for _ in range(2):
-        paint(np.hypot(*place(16)) - draw(1, 3), draw(0, 1, 3))
-    canvas += 0.08 * rng.standard_normal(canvas.shape, dtype=np.float32)
-    return np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
-
-
-def draw_shapes(split):
-    """The data set `shapes`, always the same: 500 images a class to train, 100 to test.   -> images, labels"""
-    hundreds = {"train": range(5), "test": range(5, 6)}[split]      # a hundred at a time: so they stay in the cache
-    images = [draw_shape(outline, 100, np.random.default_rng((label, hundred)))
-              for label, outline in enumerate(SHAPES.values()) for hundred in hundreds]
-    return np.concatenate(images), np.repeat(np.arange(len(SHAPES)), 100 * len(hundreds))
-
-
-class UnreadableImage(Exception):
-    """A file that is no image, or a damaged one, or one of too many pixels."""
-
-
-@contextmanager
-def unreadable_fails():
-    try:
-        yield
-    except UnreadableImage as error:
-        fail(error)
-
-
-@contextmanager
-def opened(path):
-    """PIL's lazy image of a file; UnreadableImage."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:          # a decoder may raise anything on a damaged file
-        raise UnreadableImage(f"{path} cannot be read as an image ({error}): replace or remove it") from error
-
-
-def rgb_image(source):
-    """PIL image in RGB of a file, or of uint8 [H, W, 3].  Behind transparent pixels lies white."""
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    with opened(source) as image:
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        elif "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
-def fit_image(image, shorter, size):
-    """uint8 [3, size, size]: the shorter side resized (bilinear, antialiased), the centre cut out."""
-    return TF.pil_to_tensor(TF.center_crop(TF.resize(image, [shorter]), [size]))
-
-
-def read_images(sources, shorter, size, workers):
-    """uint8 [N, 3, size, size] of files or of uint8 [N, H, W, 3]; by threads, since PIL decodes without the GIL."""
-    if isinstance(sources, np.ndarray) and sources.shape[1:3] == (size, size):
-        return torch.from_numpy(sources).permute(0, 3, 1, 2).contiguous()
-    images = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
-    with unreadable_fails(), ThreadPoolExecutor(max(1, workers)) as pool:
-        for i, image in enumerate(pool.map(lambda source: fit_image(rgb_image(source), shorter, size), sources)):
-            images[i] = image
-    return images
-
 
 def end_later(worker):
     """Signals often go to all processes of a group; those that read images end ten seconds after the one that asked for
@@ -158,11 +57,11 @@ def end_later(worker):
 class Split:
     """Images and labels: `classes`, `labels` [N], `image_size` S, `streamed`, `images` uint8 [N, 3, S, S] (or None)."""
 
-    def __init__(self, sources, labels, classes, image_size, workers=0):
+    def __init__(self, sources, labels, classes, image_size, workers=0, white=None):
         self.classes, self.labels, self.image_size, self.workers = classes, torch.as_tensor(labels), image_size, workers
         self.streamed = image_size > SMALL
-        self.sources = sources if self.streamed else None
-        self.images = None if self.streamed else read_images(sources, image_size, image_size, workers)
+        self.files, self.white = None if isinstance(sources, np.ndarray) and not self.streamed else sources, white
+        self.images = None if self.streamed else read_images(sources, image_size, image_size, workers, white)
         self.shorter = image_size * 256 // 224      # ImageNet's customary margin: 256 pixels, of which 224 are cut out
         self.random_crop = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.08, 1)), v2.RandomHorizontalFlip()])
 
@@ -184,7 +83,7 @@ class Split:
         """uint8 [n, 3, S, S] of the images at index (LongTensor [n]), never augmented."""
         if not self.streamed:
             return self.images[index]
-        return read_images([self.sources[i] for i in index.tolist()], self.shorter, self.image_size, self.workers)
+        return read_images([self.files[i] for i in index.tolist()], self.shorter, self.image_size, self.workers, self.white)
 
     def batches(self, index, crop_seed=None):
         """Yields images uint8 [B, 3, S, S], labels [B].   index: a LongTensor [B] for each batch, or one number, the size
@@ -216,26 +115,12 @@ class Split:
             return error, None
 
     def _image(self, i, crop_seed):
-        image = rgb_image(self.sources[i])
+        image = rgb_image(self.files[i], self.white)
         if crop_seed is None:
             return fit_image(image, self.shorter, self.image_size)
         with torch.random.fork_rng(devices=[]):     # torchvision's transforms draw from torch's global CPU generator
             torch.default_generator.manual_seed(int(np.random.SeedSequence((crop_seed, i)).generate_state(1)[0]))
             return TF.pil_to_tensor(self.random_crop(image))
-
-
-def class_folders(folder):
-    """Sorted names of the folders in a folder."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-
-
-def image_folder(folder):
-    """Files, labels and class names of <folder>/<class>/<image>."""
-    try:
-        found = ImageFolder(folder)
-    except OSError as error:
-        fail(f"{folder} is not laid out as <class>/<image>: {error}; fill or remove what is empty")
-    return [path for path, _ in found.samples], found.targets, found.classes
 
 
 def find_root(dataset, data_dir, download=False):
@@ -276,76 +161,144 @@ def find_split(dataset, data_dir, split, download=False):
             fetch_tiny(root)
     except (OSError, RuntimeError) as error:    # no network, or other bytes than the authors'
         fail(f"--dataset {dataset}: {root} is damaged or cannot be fetched ({error}); remove it and use --download")
-    train = root / "train"
-    if split == "train":
-        return image_folder(train)
-    folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if folder is None:
-        fail(f"{root} has train/ but neither val/ nor test/: add one with the same classes")
-    annotations = folder / "val_annotations.txt"
-    if annotations.is_file():                   # Tiny-ImageNet keeps file and class in a table
-        rows = re.findall(r"^([^\t\n]+)\t([^\t\n]+)", annotations.read_text(), re.MULTILINE)
-        rows.sort(key=lambda row: (row[1], row[0]))
-        classes = sorted({name for _, name in rows})
-        files = [str(folder / "images" / file) for file, _ in rows]
-        labels = [classes.index(name) for _, name in rows]
-    else:
-        files, labels, classes = image_folder(folder)
-    differing = set(classes).symmetric_difference(class_folders(train))
-    if differing:
-        fail(f"{root}: class {min(differing)} is in only one of train/ and {folder.name}/: add or remove it")
+    files, labels, classes, _ = list_split(root, split)
     return files, labels, classes
 
 
-def find_size(dataset, data_dir):
-    """The image size if none is asked for.  A folder's: that of its images if all are one square up to SMALL, or 224.
+def test_folder(root):
+    """val/ or test/ beside train/."""
+    folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if folder is None:
+        fail(f"{root} has train/ but neither val/ nor test/: add one with the same classes")
+    return folder
 
-    Reads the headers of the training images, up to the first that decides.
+
+def list_split(root, split):
+    """`list_images` of one split of a folder; those of the test split by the classes of train/."""
+    if split == "train":
+        return list_images(root / "train")
+    folder = test_folder(root)
+    classes, there = class_folders(root / "train"), set(class_folders(folder))
+    tables = [path for path in (folder / "val_annotations.txt", folder / "val.txt", root / f"{folder.name}.txt") if path.is_file()]
+    if there <= {"images"} and tables:
+        return list_annotated(folder, tables[0], classes)
+    if not there and (loose := walk(folder)[0]):
+        fail(f"{folder} holds {len(loose)} images, such as {Path(loose[0]).name}, and no folder for each class; sort them into "
+             f"{folder.name}/<class>/, or write lines of a file's name and its class to {root / folder.name}.txt")
+    if differing := set(map(same_letters, classes)) ^ set(map(same_letters, there)):
+        fail(f"{root}: class {min(differing)} is in only one of train/ and {folder.name}/: add or remove it")
+    return list_images(folder, classes)
+
+
+def list_annotated(folder, table, classes):
+    """The same of images without class folders, from a table with file and class in each line, as Tiny-ImageNet has it; the
+    class by its name or by its number."""
+    rows = [re.split(r"\t" if "\t" in line else r"\s+", line.strip())[:2] for line in table.read_text().splitlines() if line.strip()]
+    number = {str(i): i for i in range(len(classes))} | {same_letters(name): i for i, name in enumerate(classes)}
+    if short := [row for row in rows if len(row) < 2]:
+        fail(f"{table}: {short[0][0]!r} does not name a file and a class: mend or remove it")
+    named = {same_letters(name) for _, name in rows}
+    if differing := named - number.keys() or set(range(len(classes))) - {number[name] for name in named}:
+        name = next(iter(differing))
+        fail(f"{table}: class {name if isinstance(name, str) else classes[name]} is in only one of train/ and {folder.name}/: "
+             "add or remove it")
+    rows.sort(key=lambda row: (number[same_letters(row[1])], row[0]))
+    place = folder / "images" if (folder / "images").is_dir() else folder
+    return ([str(place / file) for file, _ in rows], [number[same_letters(name)] for _, name in rows], classes,
+            {"hidden": [], "other": []})
+
+
+def fitting_size(sizes):
+    """The side to which images of these (width, height) are cut: their own where all are one square of up to SMALL pixels;
+    else what half of them have at least, up to SMALL where that is at most 96, up to 224 above."""
+    if len(set(sizes)) == 1 and sizes[0][0] == sizes[0][1] <= SMALL:
+        return sizes[0][0]
+    median = sorted(map(min, sizes))[len(sizes) // 2]
+    return max(8, min(median // 8 * 8, SMALL)) if median <= 96 else min(median // 32 * 32, 224)
+
+
+def look(dataset, data_dir, known=()):
+    """What a data set is, fit for JSON: path, fingerprint, classes and images counted, pixels of its sides, image_size that
+    fits; all but image_size and classes are None of a named one that is no folder of images, or is not here.
+
+    known: what earlier calls gave; the one whose files have the same names, sizes and times is given back.
     """
+    named = DATASETS.get(dataset)
+    nothing = dict(path=None, fingerprint=None, train=None, test=None, pixels=None, passed=None, stamp=None)
+    root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
+    if named and not (root / "train").is_dir():
+        return nothing | dict(classes=named["num_classes"], image_size=named["image_size"])
+    (files, _, classes, passed), (tests, _, _, others) = (list_split(root, split) for split in ("train", "test"))
+    mark = stamp(files + tests, root)
+    for one in known:
+        if one.get("stamp") == mark:
+            return one | dict(path=str(root.resolve()))
+    sizes, fingerprint = survey(files + tests, root)
+    sides, passed = [side for size in sizes for side in size], {kind: passed[kind] + others[kind] for kind in passed}
+    return dict(path=str(root.resolve()), fingerprint=fingerprint, train=len(files), test=len(tests), classes=len(classes),
+                pixels=[min(sides), max(sides)], stamp=mark, passed={kind: [len(paths), *paths[:1]] for kind, paths in passed.items()},
+                image_size=named["image_size"] if named else fitting_size(sizes[:len(files) if len(sizes) > len(files) else None]))
+
+
+def folder_column(size, classes):
+    """The name of DATASETS whose settings are nearest to a folder of so many classes."""
+    return "imagenet" if size > SMALL else "cifar10" if classes <= FEW_CLASSES else "cifar100" if size <= 32 else "tiny"
+
+
+def find_size(dataset, data_dir):
+    """The image size if none is asked for: a folder's is `fitting_size` of (a sample of) its training images."""
     if dataset in DATASETS:
         return DATASETS[dataset]["image_size"]
-
-    def header(path):
-        with opened(path) as image:
-            return image.size
-
-    train = find_root(dataset, data_dir) / "train"
-    sizes = (header(os.path.join(folder, file)) for name in class_folders(train)
-             for folder, _, files in os.walk(train / name, followlinks=True)
-             for file in files if file.lower().endswith(IMG_EXTENSIONS))
+    sizes = []
     with unreadable_fails():
-        width, height = next(sizes, (224, 224))
-        return width if width == height <= SMALL and all(size == (width, height) for size in sizes) else 224
+        for file in sampled(list_images(find_root(dataset, data_dir) / "train")[0]):
+            with opened(file) as image:
+                sizes.append(image.size)
+    return fitting_size(sizes)
 
 
 def preset_column(dataset, data_dir, image_size=None):
-    """The name of DATASETS whose settings apply: its own, or for a folder the nearest in image size."""
+    """The name of DATASETS whose settings apply: its own, or for a folder `folder_column`."""
     if dataset in DATASETS:
         return dataset
-    find_root(dataset, data_dir)            # fails if it is no folder either
-    size = image_size or find_size(dataset, data_dir)
-    return "cifar100" if size <= 32 else "tiny" if size <= SMALL else "imagenet"
+    root = find_root(dataset, data_dir)     # fails if it is no folder either
+    return folder_column(image_size or find_size(dataset, data_dir), len(class_folders(root / "train")))
 
 
-def load_split(dataset, data_dir, split, image_size=None, workers=0, download=False, holdout=False):
-    """Split "train" or "test" of a named data set or of a folder, at image_size (default: find_size) pixels.
-    holdout: every tenth training image of a class is "test", the others are "train", and the test set stays unread."""
-    images, labels, classes = find_split(dataset, data_dir, "train" if holdout else split, download)
+def subset(labels, classes, split, holdout, imbalance):
+    """Rows of a split that --holdout and --imbalance leave, in their order."""
+    members = [[] for _ in range(classes)]
+    for row, label in enumerate(labels):
+        members[label].append(row)
     if holdout:
-        seen, rows = [0] * len(classes), []
-        for row, label in enumerate(labels):
-            seen[label] += 1
-            if (seen[label] % 10 == 0) == (split == "test"):
-                rows.append(row)
+        members = [[row for i, row in enumerate(rows, 1) if (i % 10 == 0) == (split == "test")] for rows in members]
+    if split == "train":
+        largest = max(map(len, members))
+        members = [rows[:max(1, round(largest * imbalance ** (-label / max(1, classes - 1))))] if imbalance > 1 else rows
+                   for label, rows in enumerate(members)]
+    return sorted(row for rows in members for row in rows)
+
+
+def load_split(dataset, data_dir, split, image_size=None, workers=0, download=False, holdout=False, imbalance=1.0):
+    """Split "train" or "test" of a named data set or of a folder, at image_size (default: find_size) pixels.
+    holdout: every tenth training image of a class is "test", the others are "train", and the test set stays unread.
+    imbalance: of the training images the first n_max * imbalance^(-k / (K - 1)) of class k are taken (long-tailed CIFAR:
+    Cui et al., arXiv:1901.05555), so that the first class has `imbalance` times the images of the last; 1 = all."""
+    images, labels, classes = find_split(dataset, data_dir, "train" if holdout else split, download)
+    white = None if isinstance(images, np.ndarray) else white_levels(
+        images if split == "train" or holdout else find_split(dataset, data_dir, "train")[0])
+    if holdout or imbalance > 1:
+        rows = subset(labels, len(classes), split, holdout, imbalance)
         if not rows:
             fail(f"--holdout: no class of --dataset {dataset} has ten training images; leave it out")
         images = images[rows] if isinstance(images, np.ndarray) else [images[row] for row in rows]
         labels = [labels[row] for row in rows]
-    return Split(images, labels, classes, image_size or find_size(dataset, data_dir), workers)
+    return Split(images, labels, classes, image_size or find_size(dataset, data_dir), workers, white)
 
 
-def describe(dataset, data_dir, image_size=None, workers=0):
-    """What the phases must know of a data set, fit for JSON: classes, image_size, mean [3], std [3], patch.
+def describe(dataset, data_dir, image_size=None, workers=0, fingerprint=None):
+    """What the phases must know of a data set, fit for JSON: classes, image_size, mean [3], std [3], patch, and the
+    fingerprint that `look` gave, if any.
 
     Mean and std of a folder are those of all pixels of its training images at this size, 0..1, per channel.
     """
@@ -357,8 +310,13 @@ def describe(dataset, data_dir, image_size=None, workers=0):
     if dataset in DATASETS:
         mean, std = row["mean"], row["std"]
     else:
-        mean, std = pixel_moments(load_split(dataset, data_dir, "train", size, workers))
-    return dict(classes=classes, image_size=size, mean=list(mean), std=list(std), patch=row["patch"])
+        mean, std = pixel_moments(split := load_split(dataset, data_dir, "train", size, workers))
+        for name, level, spread in zip(("red", "green", "blue"), mean, std):
+            if spread <= FLAT:
+                print(f"warning: {name} is {255 * level:g} of 255 in every pixel of the training images, such as "
+                      f"{split.files[0]}; look at how they are stored if that is not meant", file=sys.stderr)
+    return dict(classes=classes, image_size=size, mean=list(mean), std=list(std), patch=row["patch"]) | (
+        {"fingerprint": fingerprint} if fingerprint else {})
 
 
 def pixel_moments(split, batch_size=256):
@@ -368,23 +326,59 @@ def pixel_moments(split, batch_size=256):
     values, weights = torch.arange(256).double() / 255, counts / counts.sum(1, keepdim=True)
     mean = weights @ values
     variance = weights @ values ** 2 - mean ** 2
-    return mean.tolist(), variance.clamp_min(1 / 255 ** 2).sqrt().tolist()      # a channel may be flat
+    return mean.tolist(), variance.clamp_min(FLAT ** 2).sqrt().tolist()      # a channel may be flat
 
 
 def folder_name(name):
-    """A class's name as that of a folder: what could lead elsewhere, or nowhere, is written %XX."""
+    """A class's name as that of a folder: what could lead elsewhere, or nowhere, is written %XX. A name that is a folder's
+    stays as it is, so that folders sort as classes do."""
+    return re.sub(r"^\.|[/\x00]", lambda found: f"%{ord(found[0]):02X}", name) or "%"
+
+
+def escaped_name(name):
+    """`folder_name` as older runs have it."""
     return re.sub(r'^\.|[%/\\:*?"<>|\x00-\x1f\x7f]', lambda found: f"%{ord(found[0]):02X}", name) or "%"
 
 
-def list_folder(folder):
-    """Labels [N], names of the class folders and relative paths [N] of the images <folder>/<class>/<id>.png."""
-    folder = Path(folder).expanduser()      # as ImageFolder does
-    files, labels, classes = image_folder(folder)
-    return torch.tensor(labels), classes, [Path(file).relative_to(folder).as_posix() for file in files]
+def class_numbers(found, classes, folder):
+    """Of the class folders `found`: the number of each among the classes. Folders that are all numbers, such as 0, 00012 or
+    new3, are numbers of classes, which is printed."""
+    for named in folder_name, escaped_name, lambda name: same_letters(folder_name(name)):
+        number = {named(name): i for i, name in enumerate(classes)}
+        names = [same_letters(name) if name not in number else name for name in found]
+        if set(names) == set(number):
+            return [number[name] for name in names]
+    parts = [re.fullmatch(r"(\D*)(\d+)", name, re.ASCII) for name in found]
+    if all(parts) and len({part[1] for part in parts}) == 1 and sorted(int(part[2]) for part in parts) == list(range(len(classes))):
+        print(f"{folder}: folder {found[0]} holds class {classes[int(parts[0][2])]}, and so on by number", flush=True)
+        return [int(part[2]) for part in parts]
+    expected = list(map(folder_name, classes))
+    extra, missing = ([name for name in names if name not in set(others)] for names, others in ((found, expected), (expected, found)))
+    what = f"{len(found)} classes, not {len(classes)}" if len(found) != len(classes) else f"class {extra[0]!r} stands where {missing[0]!r} does"
+    fail(f"{folder} and the data set differ in their classes ({what}); use the same data set for both")
 
 
-def load_folder(folder, image_size, workers=0):
+def list_folder(folder, classes=None):
+    """Labels [N], names of the class folders and relative paths [N] of the images <folder>/<class>/<id>.png.
+    classes: of a data set, which the labels are to number (default: the folders as they are sorted)"""
+    folder = Path(folder)
+    files, labels, found, _ = list_images(folder)
+    if classes is not None:
+        numbers = class_numbers(found, classes, folder)
+        labels = [numbers[label] for label in labels]
+    return torch.tensor(labels), found, [Path(file).relative_to(folder).as_posix() for file in files]
+
+
+def check_count(labels, ipc, folder):
+    """Images of other origin are --ipc a class."""
+    counts = torch.bincount(labels)
+    if not counts.min() <= ipc <= counts.max():
+        there = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.min()}"
+        fail(f"--images {folder} has {there} images a class, not --ipc {ipc}; name --ipc {counts.max()}")
+
+
+def load_folder(folder, image_size, workers=0, classes=None):
     """Distilled images: uint8 [N, 3, S, S], and the three of `list_folder`."""
-    labels, classes, files = list_folder(folder)
-    paths = [Path(folder).expanduser() / file for file in files]
-    return read_images(paths, image_size, image_size, workers), labels, classes, files
+    labels, found, files = list_folder(folder, classes)
+    paths = [str(Path(folder) / file) for file in files]
+    return read_images(paths, image_size, image_size, workers, white_levels(paths)), labels, found, files

@@ -101,6 +101,27 @@ BEST = {
     ("train_eval", "lr"):           (None,          ["0.001"],     None,          None,          None,          "with which the above"),
     ("train_eval", "weight_decay"): (None,          ["0.0"],       None,          None,          None,          "were measured"),
 }
+# A folder of one's own of up to 64 pixels, all of it ours: a column of the table above, chosen by size and number of classes
+# (utils/data.py), with these in its place. Eq. 11 is a mean over B * C numbers, so its gradient grows as classes get fewer:
+# SGD at CIFAR-100's 0.1 diverges with three classes and stays at chance with five. AdamW does not ask how large a gradient is.
+FOLDER = {
+    ("*", "backbones"):             ["convnet_w64", "wrn16_2"],
+    ("squeeze", "lr"):              0.05,
+    ("squeeze", "weight_decay"):    5e-4,
+    ("squeeze", "schedule"):        "cosine",
+    ("squeeze", "batch_size"):      32,
+    ("squeeze", "precision"):       "auto",
+    ("recover", "iterations"):      500,
+    ("relabel", "epochs"):          300,
+    ("relabel", "precision"):       "auto",
+    ("train_eval", "epochs"):       300,
+    ("train_eval", "precision"):    "auto",
+    ("train_eval", "students"):     ["convnet_w128"],
+    ("train_eval", "optimizer"):    ["adamw"],
+    ("train_eval", "lr"):           ["0.001"],
+    ("train_eval", "weight_decay"): ["0.0"],
+}
+FOLDER_STEPS = 500      # of squeeze on a folder, within 5 and 100 epochs
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER, BEST]}
 AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           # P, Appendix A
           # by --holdout at IPC 50, with two backbones: +4.6 after 200 epochs of the student, of which class statistics
@@ -227,13 +248,22 @@ SELECTIONS = "random", "herding", "kcenter", "forgetting"                       
 UNMATCHED = (*SELECTIONS, "dm", "bilp")                                         # take no statistics of the backbones
 
 
-def preset_values(preset, column, phase, ipc=None, method="gvbsm"):
-    """{flag: value} that a preset sets in a phase for a column of the table."""
+def preset_values(preset, column, phase, ipc=None, method="gvbsm", own=None):
+    """{flag: value} that a preset sets in a phase for a column of the table.   own: number of training images of a folder of
+    one's own of up to 64 pixels, which takes FOLDER's values before those of `best` and of the method"""
     def exception(key):
         return {flag: value for place in ("*", phase) for flag, value in AT_IPC.get((key, column, ipc), {}).get(place, {}).items()}
 
+    method_values = of_phase([METHODS[method]], column, phase)
+    if own:                                                          # AT_IPC is of named data sets
+        mine = {flag: value for (place, flag), value in FOLDER.items() if place in ("*", phase)}
+        if phase == "squeeze":
+            mine["epochs"] = min(100, max(5, FOLDER_STEPS * FOLDER["squeeze", "batch_size"] // own))
+        tables = [table for table in PRESETS[preset] if table is not BEST]
+        best = of_phase([BEST], column, phase) if preset == "best" else {}
+        return of_phase(tables, column, phase) | mine | best | method_values
     early = (exception("paper") if preset == "best" else {}) | exception(preset)
-    return of_phase(PRESETS[preset], column, phase) | early | of_phase([METHODS[method]], column, phase) | exception(method)
+    return of_phase(PRESETS[preset], column, phase) | early | method_values | exception(method)
 
 
 def of_phase(tables, column, phase):

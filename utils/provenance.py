@@ -9,7 +9,7 @@ from utils import fail
 
 # Arguments that leave a result as it is, up to rounding. recipe sets other flags; given and typed repeat them.
 NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every", "log_every",
-           "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given", "typed"}
+           "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given", "typed", "data_set"}
 ASSUMED = {"objective": "supervised", "flip": True}     # in files older than the flag, where its default is another
 AGAIN = "start again with --overwrite"
 
@@ -38,6 +38,20 @@ def fingerprints(records):
     return {"weights": {name: record["fingerprint"] for name, record in records.items()}}
 
 
+def with_data(inputs, args):
+    """What a result is made from, with the fingerprint of its data set."""
+    known = getattr(args, "data_set", {}).get("fingerprint")
+    return inputs | ({"data": known} if known else {})
+
+
+def check_data(then, args, path):
+    """Stop where what lies at `path` was made of other data than there are now.   then: the data's fingerprint, or None"""
+    now = getattr(args, "data_set", {}).get("fingerprint")
+    if then and now and then != now:
+        fail(f"the images of --dataset {args.dataset} have changed since {path} was made; run all phases from squeeze.py on with "
+             "--overwrite, or name another --run-dir")
+
+
 def relevant(args):
     """The arguments that decide the result, as plain values."""
     return json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in NEUTRAL}, default=str))
@@ -47,7 +61,9 @@ def check_same(stored, settings, path, begun=(), typed=()):
     """Stop when the result or the unfinished work at `path` has other settings.   stored, settings: {argument: value}
     begun, typed: words of the command that began unfinished work, and of this one; () for a result"""
     stored = {key: ASSUMED[key] for key in ASSUMED.keys() & settings.keys()} | stored
-    changed = [key for key in settings if key in stored and stored[key] != settings[key]]
+    changed = [key for key in settings if key in stored and stored[key] != settings[key] and not (
+        key == "image_size" and None in (stored[key], settings[key]) or          # None: found out, and compared as such
+        key == "dataset" and Path(stored[key]).expanduser().resolve() == Path(settings[key]).resolve())]
     if not changed:
         return
     chosen = [key for key in changed if {flag_name(key), f"--no-{flag_name(key)[2:]}"} & {*begun, *typed}]
@@ -65,10 +81,15 @@ def flag_name(key):
 def check_inputs(stored, now, path, remedy=AGAIN):
     """Stop when what lies at `path` was made from other files.   stored, now: {what: hash, or {backbone: hash}}"""
     for what in now:
+        if what == "data" and what not in stored:                    # made before data had a fingerprint
+            continue
         then, these = (made[what] if isinstance(made.get(what), dict) else {"": made.get(what)} for made in (stored, now))
         differing = [name for name in then | these if then.get(name) != these.get(name)]
         if differing:
             named = f" ({' '.join(sorted(differing))})" if all(differing) else ""
+            if what == "data":
+                fail(f"the images of the data set have changed since {path} was made; run all phases from squeeze.py on with "
+                     "--overwrite, or name another --run-dir")
             fail(f"{path} was made from other {what}{named} than there are now; {remedy}")
 
 

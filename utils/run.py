@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 from utils import fail
 from utils.checkpoint import Checkpoint, load_finished, load_json, save_json
-from utils.cli import call
+from utils.cli import call, describe_choice, run_folder
 from utils.processes import print_rank0, rank, signals, stop, world_size
-from utils.provenance import AGAIN, relevant
+from utils.provenance import AGAIN, relevant, with_data
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 
@@ -52,8 +52,12 @@ def begin(args):
         args.precision = "bf16" if native_bf16(device) else "tf32"
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
+<<<<<<< HEAD
     elif note := busy_cores():
         print_rank0(note)
+=======
+    print_rank0(describe_choice(args))
+>>>>>>> d86e4da (A folder of one's own: settings by size and classes, remembered; what was found is said; its files have a fingerprint)
     return device, run_paths(args)
 
 
@@ -131,7 +135,7 @@ def generator(*key):
 
 def run_paths(args):
     """The folders of a run: runs/<dataset>[-holdout]/teachers/<teachers> and .../<method>-ipc<k>[-<tag>]/..."""
-    root = Path(args.run_dir) / (Path(args.dataset).resolve().name + "-holdout" * args.holdout)
+    root = run_folder(args)
     run = root / f"{args.method}-ipc{args.ipc}{f'-{args.tag}' if args.tag else ''}"
     return SimpleNamespace(teachers=root / "teachers" / args.teachers, run=run, images=run / "images",
                            labels=run / "labels", eval=run / "eval")
@@ -155,7 +159,7 @@ class Run:
     """
 
     def __init__(self, phase, args, result, inputs=None):
-        self.phase, self.args, self.result, self.inputs = phase, args, Path(result), inputs or {}
+        self.phase, self.args, self.result, self.inputs = phase, args, Path(result), with_data(inputs or {}, args)
         self.checkpoint = self.progress = None
 
     def finished(self):
@@ -202,7 +206,7 @@ class Run:
                   "tag": args.tag, **metrics, "seconds": round(seconds, 1), "processes": world_size(),
                   "peak_memory": peak_memory(), "hardware": hardware(),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                  "args": relevant(args), "upstream": upstream or {}, "made_from": self.inputs}
+                  "args": relevant(args), "upstream": upstream or {}, "made_from": self.inputs, "data_set": args.data_set}
         save_json(self.result, result)
         folder = self.result.absolute().parent
         picture = f", picture {folder / 'grid.png'}" * (self.phase == "recover")

@@ -6,7 +6,7 @@ import torch
 from utils import fail
 from utils.checkpoint import load_json, load_torch, reason
 from utils.cli import call
-from utils.provenance import AGAIN, check_classes, fingerprint
+from utils.provenance import AGAIN, check_classes, check_data, fingerprint
 from utils.train import with_precision
 
 TEACHER = ("weights", "backbone", "data", "top1", "tested", "args")            # what squeeze.py stores
@@ -40,6 +40,7 @@ def load_teachers(args, folder, build_model, device):
             model.load_state_dict(record.pop("weights"))
         except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
             fail(f"{path} does not hold weights of {name} ({reason(error)}); train it again with squeeze.py --overwrite")
+        check_data(record["data"].get("fingerprint"), args, path)
         models[name] = with_precision(model.eval().requires_grad_(False).to(device), device, args.precision)
         records[name] = record | {"fingerprint": fingerprint(path)}
         first = records[args.backbones[0]]["data"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils import fail
 from utils.cli import Parser, parse_args
-from utils.data import DATASETS, preset_column
+from utils.data import DATASETS, look
 from utils.presets import METHODS, UNMATCHED
 from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, is_variant, random_beside,
                           read_results, run_name, shown_runs, table)
@@ -191,9 +191,10 @@ def hardware(cell):
 
 # Commands
 
-def column_of(dataset, *_):
-    """The settings' column of a named data set, or of a folder, which need not be there."""
-    return dataset if dataset in DATASETS else preset_column(dataset, "data") if Path(dataset).is_dir() else "cifar100"
+def data_of(dataset, data_dir, known=()):
+    """`look`, or for a folder that is not there the settings of CIFAR-100."""
+    there = dataset in DATASETS or Path(dataset).is_dir()
+    return look(dataset if there else "cifar100", data_dir, known)
 
 
 @cache
@@ -206,7 +207,7 @@ def shortest(phase, text):
     lines = []
     for recipe in recipes:
         module = import_module(phase)
-        parsed = parse_args(module.get_parser(), phase, identity + recipe, column_of)
+        parsed = parse_args(module.get_parser(), phase, identity + recipe, data_of)
         own = module.for_student(parsed, args["students"][0]) if phase == "train_eval" else parsed
         defaults = relevant(own) | {"students": getattr(parsed, "students", None)}
         lines.append(identity + recipe + [word for words in differing(phase, args, defaults) for word in words])

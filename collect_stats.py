@@ -28,7 +28,7 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.checkpoint import Checkpoint, load_finished, save_torch
 from utils.cli import Parser, crop_name, identity_flags, number, parse_args
-from utils.data import load_split, preset_column
+from utils.data import load_split
 from utils.processes import barrier, rank, shard, world_size
 from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, relevant
 from utils.run import Progress, Run, begin, generator, peak_memory, script, send
@@ -147,7 +147,7 @@ def get_parser():
 
 
 def main(argv=None):
-    args = parse_args(get_parser(), "collect_stats", argv, preset_column)
+    args = parse_args(get_parser(), "collect_stats", argv)
     device, paths = begin(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     args.patch = args.patch or data["patch"]
@@ -161,7 +161,7 @@ def main(argv=None):
         return None
     if todo:
         split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers,
-                           holdout=args.holdout).to(device)
+                           holdout=args.holdout, imbalance=args.imbalance).to(device)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
         check_trained(split, records, paths)
         split.check_crop(args.crop)

@@ -23,11 +23,11 @@ from utils import fail
 from utils.augment import apply_epoch, draw_epoch
 from utils.checkpoint import load_json
 from utils.cli import Parser, call, identity_flags, number, parse_args
-from utils.data import folder_name, list_folder, load_folder, preset_column
+from utils.data import check_count, list_folder, load_folder
 from utils.labels import LabelWriter
 from utils.losses import ensemble_logits
 from utils.processes import barrier, rank, shard, warn
-from utils.provenance import check_classes, check_recovered, fingerprints, image_set
+from utils.provenance import check_recovered, fingerprints, image_set
 from utils.run import Run, begin, generator, script, send
 from utils.teachers import load_teachers
 from utils.train import channels_last
@@ -117,15 +117,16 @@ def earlier_phases(args, paths, records, data):
 
 
 def main(argv=None):
-    args = parse_args(get_parser(), "relabel", argv, preset_column)
+    args = parse_args(get_parser(), "relabel", argv)
     device, paths = begin(args)
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     folder, inputs, upstream = earlier_phases(args, paths, records, data)
     run = Run("relabel", args, paths.labels / "result.json", inputs)
     if run.finished():
         return None
-    images, _, classes, files = load_folder(folder, data["image_size"], args.workers)
-    check_classes(classes, sorted(map(folder_name, data["classes"])), folder, f"the teachers in {paths.teachers}")
+    images, labels, classes, files = load_folder(folder, data["image_size"], args.workers, data["classes"])
+    if args.images:
+        check_count(labels, args.ipc, folder)
     if not args.images and image_set(folder, files) != inputs["images"]:
         fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
     images, mean_std = images.to(device), torch.tensor([data["mean"], data["std"]], device=device)

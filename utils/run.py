@@ -52,12 +52,9 @@ def begin(args):
         args.precision = "bf16" if native_bf16(device) else "tf32"
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-<<<<<<< HEAD
     elif note := busy_cores():
         print_rank0(note)
-=======
     print_rank0(describe_choice(args))
->>>>>>> d86e4da (A folder of one's own: settings by size and classes, remembered; what was found is said; its files have a fingerprint)
     return device, run_paths(args)
 
 

@@ -32,6 +32,7 @@ FLAGS = {
     "relabel": "--epochs 3",
     "train_eval": "--epochs 3 --students convnet_w8",
 }
+LARGE = {"vgg11_bn", "resnet50", "resnet101", "regnet_x_8gf", "swin_t", "efficientnet_b0", "mobilenetv2"}   # a second a test
 
 
 def pytest_configure(config):
@@ -54,6 +55,13 @@ def own_handlers():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if hasattr(item, "callspec") and LARGE & {value for value in item.callspec.params.values() if isinstance(value, str)}:
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -307,6 +307,7 @@ def test_networks_are_fresh_in_every_iteration_and_leave_torchs_generator_alone(
     assert shapes == {32: 2048, 64: 2048, 128: 2048}                 # depth 3, 4, 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 4, 6])
 @pytest.mark.parametrize("ratio", [0, 0.3])
 def test_interrupted_matching_goes_on_to_the_same_bytes(at, ratio, squeezed, new_project, monkeypatch):

@@ -702,6 +702,7 @@ WORKS = {
     "a subset's images": ("recover", "--subset 2 --init real --iterations 9", "matching_gradient", 23)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", WORKS)
 def test_interrupted_work_goes_on_to_the_same_bytes(what, request, beasts, new_project, monkeypatch):
     phase, flags, function, call = WORKS[what]

@@ -313,6 +313,7 @@ def test_the_test_images_are_those_whose_neighbours_are_sought_among_the_trainin
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 4, 6, 7, 8])
 @pytest.mark.parametrize("minutes", [0, 60])
 def test_stopped_at_any_step_it_goes_on_to_the_same_weights(at, minutes, bare, contrasted, monkeypatch):
@@ -334,6 +335,7 @@ def test_stopped_at_any_step_it_goes_on_to_the_same_weights(at, minutes, bare, c
     assert len(steps) == 8                                           # none of them twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 7, 8])
 def test_killed_between_two_kept_states_it_goes_on_to_the_same_weights(at, bare, contrasted, monkeypatch):
     kept, save = itertools.count(1), squeeze.Checkpoint.save

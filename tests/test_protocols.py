@@ -174,6 +174,7 @@ def test_the_five_orders_differ_and_are_those_of_the_seed(relabelled, monkeypatc
     assert len(told) == 15 and told[:5] == told[5:10] != told[10:] and len(set(told[:5])) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, module, call, at", [
     (CONTINUAL, train_eval, "train_student", 3), (CONTINUAL, train_eval, "student_loss", 5), (PRUNE, train_eval, "student_loss", 2),
     (PRUNE, train_eval, "student_loss", 5), (PRUNE, protocols, "shrink", 1)])

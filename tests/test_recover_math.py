@@ -87,8 +87,9 @@ CASES = [  # size of the images, groups, drop rate, what else; maps of 2x2 pixel
     (16, 1, 0.4, dict(alpha=0.0)), (16, 1, 0.4, dict(first=0.0))]
 
 
-@pytest.mark.parametrize("size, groups, drop, settings", CASES, ids=str)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name, size, groups, drop, settings", [
+    pytest.param(name, *case, marks=[pytest.mark.slow] * (case in CASES[2:] and name not in ("convnet_w128", "wrn16_2")))
+    for case in CASES for name in SMALL], ids=str)
 def test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written(name, size, groups, drop, settings):
     plain, closed = (matching_of(form, name, size, **settings) for form in FORMS)
     steps = [(randn(2 * groups, 3, size, size), torch.randint(10, (2 * groups,)),
@@ -105,7 +106,7 @@ def test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written(name
 @pytest.mark.parametrize("name, folded, norms", [
     ("resnet18", 20, 20), ("convnet_w128", 0, 0), ("mobilenetv2_05", 53, 53), ("wrn16_2", 7, 13),
     ("shufflenetv2_05", 56, 56)])
-@pytest.mark.parametrize("drop", (0.0, 0.4))
+@pytest.mark.parametrize("drop", (pytest.param(0.0, marks=pytest.mark.slow), 0.4))
 def test_a_frozen_backbone_gives_the_losses_and_the_gradient_of_the_one_it_was(name, folded, norms, drop):
     plain = matching_of(PlainMatching, name, 32)
     model = freeze(deepcopy(plain.model))
@@ -291,8 +292,8 @@ def test_auto_is_one_batch_on_a_cpu_and_on_a_gpu_what_fits_and_fills(monkeypatch
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(memory))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: next(memory))
-    monkeypatch.setattr(torch, "zeros", lambda *size, device, zeros=torch.zeros, **kind: zeros(*size, **kind))
-    monkeypatch.setattr(torch, "ones", lambda *size, device, ones=torch.ones, **kind: ones(*size, **kind))
+    for make in torch.zeros, torch.ones:
+        monkeypatch.setattr(torch, make.__name__, lambda *size, device, make=make, **kind: make(*size, **kind, device="meta"))
     gpu = torch.device("cuda")
     assert fitting_groups(matchings, 50, 32, gpu) == 16                             # 0.8 * 6000 / 300
     assert fitting_groups(matchings, 40, 224, gpu) == 2                             # two fill it

@@ -107,7 +107,7 @@ def made(project, phase, run=RUN):
 
 # The chain
 
-@pytest.fixture(scope="module", params=["beasts", "shapes"])
+@pytest.fixture(scope="module", params=["beasts", pytest.param("shapes", marks=pytest.mark.slow)])
 def chain(request, beasts, new_project):
     """A project after all five phases, their RESULTs, and what they printed."""
     shapes = request.param == "shapes"
@@ -398,7 +398,7 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("flags", RECOVER)
+@pytest.mark.parametrize("flags", [pytest.param(flags, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, flags in enumerate(RECOVER)])
 def test_the_logged_terms_are_the_equations_and_both_gradients_give_the_same_images(flags, project, passes, double):
     scale = "--dd-scale mean"        # the sum's gradient outside the crop is mere rounding, of which Adam makes steps
     result = project.call("recover", "--tag closed", scale, flags)

@@ -264,6 +264,7 @@ def test_where_none_would_be_kept_all_are_and_what_fell_out_can_return():
 DM = "--method dm --iterations 6 --lr 1 --real-batch 8 --ipc 2 --adaptive-period 2"
 
 
+@pytest.mark.slow
 def test_the_loss_falls_below_that_of_the_real_images_and_writes_a_grid(project):
     losses = {}
     for lr in 0, 1:
@@ -377,6 +378,7 @@ def test_distilled_images_train_a_student_by_their_classes(project):
     assert json.loads((project.run("dm-ipc2") / "eval/convnet_w8-hard.json").read_text())["top1"] == result["top1"]
 
 
+@pytest.mark.slow
 def test_streamed_images_are_matched_too(bare):
     bare.call("squeeze", "--image-size 72 --crop resized --epochs 1 --backbones convnet_w8")
     bare.call("recover", DM, "--iterations 2 --image-size 72 --real-batch 3 --adaptive-ratio 0.3 --adaptive-products 2")

@@ -233,6 +233,7 @@ def test_a_data_set_and_a_tag_that_nobody_knows_get_their_rows(made_up):
     assert "# gvbsm-ipc10-odd\n" in text
 
 
+@pytest.mark.slow
 def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabelled, evidence, tmp_path):
     base = "--tag ablation"
     for method in "random", "gvbsm":

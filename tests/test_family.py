@@ -20,7 +20,9 @@ import relabel
 import squeeze
 import train_eval
 from models import build_model
+from tests.hashes import few_shapes
 from tests.helpers import assert_near
+from utils import data
 from utils.augment import apply_resized_crop, draw_resized_crop, draw_view, normalize
 from utils.data import Split, load_split
 from utils.presets import METHODS, SELECTIONS, preset_values
@@ -31,11 +33,11 @@ from utils.train import learning_rates
 from utils.stats import ClosedFormMatching, freeze, layer_inputs, matched_layers, mixed_moments
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
-SMALL = {"squeeze": "--epochs 2", "relabel": "--epochs 2", "train_eval": "--epochs 2 --students convnet_w8",
+SMALL = {"squeeze": "--epochs 2 --batch-size 64", "relabel": "--epochs 2", "train_eval": "--epochs 2 --students convnet_w8",
          "recover": "--iterations 3", "collect_stats": ""}
 POOL = "wrn10_1@1 wrn10_1@2"
 OWN = {  # what a method has beside, in small: flags of a phase, or of all
-    "scdd": {"squeeze": "--batch-size 512 --queue 512 --epochs 2 --probe-epochs 1"},
+    "scdd": {"squeeze": "--batch-size 64 --queue 128 --epochs 2 --probe-epochs 1"},
     "dm": {"recover": "--iterations 2 --real-batch 16"},
     "bilp": {"squeeze": "--score-trials 1 --score-epochs 1 --score-batch-size 256", "recover": "--iterations 2 --real-batch 16"},
     "teddy": {"squeeze": "--save-epochs 1:2:1", "recover": f"--subset 1 --backbones {POOL}",
@@ -61,13 +63,12 @@ def shapes(new_project):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_all_five_phases_on_shapes_by_the_same_loop(method, shapes):
+def test_every_method_runs_all_five_phases_on_shapes_by_the_same_loop(method, shapes, monkeypatch):
+    monkeypatch.setattr(data, "draw_shapes", few_shapes)
     for phase in PHASES:
         own = OWN.get(method, {}).get(phase, "")
         words = ["--dataset", "shapes", "--method", method, "--ipc", "2", "--device", "cpu", "--run-dir", str(shapes.root / "runs"),
                  "--backbones", "wrn10_1", *SMALL[phase].split(), *own.split()]
-        if phase == "squeeze" and method != "scdd":
-            words += ["--batch-size", "256"]
         __import__(phase).main(words)
     run = shapes.run(f"{method}-ipc2")
     result = json.loads((run / "eval/convnet_w8.json").read_text())
@@ -230,6 +231,7 @@ def test_the_weak_teacher_of_an_epoch_is_what_a_shorter_training_gives(bare):
     assert any(not torch.equal(early[key], whole[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_weak_teachers_are_done_when_all_are_there_and_missed_when_one_is_not(bare):
     flags = "--backbones wrn10_1 --save-epochs 1:2:1 --pruned 2"
     result = bare.call("squeeze", flags)
@@ -247,6 +249,7 @@ def test_weak_teachers_are_done_when_all_are_there_and_missed_when_one_is_not(ba
     assert "wrn10_1@1.pt is missing" in bare.mistake("squeeze", flags)
 
 
+@pytest.mark.slow
 def test_a_pruned_teacher_has_two_thirds_of_the_parameters_and_comes_from_the_trained_one(bare):
     bare.call("squeeze", "--backbones wrn10_1 --pruned 3")
     whole, *pruned = (checkpoint(bare.teachers / f"wrn10_1{kind}.pt") for kind in ("", "@pruned1", "@pruned2", "@pruned3"))
@@ -308,6 +311,7 @@ def test_the_losses_of_a_subset_are_summed_in_every_iteration():
     assert ((once - step).abs() < 1e-3).double().mean() > 0.99
 
 
+@pytest.mark.slow
 def test_batches_of_other_subsets_share_no_pass(project):
     project.call("squeeze", "--teachers pool --backbones wrn10_1 --epochs 3 --save-epochs 1:3:1")
     flags = ["--teachers pool --backbones", *(f"wrn10_1@{i}" for i in (1, 2, 3)),
@@ -433,6 +437,7 @@ def test_scores_are_smoothed_losses_of_a_small_convnet_averaged_over_trainings(b
     assert record["kept"].tolist() == drop_largest(stored["scores"], labels, 0.25).tolist() and len(record["kept"]) == 36
 
 
+@pytest.mark.slow
 def test_a_pruned_image_is_neither_trained_on_nor_collected_nor_a_start(bare, monkeypatch):
     asked, batches = {"train": [], "score": []}, Split.batches
 
@@ -455,6 +460,7 @@ def test_a_pruned_image_is_neither_trained_on_nor_collected_nor_a_start(bare, mo
     assert "6 training images" in bare.mistake("recover", "--init real --ipc 7")
 
 
+@pytest.mark.slow
 def test_the_scores_are_made_once_and_another_ratio_takes_them_as_they_are(bare):
     pruning = "--score-trials 1 --score-epochs 2"
     bare.call("squeeze", pruning, "--prune-ratio 0.5 --backbones convnet_w8")
@@ -584,6 +590,7 @@ def raising(*_):
     raise InterruptedError
 
 
+@pytest.mark.slow
 def test_what_is_overwritten_goes_before_the_work_so_that_the_same_command_without_overwrite_goes_on(bare, monkeypatch):
     flags = "--save-epochs 1:2:1 --pruned 1 --prune-ratio 0.25 --score-trials 1 --score-epochs 1 --backbones convnet_w8 wrn10_1"
     bare.call("squeeze", flags)
@@ -597,6 +604,7 @@ def test_what_is_overwritten_goes_before_the_work_so_that_the_same_command_witho
             assert checkpoint(path)["args"]["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_teachers_of_other_images_do_not_meet(bare):
     bare.call("squeeze", "--backbones convnet_w8")
     bare.call("squeeze", "--backbones wrn10_1 --prune-ratio 0.5 --score-trials 1 --score-epochs 1")
@@ -663,6 +671,7 @@ def test_the_surest_crops_are_those_of_least_loss_of_the_first_backbone(project)
 
 # One recipe
 
+@pytest.mark.slow
 def test_a_recipe_brings_labels_and_training_of_another_method():
     for column, method, recipe in itertools.product(("cifar100", "tiny", "shapes"), METHODS, METHODS):
         flags = ["--dataset", column, "--data-dir", "nowhere", "--method", method, "--recipe", recipe]
@@ -672,6 +681,7 @@ def test_a_recipe_brings_labels_and_training_of_another_method():
             assert {flag: parsed[flag] for flag in expected} == expected
 
 
+@pytest.mark.slow
 def test_images_of_one_set_of_teachers_take_labels_of_another(project):
     project.call("squeeze", "--teachers other --seed 1")
     project.call("recover")
@@ -681,6 +691,7 @@ def test_images_of_one_set_of_teachers_take_labels_of_another(project):
     project.call("train_eval", "--teachers other")
 
 
+@pytest.mark.slow
 def test_a_recipe_may_bring_other_backbones_of_the_same_set_but_none_trained_anew(project):
     project.call("recover", "--backbones wrn10_1")
     project.call("relabel", "--recipe random")

@@ -272,6 +272,7 @@ def test_kl_loss_is_the_divergence_from_the_labels_of_eq_3_without_a_factor_T_sq
 
 # These files can be taken away one by one
 
+@pytest.mark.slow
 def test_equations_and_architectures_work_in_a_folder_without_the_project(tmp_path):
     paths = [ROOT / "utils" / f"{name}.py" for name in ("losses", "stats", "augment", "selection", "moco", "dm")]
     paths += [path for path in sorted((ROOT / "models").glob("*.py")) if path.stem != "__init__"]

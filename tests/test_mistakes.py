@@ -85,6 +85,7 @@ def follow(phase, words, followed):
     return follow(phase, words, followed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, phases", [
     ("--tag a --holdout --preset best --teachers others", ["relabel.py", "squeeze.py", "recover.py", "collect_stats.py"]),
     ("--method random --recipe sre2l", ["relabel.py", "squeeze.py", "recover.py"]),
@@ -223,6 +224,7 @@ def test_another_list_of_backbones(phase, flags, made, relabelled):
     tells(relabelled.mistake(phase, flags), made, "name the same", "convnet_w8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase, flags", [("relabel", "--overwrite"), ("relabel", ""), ("train_eval", "--labels online")])
 def test_teachers_trained_anew_since_the_images_were_made(phase, flags, relabelled):
     relabelled.call("squeeze", "--seed 1 --overwrite --backbones wrn10_1")
@@ -256,6 +258,7 @@ def test_distilled_images_of_unknown_origin(relabelled):
     relabelled.call("recover", "--overwrite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["empty", "half", "text"])
 def test_damaged_unfinished_work(damage, project, monkeypatch):
     gradient = recover.matching_gradient
@@ -415,6 +418,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase, flags, remedy", [
     ("squeeze", [], "--overwrite"), ("collect_stats", [], "squeeze.py"), ("recover", ["--tag new"], "squeeze.py"),
     ("relabel", ["--overwrite"], "squeeze.py"), ("train_eval", ["--labels online"], "squeeze.py")])
@@ -425,6 +429,7 @@ def test_a_damaged_checkpoint(damage, phase, flags, remedy, relabelled):
     assert not (relabelled.teachers / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["collect_stats", "recover"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_statistics(damage, phase, project):
@@ -440,6 +445,7 @@ def test_weights_of_another_architecture(phase, flags, relabelled):
     tells(line, "convnet_w8.pt does not hold weights of convnet_w8", "squeeze.py --overwrite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["collect_stats", "recover"])
 def test_statistics_of_other_weights(phase, project):
     project.call("squeeze", "--seed 1 --overwrite")
@@ -456,6 +462,7 @@ def test_statistics_of_another_network_or_patch(project):
     tells(project.mistake("recover"), "wrn10_1.stats.pt", "--patch 8", "4", "--overwrite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["collect_stats", "recover", "relabel"])
 @pytest.mark.parametrize("change, key", [
     ({"classes": ["10", "9", "ant", "cow"]}, "classes"), ({"classes": ["9", "10", "ant", "bee"]}, "classes"),
@@ -487,6 +494,7 @@ def test_labels_of_other_images(change, relabelled):
     tells(relabelled.mistake("train_eval"), "labels", "other images", "relabel.py --overwrite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase, remade, words", [
     ("relabel", "recover", ["labels", "other images"]), ("train_eval", "relabel", ["convnet_w8.json", "other labels"])])
 def test_a_result_of_images_or_labels_that_have_been_made_anew_is_not_repeated(phase, remade, words, relabelled):
@@ -495,6 +503,7 @@ def test_a_result_of_images_or_labels_that_have_been_made_anew_is_not_repeated(p
     tells(relabelled.mistake(phase), *words, "--overwrite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["logits", "crop", "flip", "partner", "box", "ratio"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "text", "bare code"])
 def test_damaged_labels(damage, name, relabelled):
@@ -508,6 +517,7 @@ JSON_DAMAGE = {kind: DAMAGE[kind] for kind in ("empty", "half", "an image")} | {
     "a list": lambda path: path.write_text("[]"), "an empty dict": lambda path: path.write_text("{}")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase, file, remedy", [
     ("recover", "result.json", "--overwrite"), ("relabel", "labels/result.json", "--overwrite"),
     ("train_eval", "labels/result.json", "relabel.py"), ("train_eval", "eval/convnet_w8-hard.json", "--overwrite")])
@@ -538,6 +548,7 @@ def test_statistics_of_data_whose_classes_have_changed(bare):
     tells(bare.mistake("collect_stats"), "--dataset", "changed", "supervised", "squeeze.py", "--overwrite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase, flags, file", [
     ("squeeze", "", "train/ant/7.png"), ("squeeze", "", "test/ant/3.png"), ("collect_stats", "", "train/ant/7.png"),
     ("recover", "--method random", "train/ant/7.png"), ("train_eval", "--labels hard", "test/ant/3.png")])
@@ -585,6 +596,7 @@ def test_an_image_of_too_many_pixels(bare, monkeypatch):
 
 # Places that cannot be written
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase, file", [
     ("squeeze", ""), ("squeeze", "beasts"), ("squeeze", "beasts/teachers"), ("recover", f"beasts/{RUN}"),
     ("relabel", f"beasts/{RUN}/labels"), ("train_eval", f"beasts/{RUN}/eval")])
@@ -607,6 +619,7 @@ def test_what_the_system_refuses_is_told_in_one_line(phase, bare, capsys, monkey
     assert error.count("\n") == 1 and 300 * "x" in error and "File name too long" in error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.access("/", os.W_OK), reason="root may write anywhere")
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_folder_that_may_not_be_written(phase, bare):
@@ -650,6 +663,7 @@ def test_pretrained_weights_that_do_not_fit(damage, tmp_path, monkeypatch, capsy
 
 # As a process
 
+@pytest.mark.slow
 def test_a_script_ends_with_one_line_and_code_2(bare):
     script = Path(squeeze.__file__).with_name("relabel.py")
     command = [sys.executable, script, *bare.arguments("relabel")]

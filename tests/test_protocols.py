@@ -165,6 +165,7 @@ def test_the_curve_is_over_orders_and_seeds_and_ends_with_what_all_classes_give(
     assert report.read_results(relabelled.results)[2, "convnet_w8", "stored", "gvbsm", None]["args"]["protocol"] == "standard"
 
 
+@pytest.mark.slow
 def test_the_five_orders_differ_and_are_those_of_the_seed(relabelled, monkeypatch):
     orders = []
     monkeypatch.setattr(protocols, "classes_so_far", lambda *args: orders.append(classes_so_far(*args)) or orders[-1])

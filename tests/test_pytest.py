@@ -21,7 +21,8 @@ def test_first(bare, monkeypatch):
 """
 
 
-@pytest.mark.parametrize("text", [IN_A_TEST, pytest.param(IN_A_PHASE, marks=pytest.mark.slow)], ids=["in a test", "in a phase"])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [IN_A_TEST, IN_A_PHASE], ids=["in a test", "in a phase"])
 def test_control_c_stops_pytest(text, tmp_path):
     test = tmp_path / "test_interrupted.py"
     test.write_text("import os, signal, time, pytest, squeeze\n" + text + "\ndef test_second():\n    pass\n")

@@ -57,6 +57,7 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(save, tmp_path, caps
     assert end.value.code == 2 and error.count("\n") == 1 and f"{tmp_path / 'result'} cannot be written" in error
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
     code = ("import os, sys; from pathlib import Path; from utils.checkpoint import whole_file\n"
             "with whole_file(Path(sys.argv[1])) as temporary:\n    temporary.write_text('ne')\n    os._exit(1)")
@@ -117,6 +118,7 @@ def test_what_is_sent_to_a_device_arrives_there():
     assert run.send(one, torch.device("cpu")) is one
 
 
+@pytest.mark.slow
 def test_a_generator_depends_on_its_key_alone():
     torch.manual_seed(1)
     first = torch.rand(9, generator=run.generator("noise", 0, 1))

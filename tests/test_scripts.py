@@ -423,6 +423,7 @@ def test_a_term_that_is_off_is_exactly_zero_and_the_others_are_not(flags, term, 
     assert all([name for name in ("ce", "bn", "conv", "dd") if entry[name] == 0] == [term] for entry in with_bn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     "--alpha 0", "--drop-rate 0", "--drop-rate 1", "--ce-weight 0", "--bn-weight 0", "--conv-weight 0",
     "--dd-scale mean", "--first-multiplier 1", "--loop original", "--choice cycle", "--unit-gradients", "--backbones wrn10_1",
@@ -447,6 +448,7 @@ def test_images_start_as_noise_of_their_own_and_do_not_move_without_a_loss(proje
     assert start.mean() == pytest.approx(0, abs=0.05) and start.std() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_backbones_take_turns_or_are_drawn_alike_for_every_batch(project):
     for choice in "cycle", "uniform":
         project.call("recover", f"--tag {choice} --choice {choice} --iterations 40")
@@ -456,6 +458,7 @@ def test_backbones_take_turns_or_are_drawn_alike_for_every_batch(project):
         assert 10 <= names[:40].count("wrn10_1") <= 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0, 0.4, 1])
 def test_convolutions_alone_are_dropped_at_their_rate_alike_for_every_batch(rate, project, passes):
     project.call("recover", f"--backbones wrn10_1 --iterations 40 --drop-rate {rate}")
@@ -466,6 +469,7 @@ def test_convolutions_alone_are_dropped_at_their_rate_alike_for_every_batch(rate
     assert abs(share - rate) <= (0.1 if 0 < rate < 1 else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, keys", [
     ("--crop none", set()), ("--crop pad2", {"shift"}), ("--crop resized", {"crop"}), ("--crop none --flip", {"flip"}),
     ("--crop none --roll 3", {"roll"}), ("--crop pad2 --flip --roll 3", {"shift", "flip", "roll"})])
@@ -481,6 +485,7 @@ def test_a_batch_is_seen_under_one_view_of_its_own(flags, keys, project, passes)
     assert any(changed) == bool(keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, shapes", [
     ("--ipc 3", [(3, 3), (1, 3)]), ("--ipc 5", [(1, 4), (1, 1)] * 4), ("--ipc 2 --batch-size 3", [(3, 2), (1, 2)]),
     ("--ipc 3 --loop original", [(3, 4)]), ("--ipc 3 --loop original --batch-size 3", [(1, 3), (1, 1)] * 3)])
@@ -549,6 +554,7 @@ def test_the_accuracy_of_a_backbone_is_that_of_its_weights_on_the_test_images(pr
     assert result["top1"]["convnet_w8"] > 60                                            # of four classes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     "--crop none", "--crop resized", "--epochs 3", "--batch-size 8", "--lr 0.1", "--momentum 0", "--weight-decay 0.1",
     "--schedule cosine", "--precision bf16"])
@@ -984,6 +990,7 @@ def test_held_out_training_images_take_the_place_of_the_test_set(bare):
     bare.call("recover", "--method random --ipc 12")                     # without it, all may be taken
 
 
+@pytest.mark.slow
 def test_students_learn_from_soft_labels_and_from_hard_ones_without_any_teacher(bare):
     run = "--method random --ipc 12 --backbones convnet_w8 --batch-size 8"
     bare.call("squeeze", "--epochs 10 --backbones convnet_w8")

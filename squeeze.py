@@ -1,8 +1,9 @@
 """Squeeze: train the backbones on the whole data set (phase 1 of 5).   G-VBSM, arXiv:2311.17950, Sec. 2, Tables 7-9.
 
 Plain supervised training, the last epoch is kept; BatchNorm's running mean and variance become the statistics of Eq. 1.
-On ImageNet-1k torchvision's pretrained weights take its place (--pretrained). --objective moco is SC-DD's squeeze instead
-(arXiv:2404.07976, Sec. 2.4): MoCo, which sees no labels, and then a linear probe as the classifier.
+On ImageNet-1k torchvision's pretrained weights take its place (--pretrained), or any classifier's (--weights FILE).
+--objective moco is SC-DD's squeeze instead (arXiv:2404.07976, Sec. 2.4): MoCo, which sees no labels, and then a linear
+probe as the classifier. --objective probe trains that probe alone, on the self-supervised encoder of --weights FILE.
 
 reads   data/<dataset>/...                                      the training and test images
 writes  runs/<dataset>/teachers/<teachers>/<backbone>.pt        weights, classes, test accuracy, arguments
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ from torch import nn
 from models import build_model
 from models.pruning import prunable, random_channels, shrink, widths
 from utils import fail
-from utils.adopt import load_pretrained
+from utils.adopt import adopt, has_large_stem, load_pretrained
 from utils.augment import apply_view, draw_view, normalize
 from utils.checkpoint import Checkpoint, load_finished, load_torch, reason, save_torch
 from utils.cli import Parser, crop_name, epoch_range, identity_flags, number, parse_args
@@ -41,7 +43,7 @@ from utils.selection import count_forgetting, drop_largest
 from utils.teachers import TEACHER, check_models, costs
 from utils.train import Record, channels_last, fit, learning_rates, make_step, shuffled, split_accuracy, with_precision
 
-MOCO = ["objective", "queue", "probe_epochs", "probe_lr"]
+PROBE = ["probe_epochs", "probe_lr", "probe_weight_decay"]
 SCORES = ["score_trials", "score_epochs", "score_lr", "score_batch_size"]
 PRUNED_SHARE, PRUNED_EPOCHS = 0.66, 2   # Teddy, supplement Sec. D.1: parameters a pruned teacher keeps; epochs of its last
 
@@ -100,7 +102,7 @@ def train(name, model, split, train_rows, mean_std, args, checkpoint, *, record)
 
 def train_moco(model, key, splits, train_rows, mean_std, args, checkpoint):
     """SC-DD, Sec. 2.4: make the model a classifier whose last layer alone has seen labels, in place: MoCo with `key`,
-    another model of its kind, and then a linear probe. Either goes on from its checkpoint."""
+    another model of its kind, and then `train_probe`. Either goes on from its checkpoint."""
     name = checkpoint.result.stem
     if checkpoint.read() is None:                                    # of the probe, which holds the features too
         moco = MoCo(as_encoder(model), as_encoder(key), size=args.queue).to(mean_std.device)
@@ -114,11 +116,17 @@ def train_moco(model, key, splits, train_rows, mean_std, args, checkpoint):
                 top1 = neighbours_top1(moco.query, splits, train_rows, mean_std)
                 print_rank0(f"moco {name}  epoch {epoch}: {top1:.2f} % of the test images by their nearest neighbours")
         join_norms(model)
-    probe, how = Probe(model, len(splits["train"].classes)), changed(
-        args, epochs=args.probe_epochs, lr=args.probe_lr, momentum=0.9, weight_decay=0.0, schedule="cosine", warmup_epochs=0,
-        batch_size=256, crop="resized", remedy="use a smaller --probe-lr")
-    for _ in train(f"probe {name}", probe, splits["train"], train_rows, mean_std, how, checkpoint,
-                   record=forgetting_record(len(splits["train"]), mean_std.device)):
+    train_probe(model, splits["train"], train_rows, mean_std, args, checkpoint)
+
+
+def train_probe(model, split, train_rows, mean_std, args, checkpoint):
+    """Replace the model's last linear layer by one that is trained while all below stays as it is, in place (SC-DD,
+    Table 16)."""
+    probe, how = Probe(model, len(split.classes)), changed(
+        args, epochs=args.probe_epochs, lr=args.probe_lr, momentum=0.9, weight_decay=args.probe_weight_decay,
+        schedule="cosine", warmup_epochs=0, batch_size=256, crop="resized", remedy="use a smaller --probe-lr")
+    for _ in train(f"probe {checkpoint.result.stem}", probe, split, train_rows, mean_std, how, checkpoint,
+                   record=forgetting_record(len(split), mean_std.device)):
         pass
     probe.classifier()
 
@@ -176,12 +184,15 @@ def get_parser():
                         help="augmentation beside flips: none, resized, pad<pixels>")
     method.add_argument("--download", action="store_true",
                         help="fetch a named data set or pretrained weights when missing")
-    method.add_argument("--objective", choices=["supervised", "moco"], default="supervised",
-                        help="moco trains without labels, and a linear probe with them [SC-DD]")
+    method.add_argument("--weights", type=Path, metavar="FILE",
+                        help="a state dict for the one --backbones: a classifier's, or with --objective probe an encoder's")
+    method.add_argument("--objective", choices=["supervised", "moco", "probe"], default="supervised",
+                        help="moco trains without labels, then a linear probe with them; probe: that alone [SC-DD]")
     moco = parser.add_argument_group("MoCo [SC-DD]")
     moco.add_argument("--queue", type=number(int, 1), default=4096, help="keys that MoCo contrasts with [K]")
-    moco.add_argument("--probe-epochs", type=number(int, 1), default=100, help="of MoCo's linear probe")
+    moco.add_argument("--probe-epochs", type=number(int, 1), default=100, help="of the linear probe")
     moco.add_argument("--probe-lr", type=number(float, 0), default=30.0, help="SGD learning rate of the probe, cosine")
+    moco.add_argument("--probe-weight-decay", type=number(float, 0), default=0.0, help="of the probe, 0 = off")
     pool = parser.add_argument_group("weak teachers [Teddy]")
     pool.add_argument("--save-epochs", type=epoch_range, default="none", metavar="FIRST:LAST:STEP",
                       help="also keep the weights after these epochs, as <backbone>@<epoch>, or none")
@@ -210,6 +221,11 @@ def get_parser():
 
 def main(argv=None):
     args = parse_args(get_parser(), "squeeze", argv)
+    args.weights_file = args.weights
+    if args.weights:
+        if not args.weights.is_file():
+            fail(f"--weights {args.weights}: no such file; name a checkpoint")
+        args.weights, args.pretrained = f"sha256:{fingerprint(args.weights)[:16]}", False     # whatever its path
     device, paths = begin(args)
     if device.type == "cuda" and (gpus := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         fail(f"--nproc-per-node is more than the {gpus} GPUs of this machine; squeeze.py takes one for each process")
@@ -239,7 +255,7 @@ def load_data(args, device):
     data = describe(args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
     check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
     if args.objective == "supervised":
-        splits["train"].check_crop(args.crop)
+        splits["train"].check_crop("resized" if args.weights else args.crop)
     check_models("--backbones", args.backbones, build_model, len(data["classes"]), data["image_size"])
     return splits, data
 
@@ -255,20 +271,17 @@ def make(todo, args, device, paths, accuracies, variances):
     if args.objective == "moco":
         check_moco_data(split, rows, args)
 
-    def new(backbone):
-        return build_model(backbone, len(data["classes"]), data["image_size"])
-
     def place(model):
         return with_precision(channels_last(model.to(device)), device, args.precision)
 
-    def save(name, model, **more):
+    def save(name, model, backbone, **more):
         """Test a model and write its checkpoint."""
         accuracies[name] = split_accuracy(model, splits["test"], mean_std, jointly=True)
         print_rank0(f"{name}: {accuracies[name]:.2f} % of the test images")
         variances[name] = first_bn_variance(name, model.state_dict())
         if rank() == 0:
             save_torch(paths.teachers / f"{name}.pt",
-                       {"backbone": name.partition("@")[0], "data": data, "top1": accuracies[name],
+                       {"backbone": backbone, "data": data, "top1": accuracies[name],
                         "tested": len(splits["test"]), "trained": len(split),
                         "weights": {key: value.cpu() for key, value in model.state_dict().items()},
                         "args": relevant(args), **more})
@@ -280,28 +293,44 @@ def make(todo, args, device, paths, accuracies, variances):
             continue                                                 # saved while its backbone was trained
         how = changed(args, step_epochs=30, remedy="use a smaller --lr")
         more = {"kept": rows} if args.prune_ratio else {}
-        torch.manual_seed(generator("weights", args.seed, backbone).initial_seed())
-        model = new(backbone)
+        model, backbone = initial_model(backbone, args, data)
         if kind:
             how, more["widths"] = fine_tuning(name, args), prune_teacher(name, model, args, paths)
         model = place(model)
-        if args.pretrained and not kind:
-            with rank0_first():
-                load_pretrained(name, model, args.download)
         identity = settings(args, name) | {"objective": args.objective, "backbone": name, "save_epochs": args.save_epochs}
         with Checkpoint(files[i], args, input_hashes, identity, files[i + 1:]) as checkpoint:
             if args.objective == "moco":
-                train_moco(model, place(new(backbone)), splits, rows, mean_std, how, checkpoint)
-            elif kind or not args.pretrained:
+                train_moco(model, place(network(backbone, data)), splits, rows, mean_std, how, checkpoint)
+            elif args.objective == "probe":
+                train_probe(model, split, rows, mean_std, how, checkpoint)
+            elif kind or not (args.pretrained or args.weights):
                 record = forgetting_record(len(split), device)
                 for epoch in train(f"squeeze {name}", model, split, rows, mean_std, how, checkpoint, record=record):
                     if epoch in saved_epochs(args) and not kind:
-                        save(f"{name}@{epoch}", model, **more)
+                        save(f"{name}@{epoch}", model, backbone, **more)
                 if not kind:
                     more["forgetting"] = {key: record[key].cpu() for key in ("events", "learned")}
-            save(name, model, **more)
+            save(name, model, backbone, **more)
             made[name] = {"seconds": round(checkpoint.seconds(), 1), "peak_memory": peak_memory()}
     return made
+
+
+def network(backbone, data):
+    return build_model(backbone, len(data["classes"]), data["image_size"])
+
+
+def initial_model(backbone, args, data):
+    """A backbone with the weights of --weights or --pretrained, or as it is trained from.   -> model, its name"""
+    torch.manual_seed(generator("weights", args.seed, backbone).initial_seed())
+    if args.weights and has_large_stem(network(backbone, data), args.weights_file):
+        backbone += "_stem7"
+    model = network(backbone, data)
+    if args.weights:
+        adopt(model, args.weights_file, encoder=args.objective == "probe")
+    elif args.pretrained:
+        with rank0_first():
+            load_pretrained(backbone, model, args.download)
+    return model, backbone
 
 
 def already_there(names, args, paths):
@@ -328,6 +357,16 @@ def check_backbones(args):
     check_models("--backbones", args.backbones, build_model)
     if args.objective == "moco":
         check_moco(args)
+    if args.objective == "probe" and not args.weights:
+        fail("--objective probe trains a classifier on an encoder: name its checkpoint (MoCo, SwAV, DINO) with "
+             "--weights FILE and its network with --backbones, or use --objective moco up to 64 pixels")
+    if args.weights and len(args.backbones) > 1:
+        fail(f"--weights {args.weights_file} is of one network, and --backbones names {len(args.backbones)}; name one, and call "
+             "squeeze.py again for each other")
+    if args.weights and args.objective == "moco":
+        fail("--objective moco trains the weights; leave out --weights, or use --objective probe")
+    if args.weights and (saved_epochs(args) or args.pruned):
+        fail("--weights: adopted weights have no epochs and make no weak teachers; leave out --save-epochs and --pruned")
     if max(saved_epochs(args), default=1) > args.epochs:
         fail(f"--epochs {args.epochs} is too few for --save-epochs {args.save_epochs}; use more")
     if args.warmup_epochs >= args.epochs:
@@ -373,8 +412,8 @@ def check_moco(args):
 def check_moco_data(split, kept, args):
     """The same, for these training images."""
     if split.streamed:
-        fail(f"--objective moco is for images in memory, which those of {split.image_size} pixels are not; "
-             "use a smaller --image-size")
+        fail(f"--objective moco is for images of at most 64 pixels, not {split.image_size}; use a smaller --image-size, or "
+             "--objective probe --weights FILE with an encoder that was trained elsewhere")
     if len(kept) < args.batch_size:
         fail(f"--batch-size {args.batch_size} is more than the {len(kept)} training images, and MoCo takes whole batches "
              "alone; use a smaller one")
@@ -392,10 +431,13 @@ def first_bn_variance(name, weights):
 
 def settings(args, name=""):
     """The arguments that decide a backbone's weights."""
-    names = ["dataset", "holdout", "imbalance", "image_size", "seed", "precision", "pretrained", "prune_ratio", *SCORES * (args.prune_ratio > 0)]
-    if not args.pretrained:
+    names = ["dataset", "holdout", "imbalance", "image_size", "seed", "precision", "pretrained", "weights", "prune_ratio"]
+    names += SCORES * (args.prune_ratio > 0) + ["objective"] * (args.objective != "supervised")
+    if args.objective == "probe":
+        names += PROBE
+    elif not (args.pretrained or args.weights):
         names += ["epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "warmup_epochs"]
-        names += MOCO if args.objective == "moco" else ["crop"]
+        names += ["queue", *PROBE] if args.objective == "moco" else ["crop"]
     if "@pruned" in name:
         names += ["crop", "pruned"]
     return {name: relevant(args)[name] for name in names}

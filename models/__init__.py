@@ -34,7 +34,8 @@ BUILDERS = {
     "deit_tiny": deit_tiny,
 }
 NAMES = ("convnet_w128", "wrn16_2", *BUILDERS)
-PATTERNS = ("convnet_w<width>[_d<depth>]", "wrn<depth>_<width>")  # depth: 3 if not named; 6n + 4
+PATTERNS = ("convnet_w<width>[_d<depth>]", "wrn<depth>_<width>", "resnet<depth>_stem7")
+# depth of a convnet: 3 if not named, of a wrn: 6n + 4; stem7: for large images, at any size
 PRETRAINED = {  # torchvision's names
     "resnet18": "resnet18", "resnet50": "resnet50", "resnet101": "resnet101", "vgg11_bn": "vgg11_bn",
     "mobilenetv2": "mobilenet_v2", "shufflenetv2_05": "shufflenet_v2_x0_5", "efficientnet_b0": "efficientnet_b0",
@@ -48,6 +49,9 @@ def _builder(name):
         return partial(ConvNet, int(match[1]), int(match[2] or 3))
     if match := re.fullmatch(r"wrn([1-9]\d{0,2})_([1-9]\d?)", name):
         return lambda num_classes, image_size: WideResNet(int(match[1]), int(match[2]), num_classes)
+    if name.endswith("_stem7") and name.startswith("resnet"):
+        builder = BUILDERS.get(name.removesuffix("_stem7"))
+        return builder and (lambda num_classes, image_size: builder(num_classes, 224))
     return BUILDERS.get(name)
 
 

@@ -25,9 +25,9 @@ from tests.helpers import assert_near
 from utils import data
 from utils.augment import apply_resized_crop, draw_resized_crop, draw_view, normalize
 from utils.data import Split, load_split
+from utils import scores
 from utils.presets import METHODS, SELECTIONS, preset_values
 from utils.run import generator
-from utils import scores
 from utils.selection import drop_largest, herding, k_center, last_epoch_weights, most_forgotten
 from utils.train import learning_rates
 from utils.stats import ClosedFormMatching, freeze, layer_inputs, matched_layers, mixed_moments
@@ -101,6 +101,10 @@ SETTINGS = {  # what the papers and releases print; a row: cifar10, cifar100, ti
     "scdd squeeze lr":             ("-", 0.06, 0.06, "-"),
     "scdd squeeze batch_size":     ("-", 512, 512, "-"),
     "scdd squeeze epochs":         ("-", 200, 200, "-"),
+    "scdd squeeze objective":      ("moco", "moco", "moco", "probe"),
+    "scdd squeeze probe_lr":       ("-", "-", "-", 0.03),
+    "scdd squeeze probe_weight_decay": ("-", "-", "-", 1e-4),
+    "scdd squeeze probe_epochs":   ("-", "-", "-", 200),
     "scdd recover bn_weight":      ("-", 0.005, 0.1, 0.0005),
     "scdd recover lr":             ("-", 0.4, 0.6, 0.25),
     "scdd recover iterations":     ("-", 1000, 1000, 1000),

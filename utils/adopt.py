@@ -1,11 +1,16 @@
-"""Weights that others trained, for squeeze.py."""
+"""Weights that others trained, for squeeze.py: torchvision's, a classifier of one's own, a self-supervised encoder."""
+import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models import pretrained_weights
 from utils import fail
 from utils.checkpoint import load_torch, reason
+
+WRAPPERS = "state_dict", "model", "teacher", "model_state_dict", "network"   # keys under which others store a state dict
+PLAIN = "save the state dict alone, torch.save(model.state_dict(), FILE)"
 
 
 def load_pretrained(name, model, download):
@@ -18,7 +23,81 @@ def load_pretrained(name, model, download):
     remedy = "put torchvision's file there, or remove it and pass --download"
     if not cached.exists() and download:
         weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    state_dict = load_torch(cached, remedy)
+    classes = len(weights.meta["categories"])
+    if (mine := len(model.get_submodule(classifier_of(model)).weight)) != classes:
+        fail(f"--pretrained: the weights of {name} are of {classes} classes, the data has {mine}; use --no-pretrained, "
+             "or --weights FILE with --objective probe")
     try:
-        model.load_state_dict(load_torch(cached, remedy))
+        model.load_state_dict(state_dict)
     except RuntimeError as error:
-        fail(f"{cached} does not hold weights of {name} ({reason(error)}); {remedy}")
+        fail(f"{cached} does not hold weights of {name} for these images ({reason(error)}); use --no-pretrained, or {remedy}")
+
+
+def read_weights(path):
+    """The state dict of a checkpoint: plain, or under one of WRAPPERS.   -> {name: tensor}"""
+    with torch.serialization.safe_globals([argparse.Namespace]):     # many store their arguments so; it runs nothing
+        stored = load_torch(path, f"name another --weights, or {PLAIN}")
+    for key in WRAPPERS:
+        if isinstance(stored.get(key), dict):
+            stored = stored[key]
+            break
+    tensors = {key: value for key, value in stored.items() if torch.is_tensor(value)}
+    if not tensors:
+        fail(f"--weights {path}: there is no state dict in it, nor under {', '.join(WRAPPERS)}; {PLAIN}")
+    return tensors
+
+
+def has_large_stem(model, path):
+    """Whether the file's first convolution is ResNet's of 7 pixels, in the place of the model's of 3 for small images."""
+    tensors = strip_prefix(read_weights(path), model.state_dict())
+    return "conv1.weight" in tensors and tensors["conv1.weight"].shape == (64, 3, 7, 7) != model.conv1.weight.shape
+
+
+def strip_prefix(tensors, names):
+    """The tensors without what stands before the names of a network: "module.", "backbone.", "encoder_q." or any other.
+    Of several networks in a file (query and key encoder) the first that has most of the names.   -> {name: tensor}"""
+    first = next(iter(names))
+    prefixes = [key[:-len(first)] for key in tensors if key == first or key.endswith(f".{first}")]
+    if not prefixes:
+        return tensors
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in tensors for name in names))
+    return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def adopt(model, path, *, encoder=False):
+    """Load the weights of a file into a model, in place.   encoder: all but its last linear layer, whatever head the file
+    has. Ends in a line that names the first tensor that is missing, left over or of another shape."""
+    classifier, expected = classifier_of(model), model.state_dict()
+    if encoder:
+        expected = {key: value for key, value in expected.items() if not key.startswith(f"{classifier}.")}
+    tensors = strip_prefix(read_weights(path), expected)
+    parts = {key.partition(".")[0] for key in expected}
+    missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
+    left = [key for key in tensors if key not in expected and (not encoder or key.partition(".")[0] in parts)]
+    if missing or left:
+        found = [f"{key} is missing" for key in missing[:1]] + [f"{key} is left over" for key in left[:1]]
+        hint = ", or --objective probe for an encoder" * (not encoder and missing[:1] == [f"{classifier}.weight"])
+        fail(f"--weights {path}: {' and '.join(found)}; name the --backbones that it is of{hint}")
+    for key, value in expected.items():
+        if key in tensors and tensors[key].shape != value.shape:
+            fail(f"--weights {path}: {key} is {shape(tensors[key])}, not {shape(value)}{other_shape(key, classifier)}")
+        if key in tensors and not tensors[key].isfinite().all():
+            fail(f"--weights {path}: {key} is not finite; name another file")
+    model.load_state_dict({key: tensors[key] for key in expected if key in tensors}, strict=False)
+
+
+def classifier_of(model):
+    """Name of the model's last linear layer, or of the last convolution where that makes the logits (SqueezeNet)."""
+    return [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
+
+
+def shape(tensor):
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def other_shape(key, classifier):
+    """What a tensor of another shape means, and the remedy."""
+    if key.startswith(f"{classifier}."):
+        return ": it has other classes than the data; use --objective probe, or the data set it was trained on"
+    return ": it is of another network; name the --backbones that it is of, or the --image-size"

@@ -108,8 +108,8 @@ def parse_args(parser, phase, argv=None, find=look):
     if decided:
         data_set["image_size"] = decided["image_size"]
         defaults = values() | ({"backbones": decided["backbones"]} if decided.get("backbones") and phase != "squeeze" else {})
-    if known.dataset != "imagenet" and defaults.get("pretrained"):
-        defaults["pretrained"] = False        # a folder with ImageNet's settings has other classes than the weights
+    if defaults.get("pretrained") and (known.dataset != "imagenet" or data_set["image_size"] <= SMALL):
+        defaults["pretrained"] = False        # the weights are of ImageNet's classes, at sizes above 64 pixels
     unread = set(defaults) - {action.dest for action in parser._actions}
     if unread:
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")

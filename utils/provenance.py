@@ -9,8 +9,10 @@ from utils import fail
 
 # Arguments that leave a result as it is, up to rounding. recipe sets other flags; given and typed repeat them.
 NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every", "log_every",
-           "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given", "typed", "data_set"}
-ASSUMED = {"objective": "supervised", "flip": True}     # in files older than the flag, where its default is another
+           "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given", "typed", "data_set",
+           "weights_file"}
+# in files older than the flag, where its default is another
+ASSUMED = {"objective": "supervised", "weights": None, "flip": True}
 AGAIN = "start again with --overwrite"
 
 

@@ -23,7 +23,7 @@ from utils import fail
 from utils.augment import apply_epoch, draw_epoch
 from utils.checkpoint import load_json
 from utils.cli import Parser, call, identity_flags, number, parse_args
-from utils.data import check_count, list_folder, load_folder
+from utils.data import check_count, list_folder, load_folder, read_class_map
 from utils.labels import LabelWriter
 from utils.losses import ensemble_logits
 from utils.processes import barrier, rank, shard, warn
@@ -87,6 +87,8 @@ def get_parser():
     method = parser.add_argument_group("method")
     method.add_argument("--images", type=Path, metavar="DIR",
                         help="a folder <class>/<file> of any origin, instead of the run's images")
+    method.add_argument("--class-map", type=Path, metavar="FILE",
+                        help="JSON {folder: class} of --images whose folders are named otherwise than the data's classes")
     method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
                         help="scale each backbone's logits to the mean norm before averaging [LN, Eq. 8]")
     method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
@@ -124,7 +126,8 @@ def main(argv=None):
     run = Run("relabel", args, paths.labels / "result.json", inputs)
     if run.finished():
         return None
-    images, labels, classes, files = load_folder(folder, data["image_size"], args.workers, data["classes"])
+    images, labels, classes, files = load_folder(folder, data["image_size"], args.workers, data["classes"],
+                                                 read_class_map(args.class_map))
     if args.images:
         check_count(labels, args.ipc, folder)
     if not args.images and image_set(folder, files) != inputs["images"]:

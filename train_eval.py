@@ -32,7 +32,7 @@ from utils import fail
 from utils.augment import apply_epoch, draw_epoch
 from utils.checkpoint import load_json
 from utils.cli import Parser, call, identity_flags, number, parse_args
-from utils.data import check_count, describe, list_folder, load_folder, load_split
+from utils.data import check_count, describe, list_folder, load_folder, load_split, read_class_map
 from utils.labels import StoredLabels
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.processes import barrier, rank, rank0_first, shard, warn, world_size
@@ -206,6 +206,8 @@ def get_parser():
     method = parser.add_argument_group("method")
     method.add_argument("--images", type=Path, metavar="DIR",
                         help="a folder <class>/<file> of any origin, instead of the run's images")
+    method.add_argument("--class-map", type=Path, metavar="FILE",
+                        help="JSON {folder: class} of --images whose folders are named otherwise than the data's classes")
     method.add_argument("--labels", choices=["stored", "online", "hard"], default="stored",
                         help="of relabel.py, asked of the teachers while training, or the class alone")
     method.add_argument("--label-epochs", type=number(int, 1),
@@ -422,7 +424,8 @@ def load_distilled(args, paths, before, data, made_from, teachers, device):
     -> images uint8 [N, 3, S, S], classes [N], labels object"""
     folder = args.images or paths.images
     check_data(data.get("fingerprint"), args, paths.labels if args.labels == "stored" else folder)
-    raw, classes, _, files = load_folder(folder, data["image_size"], args.workers, data["classes"])
+    raw, classes, _, files = load_folder(folder, data["image_size"], args.workers, data["classes"],
+                                         read_class_map(args.class_map))
     if args.images:
         check_count(classes, args.ipc, folder)
     if image_set(folder, files) != made_from["images"]:

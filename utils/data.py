@@ -7,6 +7,7 @@ Layouts, in the order they are looked for (nothing is downloaded unless asked):
     any other folder with train/ and val/ or test/ in it
 Classes are numbered by their sorted names everywhere, images of a class by their sorted file names.
 """
+import json
 import os
 import re
 import signal
@@ -179,7 +180,8 @@ def list_split(root, split):
         return list_images(root / "train")
     folder = test_folder(root)
     classes, there = class_folders(root / "train"), set(class_folders(folder))
-    tables = [path for path in (folder / "val_annotations.txt", folder / "val.txt", root / f"{folder.name}.txt") if path.is_file()]
+    tables = [path for path in (
+        folder / "val_annotations.txt", folder / "val.txt", root / f"{folder.name}.txt", root / "meta.bin") if path.is_file()]
     if there <= {"images"} and tables:
         return list_annotated(folder, tables[0], classes)
     if not there and (loose := walk(folder)[0]):
@@ -193,7 +195,8 @@ def list_split(root, split):
 def list_annotated(folder, table, classes):
     """The same of images without class folders, from a table with file and class in each line, as Tiny-ImageNet has it; the
     class by its name or by its number."""
-    rows = [re.split(r"\t" if "\t" in line else r"\s+", line.strip())[:2] for line in table.read_text().splitlines() if line.strip()]
+    rows = devkit_rows(folder, table) if table.suffix == ".bin" else [
+        re.split(r"\t" if "\t" in line else r"\s+", line.strip())[:2] for line in table.read_text().splitlines() if line.strip()]
     number = {str(i): i for i in range(len(classes))} | {same_letters(name): i for i, name in enumerate(classes)}
     if short := [row for row in rows if len(row) < 2]:
         fail(f"{table}: {short[0][0]!r} does not name a file and a class: mend or remove it")
@@ -206,6 +209,18 @@ def list_annotated(folder, table, classes):
     place = folder / "images" if (folder / "images").is_dir() else folder
     return ([str(place / file) for file, _ in rows], [number[same_letters(name)] for _, name in rows], classes,
             {"hidden": [], "other": []})
+
+
+def devkit_rows(folder, table):
+    """[file, class] of the images in a folder by the meta.bin that torchvision.datasets.ImageNet makes of ImageNet's devkit: names
+    of classes, and the class of each validation image, sorted by name."""
+    files = [os.path.basename(path) for path in walk(folder)[0]]
+    try:
+        wnids = torch.load(table, weights_only=True)[1]
+        return [list(row) for row in zip(files, wnids, strict=True)]
+    except Exception as error:                                       # a damaged pickle may raise anything
+        fail(f"{table} does not give the classes of the {len(files)} images in {folder} ({type(error).__name__}); remove it, and write "
+             f"lines of a file's name and its class to {folder}.txt")
 
 
 def fitting_size(sizes):
@@ -340,13 +355,24 @@ def escaped_name(name):
     return re.sub(r'^\.|[%/\\:*?"<>|\x00-\x1f\x7f]', lambda found: f"%{ord(found[0]):02X}", name) or "%"
 
 
-def class_numbers(found, classes, folder):
-    """Of the class folders `found`: the number of each among the classes. Folders that are all numbers, such as 0, 00012 or
-    new3, are numbers of classes, which is printed."""
+def read_class_map(path):
+    """{folder: class} of a JSON file; where it gives lists, as imagenet_class_index.json does, the first name counts.
+    path: or None   -> {}"""
+    try:
+        table = json.loads(Path(path).read_text()) if path else {}
+        return {folder: name if isinstance(name, str) else name[0] for folder, name in table.items()}
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        fail(f"--class-map {path} is no JSON file of the form {{folder: class}} ({error})")
+
+
+def class_numbers(found, classes, folder, class_map=None):
+    """Of the class folders `found`: the number of each among the classes. class_map: {folder: class}. Without it, folders that
+    are all numbers, such as 0, 00012 or new3, are numbers of classes, which is printed."""
+    found = [(class_map or {}).get(name, name) for name in found]
     for named in folder_name, escaped_name, lambda name: same_letters(folder_name(name)):
         number = {named(name): i for i, name in enumerate(classes)}
         names = [same_letters(name) if name not in number else name for name in found]
-        if set(names) == set(number):
+        if sorted(names) == sorted(number):
             return [number[name] for name in names]
     parts = [re.fullmatch(r"(\D*)(\d+)", name, re.ASCII) for name in found]
     if all(parts) and len({part[1] for part in parts}) == 1 and sorted(int(part[2]) for part in parts) == list(range(len(classes))):
@@ -355,16 +381,17 @@ def class_numbers(found, classes, folder):
     expected = list(map(folder_name, classes))
     extra, missing = ([name for name in names if name not in set(others)] for names, others in ((found, expected), (expected, found)))
     what = f"{len(found)} classes, not {len(classes)}" if len(found) != len(classes) else f"class {extra[0]!r} stands where {missing[0]!r} does"
-    fail(f"{folder} and the data set differ in their classes ({what}); use the same data set for both")
+    fail(f"{folder} and the data set differ in their classes ({what}); use the same data set for both, or --class-map")
 
 
-def list_folder(folder, classes=None):
+def list_folder(folder, classes=None, class_map=None):
     """Labels [N], names of the class folders and relative paths [N] of the images <folder>/<class>/<id>.png.
-    classes: of a data set, which the labels are to number (default: the folders as they are sorted)"""
+    classes: of a data set, which the labels are to number (default: the folders as they are sorted)
+    class_map: {folder: class} where they are named otherwise"""
     folder = Path(folder)
     files, labels, found, _ = list_images(folder)
     if classes is not None:
-        numbers = class_numbers(found, classes, folder)
+        numbers = class_numbers(found, classes, folder, class_map)
         labels = [numbers[label] for label in labels]
     return torch.tensor(labels), found, [Path(file).relative_to(folder).as_posix() for file in files]
 
@@ -377,8 +404,8 @@ def check_count(labels, ipc, folder):
         fail(f"--images {folder} has {there} images a class, not --ipc {ipc}; name --ipc {counts.max()}")
 
 
-def load_folder(folder, image_size, workers=0, classes=None):
+def load_folder(folder, image_size, workers=0, classes=None, class_map=None):
     """Distilled images: uint8 [N, 3, S, S], and the three of `list_folder`."""
-    labels, found, files = list_folder(folder, classes)
+    labels, found, files = list_folder(folder, classes, class_map)
     paths = [str(Path(folder) / file) for file in files]
     return read_images(paths, image_size, image_size, workers, white_levels(paths)), labels, found, files

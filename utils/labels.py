@@ -22,7 +22,7 @@ import torch
 from utils import fail
 from utils.augment import apply_epoch
 from utils.checkpoint import whole_file, writable
-from utils.data import load_folder
+from utils.data import load_folder, read_class_map
 from utils.provenance import image_set
 from utils.run import send
 
@@ -155,7 +155,8 @@ class DistilledDataset(torch.utils.data.Dataset):
             images = Path(images or result["args"].get("images") or Path(run, "images"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} holds no finished labels ({error}); run relabel.py") from None
-        self.images, number, _, files = load_folder(images, data["image_size"], classes=data["classes"])
+        self.images, number, _, files = load_folder(
+            images, data["image_size"], classes=data["classes"], class_map=read_class_map(result["args"].get("class_map")))
         if image_set(images, files) != hashes["images"]:
             raise ValueError(f"{self.folder} was made for other images than {images}; run relabel.py --overwrite")
         self.classes, self.mean_std = data["classes"], torch.tensor([data["mean"], data["std"]])

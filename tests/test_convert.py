@@ -45,7 +45,7 @@ def tensors(tmp_path):
     pixels = torch.randint(256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     mean, std = torch.tensor(UNITS["cifar10"])[..., None, None]
     images, labels = (pixels / 255 - mean) / std, torch.tensor([2, 0, 1, 1, 0, 2])
-    torch.save(images, tmp_path / "images_best.pt")
+    torch.save(torch.nn.Parameter(images), tmp_path / "images_best.pt")
     torch.save(labels, tmp_path / "labels_best.pt")
     return pixels, images, labels
 
@@ -96,7 +96,7 @@ def test_numbers_of_numpy_1_are_read(tensors, tmp_path):
 def test_npz(tensors, tmp_path, layout):
     pixels, images, labels = (part.numpy() for part in tensors)
     held = {"floats": images, "bytes": pixels, "channels last": pixels.transpose(0, 2, 3, 1)}[layout]
-    np.savez(tmp_path / "set.npz", images=held, labels=labels)
+    np.savez(tmp_path / "set.npz", images=held, labels=labels, classes=3, mean=0.5)      # neither names nor units
     call(tmp_path / "set.npz", tmp_path / "out", *(units() if layout == "floats" else ()))
     check_folder(tmp_path / "out", tensors[0], tensors[2])
 
@@ -109,6 +109,15 @@ def test_a_folder_there_and_back_has_equal_bytes(tensors, tmp_path, suffix):
     call(tmp_path / "one", tmp_path / f"tensors.{suffix}", *units("tiny"))
     call(tmp_path / f"tensors.{suffix}", tmp_path / "two")                               # the file knows its units
     assert len(bytes_of(tmp_path / "one")) == 6 and bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+
+
+def test_folders_that_are_numbers_keep_them(tmp_path):
+    np.savez(tmp_path / "set.npz", images=np.zeros((12, 3, 8, 8), np.uint8), labels=np.arange(12))
+    call(tmp_path / "set.npz", tmp_path / "one")
+    assert (tmp_path / "one" / "00").rename(tmp_path / "one" / "0") and (tmp_path / "one" / "02").rename(tmp_path / "one" / "2")
+    call(tmp_path / "one", tmp_path / "out.npz", *units())
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["classes"][[0, 2, 10]].tolist() == ["0", "2", "10"] and sorted(found["labels"]) == list(range(12))
 
 
 def test_floats_of_a_folder_are_normalised(tensors, tmp_path):

@@ -16,7 +16,6 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ def load_tensors(files: list[Path], index: int = -1) -> dict:
     try:
         if "data" in found:                                          # a list of [images, labels]
             found = found | dict(zip(("images", "labels"), found["data"][index]))
-        images, labels = torch.as_tensor(found["images"]), torch.as_tensor(found["labels"])
+        images, labels = (torch.as_tensor(found[key]).detach() for key in ("images", "labels"))
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
         fail(f"{where} holds no images and labels; name the file of the images, then that of the labels")
     if images.ndim == 4 and images.shape[1] != 3 and images.shape[3] == 3:
@@ -131,14 +130,17 @@ def write_folder(pixels: torch.Tensor, labels: torch.Tensor, classes: list[str],
             count[label] += 1
 
 
-def read_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """uint8 [N, 3, H, W], labels [N] and class names of an ImageFolder whose images are of one size."""
-    labels, names, files = list_folder(folder)
+def read_folder(folder: Path, classes: list[str] | None = None) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """uint8 [N, 3, H, W], labels [N] and class names of an ImageFolder whose images are of one size.
+    classes: in their order; by default that of the folders' names, or of their numbers."""
+    _, found, _ = list_folder(folder)
+    classes = classes or sorted(found, key=int if all(map(str.isdecimal, found)) else None)
+    labels, _, files = list_folder(folder, classes)
     with unreadable_fails():
         images = [pil_to_tensor(rgb_image(folder / file)) for file in files]
     if odd := next((file for file, image in zip(files, images) if image.shape != images[0].shape), None):
         fail(f"{folder / odd} is of another size than {files[0]}; make all images of one size")
-    return torch.stack(images), labels, [unquote(name) for name in names]
+    return torch.stack(images), labels, classes
 
 
 def mean_std(args, known: dict):
@@ -147,7 +149,7 @@ def mean_std(args, known: dict):
         if not (args.mean and args.std and min(args.std) > 0):
             fail("--mean and --std are three numbers each, those of --std above 0; name both")
         return [args.mean, args.std]
-    if {"mean", "std"} <= known.keys():
+    if np.shape(known.get("mean")) == np.shape(known.get("std")) == (3,):
         return [[float(value) for value in known[key]] for key in ("mean", "std")]
     if not (dataset := args.dataset or known.get("dataset")):
         fail("--dataset, or --mean and --std, give the units of floats; 0..1 is --mean 0 0 0 --std 1 1 1")
@@ -158,9 +160,9 @@ def mean_std(args, known: dict):
 def to_tensors(args, source: Path, out: Path):
     """An ImageFolder into a .npz, or into a .pt such as DatasetCondensation writes."""
     result = source.parent / "result.json"                           # where the images are those of a run
-    dataset = load_json(result, "name --dataset")["args"]["dataset"] if result.exists() else None
-    pixels, labels, classes = read_folder(source)
-    mean, std = mean_std(args, {"dataset": dataset})
+    run = load_json(result, "name --dataset") if result.exists() else {"args": {}}
+    pixels, labels, classes = read_folder(source, run.get("classes"))
+    mean, std = mean_std(args, {"dataset": run["args"].get("dataset")})
     images, known = normalize(pixels, mean, std), dict(classes=classes, mean=mean, std=std)
     with whole_file(out) as temporary, open(temporary, "wb") as file:
         if out.suffix == ".npz":
@@ -174,7 +176,8 @@ def to_folder(args, sources: list[Path], out: Path):
     """One or two files of tensors into an ImageFolder."""
     known = load_tensors(sources, args.index)
     names = describe(args.dataset, args.data_dir)["classes"] if args.dataset else known.get("classes")
-    classes = check_classes(known["labels"], names if names is None else list(map(str, names)), sources[-1])
+    names = list(map(str, names)) if np.ndim(names) else None         # others may count them
+    classes = check_classes(known["labels"], names, sources[-1])
     pixels, moved = known["images"], "the pixels are bytes already"
     if pixels.dtype != torch.uint8:
         pixels, moved = to_pixels(pixels, mean_std(args, known))

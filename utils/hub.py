@@ -5,7 +5,6 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
-from urllib.parse import unquote
 
 from utils.checkpoint import load_json, whole_file
 from utils.data import list_folder, opened, unreadable_fails
@@ -33,10 +32,10 @@ def write_hub(run: Path, folder: Path):
     """Fill an empty folder: images with metadata.jsonl, grid.png, a card, and the labels if there are any."""
     result, labelled = (load_result(path) if path.exists() else {}
                         for path in (run / "result.json", run / "labels" / "result.json"))
-    labels, names, files = list_folder(run / "images")
+    labels, _, files = list_folder(run / "images", result["classes"])
     shutil.copytree(run / "images", folder / "images")
     shutil.copy(run / "grid.png", folder)
-    rows = [{"file_name": file, "label": label, "class": unquote(names[label])}
+    rows = [{"file_name": file, "label": label, "class": result["classes"][label]}
             for file, label in zip(files, labels.tolist())]
     (folder / "images" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if labelled:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from utils.convert import UNITS, load_tensors, main, to_pixels
 from utils.hub import write_zip
+from utils.labels import DistilledDataset
 
 
 ARCHIVES = sorted((Path(__file__).parent / "evidence" / "images").glob("*.zip"))
@@ -214,6 +215,8 @@ def test_hub_folder(run, tmp_path):
     assert "path: images/*/*.png" in card and "8 distilled images of the 4 classes of beasts" in card
     assert "TO BE FILLED IN" in card and "soft labels of 3 epochs" in card and "{" not in card
     assert (np.load(tmp_path / "hub" / "labels" / "logits.npy") == np.load(run / "labels" / "logits.npy")).all()
+    for mine, theirs in zip(DistilledDataset(run, 1)[3], DistilledDataset(tmp_path / "hub", 1)[3]):
+        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
     assert str(run.parents[2]) not in "".join(path.read_text() for path in tmp_path.rglob("*.[jm][sd]*"))
 
 

@@ -124,7 +124,7 @@ class Split:
             return TF.pil_to_tensor(self.random_crop(image))
 
 
-def find_root(dataset, data_dir, download=False):
+def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
     """The folder that holds a data set: with train/ in it, or one of ARCHIVES (perhaps yet to be fetched)."""
     root = Path(data_dir, dataset) if dataset in DATASETS else Path(dataset)
     if (root / "train").is_dir():
@@ -149,7 +149,7 @@ def fetch_tiny(root):
         os.replace(Path(folder, root.name), root)
 
 
-def find_split(dataset, data_dir, split, download=False):
+def find_split(dataset: str, data_dir: str, split: str, download: bool = False) -> tuple:
     """One split's images (files, or uint8 [N, H, W, 3]), labels and class names."""
     if dataset == "shapes":
         return *draw_shapes(split), list(SHAPES)
@@ -260,7 +260,7 @@ def folder_column(size, classes):
     return "imagenet" if size > SMALL else "cifar10" if classes <= FEW_CLASSES else "cifar100" if size <= 32 else "tiny"
 
 
-def find_size(dataset, data_dir):
+def find_size(dataset: str, data_dir: str) -> int:
     """The image size if none is asked for: a folder's is `fitting_size` of (a sample of) its training images."""
     if dataset in DATASETS:
         return DATASETS[dataset]["image_size"]
@@ -272,7 +272,7 @@ def find_size(dataset, data_dir):
     return fitting_size(sizes)
 
 
-def preset_column(dataset, data_dir, image_size=None):
+def preset_column(dataset: str, data_dir: str, image_size: int | None = None) -> str:
     """The name of DATASETS whose settings apply: its own, or for a folder `folder_column`."""
     if dataset in DATASETS:
         return dataset
@@ -294,7 +294,8 @@ def subset(labels, classes, split, holdout, imbalance):
     return sorted(row for rows in members for row in rows)
 
 
-def load_split(dataset, data_dir, split, image_size=None, workers=0, download=False, holdout=False, imbalance=1.0):
+def load_split(dataset: str, data_dir: str, split: str, image_size: int | None = None, workers: int = 0,
+               download: bool = False, holdout: bool = False, imbalance: float = 1.0) -> Split:
     """Split "train" or "test" of a named data set or of a folder, at image_size (default: find_size) pixels.
     holdout: every tenth training image of a class is "test", the others are "train", and the test set stays unread.
     imbalance: of the training images the first n_max * imbalance^(-k / (K - 1)) of class k are taken (long-tailed CIFAR:
@@ -311,7 +312,8 @@ def load_split(dataset, data_dir, split, image_size=None, workers=0, download=Fa
     return Split(images, labels, classes, image_size or find_size(dataset, data_dir), workers, white)
 
 
-def describe(dataset, data_dir, image_size=None, workers=0, fingerprint=None):
+def describe(dataset: str, data_dir: str, image_size: int | None = None, workers: int = 0,
+             fingerprint: str | None = None) -> dict:
     """What the phases must know of a data set, fit for JSON: classes, image_size, mean [3], std [3], patch, and the
     fingerprint that `look` gave, if any.
 
@@ -334,7 +336,7 @@ def describe(dataset, data_dir, image_size=None, workers=0, fingerprint=None):
         {"fingerprint": fingerprint} if fingerprint else {})
 
 
-def pixel_moments(split, batch_size=256):
+def pixel_moments(split: Split, batch_size: int = 256) -> tuple[list[float], list[float]]:
     """Mean and std [3] of every pixel of a split, on the 0..1 scale: exact, from a histogram of the bytes."""
     counts = sum(torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
                  for images, _ in split.batches(batch_size)).double()
@@ -344,7 +346,7 @@ def pixel_moments(split, batch_size=256):
     return mean.tolist(), variance.clamp_min(FLAT ** 2).sqrt().tolist()      # a channel may be flat
 
 
-def folder_name(name):
+def folder_name(name: str) -> str:
     """A class's name as that of a folder: what could lead elsewhere, or nowhere, is written %XX. A name that is a folder's
     stays as it is, so that folders sort as classes do."""
     return re.sub(r"^\.|[/\x00]", lambda found: f"%{ord(found[0]):02X}", name) or "%"
@@ -355,7 +357,7 @@ def escaped_name(name):
     return re.sub(r'^\.|[%/\\:*?"<>|\x00-\x1f\x7f]', lambda found: f"%{ord(found[0]):02X}", name) or "%"
 
 
-def read_class_map(path):
+def read_class_map(path: Path | None) -> dict[str, str]:
     """{folder: class} of a JSON file; where it gives lists, as imagenet_class_index.json does, the first name counts.
     path: or None   -> {}"""
     try:
@@ -384,7 +386,8 @@ def class_numbers(found, classes, folder, class_map=None):
     fail(f"{folder} and the data set differ in their classes ({what}); use the same data set for both, or --class-map")
 
 
-def list_folder(folder, classes=None, class_map=None):
+def list_folder(folder: str | Path, classes: list[str] | None = None,
+                class_map: dict[str, str] | None = None) -> tuple[torch.Tensor, list[str], list[str]]:
     """Labels [N], names of the class folders and relative paths [N] of the images <folder>/<class>/<id>.png.
     classes: of a data set, which the labels are to number (default: the folders as they are sorted)
     class_map: {folder: class} where they are named otherwise"""
@@ -404,7 +407,8 @@ def check_count(labels, ipc, folder):
         fail(f"--images {folder} has {there} images a class, not --ipc {ipc}; name --ipc {counts.max()}")
 
 
-def load_folder(folder, image_size, workers=0, classes=None, class_map=None):
+def load_folder(folder: str | Path, image_size: int, workers: int = 0, classes: list[str] | None = None,
+                class_map: dict[str, str] | None = None) -> tuple[torch.Tensor, torch.Tensor, list, list]:
     """Distilled images: uint8 [N, 3, S, S], and the three of `list_folder`."""
     labels, found, files = list_folder(folder, classes, class_map)
     paths = [str(Path(folder) / file) for file in files]

@@ -50,7 +50,7 @@ def opened(path, content=None):
         raise UnreadableImage(f"{path} cannot be read as an image ({error}): replace or remove it") from error
 
 
-def rgb_image(source, white=None):
+def rgb_image(source, white: dict[str, int] | None = None) -> Image.Image:
     """PIL image in RGB of a file, or of uint8 [H, W, 3], turned as its EXIF tag says.  Behind transparent pixels lies white.
 
     white: {"I": value, "F": value} of `white_levels`, what is white in files of more than 8 bits; without it 65535 and 1.
@@ -69,12 +69,13 @@ def rgb_image(source, white=None):
         return image.convert("RGB")
 
 
-def fit_image(image, shorter, size):
+def fit_image(image: Image.Image, shorter: int, size: int) -> torch.Tensor:
     """uint8 [3, size, size]: the shorter side resized (bilinear, antialiased), the centre cut out."""
     return TF.pil_to_tensor(TF.center_crop(TF.resize(image, [shorter]), [size]))
 
 
-def read_images(sources, shorter, size, workers, white=None):
+def read_images(sources, shorter: int, size: int, workers: int,
+                white: dict[str, int] | None = None) -> torch.Tensor:
     """uint8 [N, 3, size, size] of files or of uint8 [N, H, W, 3]; by threads, since PIL decodes without the GIL."""
     if isinstance(sources, np.ndarray) and sources.shape[1:3] == (size, size):
         return torch.from_numpy(sources).permute(0, 3, 1, 2).contiguous()

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -151,13 +152,31 @@ def test_tiles_stand_in_rows_and_groups():
 
 def test_images_are_the_first_of_each_class_and_source(selected):
     names, groups = figures.image_groups(parsed("images", selected.run("random-ipc2"), selected.run(), "--classes", 3))
-    assert names == list(selected.classes[:3]) and list(groups) == ["training images", "random-ipc2", "gvbsm-ipc2"]
+    assert names == list(selected.classes[:3]) and list(groups) == ["real", "random-ipc2", "gvbsm-ipc2"]
     distilled = selected.images().reshape(4, 2, 16, 16, 3)[:3]
     assert (groups["gvbsm-ipc2"].permute(0, 1, 3, 4, 2).numpy() == distilled).all()
-    assert groups["training images"].shape == (3, 5, 3, 16, 16)
+    assert groups["real"].shape == (3, 5, 3, 16, 16)
     real = np.asarray(Image.open(Path(selected.dataset) / "train" / "ant" / "1.png"))
-    assert (groups["training images"][2, 1].permute(1, 2, 0).numpy() == real).all()
+    assert (groups["real"][2, 1].permute(1, 2, 0).numpy() == real).all()
     assert list(figures.image_groups(parsed("images", selected.run(), "--no-real"))[1]) == ["gvbsm-ipc2"]
+    named = parsed("images", selected.run("random-ipc2"), selected.run(), "--names", "random", "paper")
+    assert list(figures.image_groups(named)[1]) == ["real", "random", "paper"]
+
+
+def test_small_images_are_enlarged_by_a_whole_number_and_large_ones_averaged():
+    small = torch.randint(256, (2, 1, 3, 20, 20), dtype=torch.uint8)
+    assert (figures.resized(small)[..., 1::3, 2::3] == small).all() and figures.resized(small).shape[-2:] == (60, 60)
+    large = torch.full((1, 2, 3, 192, 192), 255, dtype=torch.uint8)
+    large[..., ::2, :] = 0
+    assert figures.resized(large).shape == (1, 2, 3, 96, 96) and figures.resized(large).unique().tolist() == [128]
+
+
+def test_channels_are_the_running_statistics_of_one_batchnorm(squeezed):
+    (name, (mean, variance)), = figures.channel_statistics(parsed("channels", squeezed.teachers, "--batchnorm", 3)).items()
+    weights = torch.load(squeezed.teachers / "wrn10_1.pt", weights_only=True)["weights"]
+    keys = [key for key in weights if key.endswith("running_mean")]
+    assert name == "wrn10_1, supervised" and (mean == weights[keys[2]]).all()
+    assert (variance == weights[keys[2].replace("mean", "var")]).all()
 
 
 def test_tsne_embeds_the_logits_of_all_runs_together(selected, monkeypatch):
@@ -187,12 +206,57 @@ def test_each_figure_is_drawn(name, selected, capsys):
         pytest.importorskip("sklearn")
     if name == "ipc":
         selected.call("train_eval", "--student-seeds 0 1")
-    folders = {"statistics": [selected.teachers], "ipc": [selected.results], "losses": [selected.run()]}.get(
+    folders = {"statistics": [selected.teachers], "channels": [selected.teachers], "ipc": [selected.results], "losses": [selected.run()]}.get(
         name, [selected.run("random-ipc2"), selected.run()])
     figures.main([name, *map(str, folders)])
     assert capsys.readouterr().out == f"{selected.results / name}.png\n"
     picture = np.asarray(Image.open(selected.results / f"{name}.png"))
     assert min(picture.shape[:2]) > 200 and len(np.unique(picture)) > 10
+
+
+@pytest.fixture
+def panels():
+    """panels(name, args): a figure's axes and legends, drawn into nothing."""
+    def draw(name, args):
+        figure = pytest.importorskip("matplotlib.figure").Figure
+        drawn = []
+        figures.FIGURES[name](args, lambda *size: drawn.append(figure(size, layout="constrained")) or drawn[-1])
+        drawn[0].draw_without_rendering()
+        return drawn[0].axes, drawn[0].legends + [axes.get_legend() for axes in drawn[0].axes if axes.get_legend()]
+    return draw
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_no_label_of_the_images_is_cut_off_and_none_is_huge(columns, selected, tmp_path):
+    pytest.importorskip("matplotlib")
+    figures.main(["images", str(selected.run()), "--no-real", "--columns", str(columns), "--out", str(tmp_path / "a.png")])
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    edges = picture[0], picture[:, 0], picture[-1], picture[:, -1]
+    assert all((edge > 250).all() for edge in edges) and max(picture.shape) < 600
+
+
+def test_every_panel_of_losses_has_ticks_in_plain_numbers_and_the_legend_names_each_backbone_once(labelled, panels):
+    axes, (legend,) = panels("losses", parsed("losses", labelled.run()))
+    assert len(axes) == 6                                                         # five terms and the legend's
+    for panel in axes[:5]:
+        for axis in panel.xaxis, panel.yaxis:
+            words = [label.get_text() for label in axis.get_ticklabels()]
+            assert any(words) and not any("10^" in word for word in words)
+    assert [text.get_text() for text in legend.get_texts()] == ["all backbones", "convnet_w8", "wrn10_1"]
+    assert legend.get_title().get_text() == "gvbsm-ipc2"
+    shutil.copytree(labelled.run(), labelled.root / "copy")
+    axes, (legend,) = panels("losses", parsed("losses", labelled.run(), labelled.root / "copy"))
+    assert [text.get_text() for text in legend.get_texts()] == ["gvbsm-ipc2", "copy", "all backbones", "convnet_w8", "wrn10_1"]
+
+
+def test_accuracies_begin_at_0_and_bars_stand_where_there_are_several_seeds(labelled, panels):
+    labelled.call("train_eval")
+    (axes,), (legend,) = panels("ipc", parsed("ipc", labelled.results))
+    assert axes.get_ylim()[0] == 0 and not any(len(bars.get_segments()) for bars in axes.collections)
+    assert [type(handle).__name__ for handle in legend.legend_handles] == ["Line2D"]
+    labelled.call("train_eval", "--student-seeds 0 1 --overwrite")
+    (axes,), _ = panels("ipc", parsed("ipc", labelled.results))
+    assert any(len(bars.get_segments()) for bars in axes.collections)
 
 
 def test_many_classes_and_other_files(selected, tmp_path, monkeypatch):
@@ -218,6 +282,7 @@ def test_without_scikit_learn(monkeypatch, capsys):
 @pytest.mark.parametrize("words, named", [
     (["pie", "x"], ["pie", "similarity"]), (["losses"], ["losses", "runs/DATASET/RUN"]),
     (["losses", "gone"], ["gone", "runs/DATASET/RUN"]), (["ipc", "gone"], ["gone", "runs/DATASET"]), (["tsne", ".", "--columns", "3"], ["--columns"]),
+    (["images", ".", "--names", "a", "b"], ["--names", "1 runs"]), (["channels", "."], [".", "squeeze.py"]),
     (["images", ".", "--columns", "0"], ["--columns", "0"]), (["losses", ".", "."], ["twice"]),
     (["losses", ".", "--out", "a.pdf"], ["--out", "a.pdf", ".png"])])
 def test_command_lines_that_cannot_be(words, named, capsys):

@@ -3,6 +3,7 @@
     python -m utils.figures similarity runs/imagenet/gvbsm-ipc10 runs/imagenet/sre2l-ipc10      # arXiv:2311.17950, Fig. 3
     python -m utils.figures tsne runs/imagenet/gvbsm-ipc10 runs/imagenet/sre2l-ipc10 --backbone resnet18        # Fig. 8
     python -m utils.figures statistics runs/cifar100/teachers/supervised                                       # Fig. 9
+    python -m utils.figures channels runs/cifar10/teachers/scdd runs/cifar10/teachers/supervised      # arXiv:2404.07976, Fig. 4
     python -m utils.figures images runs/cifar10/random-ipc10 runs/cifar10/gvbsm-ipc10      # as Figs. 7 and 11-14
     python -m utils.figures losses runs/cifar10/gvbsm-ipc10                                # log.jsonl
     python -m utils.figures ipc runs/cifar10                                               # accuracy, of all results there
@@ -23,6 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from models import build_model
 from utils import fail
@@ -36,8 +38,9 @@ from utils.provenance import check_classes
 from utils.run import pick_device, script
 from utils.teachers import load_teachers
 
+DPI = 150
 STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 150}
+         "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": DPI}
 MANY = 30       # classes: above, bars and names of classes would not be read
 DASHES = dict(zip(LABELS, ("-", ":", "--")))
 MARKERS = "osD^vP*X<>"
@@ -305,49 +308,95 @@ def draw_statistics(args, figure):
     fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
 
 
+def channel_statistics(args):
+    """-> {backbone and its teachers: (running means [C], running variances [C])} of one BatchNorm, without the backbones
+    that have too few"""
+    found = {}
+    for folder in args.folders:
+        for name in args.backbones or sorted(path.stem for path in folder.glob("*.pt") if not path.stem.endswith(".stats")):
+            weights = load_torch(folder / f"{name}.pt", "run squeeze.py, or name other --backbones", ("weights",))["weights"]
+            layers = [key.removesuffix("running_mean") for key in weights if key.endswith("running_mean")]
+            if len(layers) >= args.batchnorm:
+                layer = layers[args.batchnorm - 1]
+                found[f"{name}, {folder.name}"] = weights[layer + "running_mean"], weights[layer + "running_var"]
+    if not found:
+        fail(f"{folder} holds no backbone with {args.batchnorm} BatchNorms; name a folder that squeeze.py wrote into, or "
+             "another --batchnorm")
+    return found
+
+
+def draw_channels(args, figure):
+    """Mean and variance that a BatchNorm holds for each channel, a curve for each backbone.   arXiv:2404.07976, Fig. 4.
+
+    The paper shows the first BatchNorm of the first residual block: the second of a ResNet. Legends tell how the values
+    vary over channels, which the paper compares between backbones with and without labels.
+    """
+    found = channel_statistics(args)
+    fig = figure(10, 3.6 + 0.18 * len(found))
+    for axes, what, part in zip(fig.subplots(1, 2), ("mean", "variance"), (0, 1)):
+        for name, pair in found.items():
+            spread = pair[part].double().var(correction=0).item()
+            axes.plot(pair[part].numpy(), linewidth=1, label=f"{name}: {spread:.3g}")
+        axes.set(title=f"running {what} of BatchNorm {args.batchnorm}", xlabel="channel", ylabel=f"{what} of the inputs")
+        axes.legend(title="variance over channels", loc="upper center", bbox_to_anchor=(0.5, -0.15))
+
+
+TERMS = {"ce": "cross-entropy", "bn": "BatchNorm statistics, L'_BN", "conv": "convolution statistics, L'_Conv",
+         "dd": "data densification, L_DD", "gradient": "gradient at the pixels, without L_DD",
+         "dm": "distribution matching"}
+
+
 def draw_losses(args, figure):
-    """The weighted terms of recover.py's loss over its iterations and the norm of their gradient, mean over image batches; by
-    the backbone that an iteration has drawn (Eq. 7). A term that is always 0 is left out."""
+    """The weighted terms of recover.py's loss over its iterations and the norm of their gradient, mean over image batches;
+    by the backbone that an iteration has drawn (Eq. 7). A term that is always 0 is left out."""
+    from matplotlib.lines import Line2D
     found = {run: loss_curves(read_log(folder)) for run, folder in zip(titles(args), args.folders)}
-    names = {"ce": "cross-entropy", "bn": "BatchNorm statistics, L'_BN", "conv": "convolution statistics, L'_Conv",
-             "dd": "data densification, L_DD", "gradient": "gradient at the pixels, without L_DD", "dm": "distribution matching"}
     there = {term for curves in found.values() for term, _ in curves}
-    terms = [term for term in names if term in there] + sorted(there - names.keys())
-    backbones = sorted({backbone for curves in found.values() for _, backbone in curves if backbone})
+    terms = [term for term in TERMS if term in there] + sorted(there - TERMS.keys())
+    runs, backbones = list(found), sorted({name for curves in found.values() for _, name in curves})
+    several = len(runs) > 1                                          # then a colour for each run, else for each backbone
     rows = -(-len(terms) // 2)
     fig = figure(9 if len(terms) > 1 else 5, 0.9 + 2.5 * rows)
     grid = fig.subplots(rows, min(2, len(terms)), sharex=True, squeeze=False).flatten()
-    for axes in grid[len(terms):]:
-        axes.remove()
-    for i, (axes, term) in enumerate(zip(grid, terms)):
-        for r, (run, curves) in enumerate(found.items()):
-            for backbone in [name for part, name in curves if part == term]:
-                b = backbones.index(backbone) if backbone else -1
-                colour = f"C{r}" if len(found) > 1 else f"C{b}" if backbone else "0.3"
-                axes.plot(*curves[term, backbone].T, color=colour, marker=MARKERS[b % len(MARKERS)] if backbone else None,
-                          markersize=4, linewidth=1.2, label=f"{run}, {backbone or 'all backbones'}")
-        scale_values(axes, np.concatenate([
-            curve[:, 1] for curves in found.values() for (part, _), curve in curves.items() if part == term]))
-        axes.set(title=names.get(term, term), ylabel="norm" if term == "gradient" else "weighted loss")
-        if i >= len(terms) - 2:
-            axes.set_xlabel("iteration")
-            axes.tick_params(labelbottom=True)
-    entries = {label: line for axes in fig.axes for line, label in zip(*axes.get_legend_handles_labels())}
-    fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3)
+    colours = {(run, name): f"C{r if several else b}" for r, run in enumerate(runs) for b, name in enumerate(backbones)}
+    markers = {name: MARKERS[b % len(MARKERS)] if name else "" for b, name in enumerate(backbones)}
+    for axes, term in zip(grid, terms):
+        curves = {(run, name): curve for run in runs for (part, name), curve in found[run].items() if part == term}
+        for (run, name), curve in curves.items():
+            axes.plot(*curve.T, color=colours[run, name], marker=markers[name], markersize=4, linewidth=1.2)
+        scale_values(axes, np.concatenate([curve[:, 1] for curve in curves.values()]))
+        axes.tick_params(labelbottom=True)                           # sharing an axis hides them in upper panels
+        axes.set(title=TERMS.get(term, term), xlabel="iteration", ylabel="norm" if term == "gradient" else "weighted loss")
+    handles = [Line2D([], [], color=colours[run, backbones[0]], label=run) for run in runs] * several
+    handles += [Line2D([], [], color="0.3" if several else colours[runs[0], name], marker=markers[name], markersize=4,
+                       label=name or "all backbones") for name in backbones]
+    if len(grid) > len(terms):                                       # the legend fills the panel that is left over
+        grid[-1].axis("off")
+        grid[-1].legend(handles=handles, loc="center", title=None if several else runs[0])
+    else:
+        fig.legend(handles=handles, loc="outside lower center", ncols=3, title=None if several else runs[0])
 
 
 def scale_values(axes, values):
     """A logarithmic axis for values that span more than a factor of ten, linear below a millionth of the largest, which
-    densification soon reaches."""
-    if (values >= 0).all() and values.max() > 10 * values.min():
-        low = values.max() * 1e-6
-        # a threshold at a power of ten: its tick would otherwise stand on that of 0
-        axes.set_yscale("log") if low <= values.min() else axes.set_yscale("symlog", linthresh=10 ** np.ceil(np.log10(low)) * 1.001)
+    densification soon reaches. Ticks are plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    if (values < 0).any() or values.max() <= 10 * values.min():
+        return
+    low = values.max() * 1e-6
+    if low <= values.min():
+        axes.set_yscale("log")
+        if values.max() < 1000 * values.min():
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:       # a threshold at a power of ten: its tick would otherwise stand on that of 0
+        axes.set_yscale("symlog", linthresh=10 ** np.ceil(np.log10(low)) * 1.001)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_ipc(args, figure):
-    """Top-1 of the last epoch against images per class, a panel for each student; bars: standard deviation over seeds. Without
-    runs whose tag begins as one of utils.report's comparisons (ablation, family, search)."""
+    """Top-1 of the last epoch against images per class, a panel for each student; bars: standard deviation over seeds,
+    where there are several. Without runs whose tag begins as one of utils.report's comparisons (ablation, family, search)."""
     curves = ipc_curves(read_results(args.folders[0]))
     if not curves:
         fail(f"{args.folders[0]} holds no evaluation (<run>/eval/<student>.json); name a folder such as runs/cifar10, "
@@ -358,25 +407,27 @@ def draw_ipc(args, figure):
     panels = dict(zip(students, fig.subplots(1, len(students), sharey=True, squeeze=False)[0]))
     for (student, labels, run), points in curves.items():
         beside = 1.04 ** (runs.index(run) - (len(runs) - 1) / 2)     # so that bars do not cover each other
-        panels[student].errorbar(points[:, 0] * beside, *points[:, 1:].T, marker="o", markersize=4, capsize=3,
-                                 color="black" if run == "random" else f"C{runs.index(run)}", linestyle=DASHES[labels],
-                                 markerfacecolor="white" if labels == "hard" else None,
-                                 label=f"{run}, {LABELS[labels]} labels")
+        colour = "black" if run == "random" else f"C{runs.index(run)}"
+        panels[student].plot(points[:, 0] * beside, points[:, 1], marker="o", markersize=4, color=colour,
+                             linestyle=DASHES[labels], markerfacecolor="white" if labels == "hard" else None,
+                             label=f"{run}, {LABELS[labels]} labels")
+        several = points[~np.isnan(points[:, 2])]
+        panels[student].errorbar(several[:, 0] * beside, *several[:, 1:].T, fmt="none", capsize=3, color=colour)
     for student, axes in panels.items():
         axes.set_xscale("log")
         axes.set_xticks(ipcs, ipcs)
         axes.set_xticks([], minor=True)
-        axes.set(title=student, xlabel="images per class (IPC)", xlim=(ipcs[0] / 1.6, ipcs[-1] * 1.6))
+        axes.set(title=student, xlabel="images per class (IPC)", xlim=(ipcs[0] / 1.6, ipcs[-1] * 1.6), ylim=(0, None))
     fig.axes[0].set_ylabel("top-1 of the last epoch, %")
     fig.suptitle(args.folders[0].resolve().name)
-    entries = {label: bar for axes in fig.axes for bar, label in zip(*axes.get_legend_handles_labels())}
+    entries = {label: line for axes in fig.axes for line, label in zip(*axes.get_legend_handles_labels())}
     fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, 1 + len(students)))
 
 
 def image_groups(args):
     """-> class names, {source: uint8 [classes, columns, 3, S, S]}"""
     results, groups = read_runs(args.folders), {}
-    for run, folder in zip(titles(args), args.folders):
+    for run, folder in zip(args.names or titles(args), args.folders):
         size = next(iter(groups.values())).shape[-1] if groups else None
         found = dict(class_images(folder, args.classes, size, args.workers))
         columns = min([args.columns, *map(len, found.values())])
@@ -389,18 +440,22 @@ def image_groups(args):
         order = [folder_name(name) for name in split.classes]
         rows = [(split.labels == order.index(name)).nonzero().flatten()[:args.columns] for name in found]
         columns = min(map(len, rows))
-        groups = {"training images": torch.stack([split.read(row[:columns]) for row in rows])} | groups
+        groups = {"real": torch.stack([split.read(row[:columns]) for row in rows])} | groups
     return list(found), groups
 
 
 def draw_images(args, figure):
-    """Images of the same classes side by side: a row for each class, a group for each source, training images first."""
+    """Images of the same classes side by side: a row for each class, a group for each source, training images ("real") first.
+
+    Small images are enlarged by a whole number, large ones averaged down: each is about 64 to 96 pixels wide."""
     names, groups = image_groups(args)
-    canvas, centres, rows = tile(list(groups.values()))
-    width = min(16, max(1.5 + 0.5 * sum(group.shape[1] for group in groups.values()), 1.3 * len(groups) + 2))
-    axes = figure(width, 0.6 + (width - 1) * canvas.shape[0] / canvas.shape[1]).subplots()
-    axes.imshow(canvas, interpolation="nearest" if max(canvas.shape) < 1500 else "antialiased")
-    axes.set_xticks(centres, groups)
+    canvas, centres, rows = tile([resized(group) for group in groups.values()], gap=4)
+    fig = figure(canvas.shape[1] / DPI, canvas.shape[0] / DPI)
+    fig.set_layout_engine("none")                                    # the axes fill it, labels stand outside
+    axes = fig.add_axes((0, 0, 1, 1))
+    axes.imshow(canvas, interpolation="nearest")
+    narrow = any(len(name) * 10 > canvas.shape[1] / len(groups) for name in groups) and len(groups) > 1
+    axes.set_xticks(centres, groups, rotation=30 * narrow, ha="left" if narrow else "center")
     axes.set_yticks(rows, names)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=9)
@@ -408,17 +463,27 @@ def draw_images(args, figure):
     axes.spines[:].set_visible(False)
 
 
-WHERE = {"statistics": "runs/DATASET/teachers/TEACHERS", "ipc": "runs/DATASET"}
+def resized(group):
+    """uint8 images [rows, columns, 3, S, S] for the eye, `draw_images`."""
+    size = group.shape[-1]
+    if size > 96:
+        small = F.interpolate(group.flatten(0, 1).float(), (96, 96), mode="area").round().byte()
+        return small.reshape(*group.shape[:3], 96, 96)
+    times = max(1, 64 // size)
+    return group.repeat_interleave(times, 3).repeat_interleave(times, 4)
+
+
+WHERE = {"statistics": "runs/DATASET/teachers/TEACHERS", "channels": "runs/DATASET/teachers/TEACHERS", "ipc": "runs/DATASET"}
 RUN = "runs/DATASET/RUN"
-FIGURES = {"similarity": draw_similarity, "tsne": draw_tsne, "statistics": draw_statistics, "images": draw_images,
-           "losses": draw_losses, "ipc": draw_ipc}
+FIGURES = {"similarity": draw_similarity, "tsne": draw_tsne, "statistics": draw_statistics,
+           "channels": draw_channels, "images": draw_images, "losses": draw_losses, "ipc": draw_ipc}
 
 
 def get_parser(name):
     """Of one figure."""
     parser = Parser(FIGURES[name].__doc__)
     parser.prog = f"utils.figures {name}"
-    parser.add_argument("folders", type=Path, nargs=1 if name in WHERE else "+", metavar=WHERE.get(name, RUN),
+    parser.add_argument("folders", type=Path, nargs=1 if name in ("statistics", "ipc") else "+", metavar=WHERE.get(name, RUN),
                         help="what the phases wrote")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help=f"by default runs/DATASET/{name}.png")
     if name in ("similarity", "tsne"):
@@ -433,12 +498,15 @@ def get_parser(name):
     if name == "images":
         parser.add_argument("--columns", type=number(int, 1), default=5, help="images of a class from each source")
         parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True, help="show training images too")
+        parser.add_argument("--names", nargs="+", metavar="NAME", help="above the runs, in their order; by default their folders'")
     if name in ("similarity", "images"):
         parser.add_argument("--data-dir", default="data", help="where named data sets lie")
     if name in ("similarity", "tsne", "images"):
         parser.add_argument("--workers", type=number(int, 0), default=2, help="threads that read images")
-    if name == "statistics":
-        parser.add_argument("--backbones", nargs="+", metavar="NAME", help="by default all that have statistics")
+    if name in ("statistics", "channels"):
+        parser.add_argument("--backbones", nargs="+", metavar="NAME", help="by default all that are there")
+    if name == "channels":
+        parser.add_argument("--batchnorm", type=number(int, 1), default=2, metavar="N", help="the N-th of each backbone")
     return parser
 
 
@@ -454,11 +522,14 @@ def main(argv=None):
             fail(f"{folder}: there is no such folder; name what the phases wrote, {WHERE.get(chosen.figure, RUN)}")
         if args.folders.count(folder) > 1:
             fail(f"{folder} is named twice; name it once")
+    if names := getattr(args, "names", None):
+        if len(set(names)) != len(args.folders):
+            fail(f"--names {' '.join(names)}: name each of the {len(args.folders)} runs once")
     if args.out and args.out.suffix.lower() != ".png":
         fail(f"--out {args.out} is no PNG; name a file that ends in .png")
     args.folders = [folder.absolute() for folder in args.folders]
     above = args.folders[0].parent
-    dataset = {"statistics": above.parent, "ipc": args.folders[0]}.get(chosen.figure, above)
+    dataset = {"statistics": above.parent, "channels": above.parent, "ipc": args.folders[0]}.get(chosen.figure, above)
     draw(chosen.figure, args, args.out or dataset / f"{chosen.figure}.png")
 
 
@@ -475,7 +546,10 @@ def draw(name, args, path):
 
     with rc_context(STYLE):
         FIGURES[name](args, figure)
-        figures[0].savefig(buffer, format="png", pil_kwargs={"optimize": True})
+        figures[0].savefig(buffer, format="png", bbox_inches="tight")
+    picture = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()                                            # a third of the bytes
+    picture.save(buffer, "png", optimize=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(buffer.getbuffer())

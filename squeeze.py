@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
-from models.pruning import prunable, random_channels, shrink, widths
+from models.pruning import coupled, random_channels, shrink, widths
 from utils import fail
 from utils.adopt import adopt, has_large_stem, load_pretrained
 from utils.augment import apply_view, draw_view, normalize
@@ -375,8 +375,8 @@ def check_backbones(args):
         fail(f"--save-epochs {args.save_epochs}: pretrained weights have no epochs; use --save-epochs none or --no-pretrained")
     for name in args.backbones if args.pruned else ():
         with torch.device("meta"):
-            if not prunable(build_model(name, 10, 224)):
-                fail(f"--pruned {args.pruned}: {name} has no channels that can be removed alone; name other --backbones")
+            if not coupled(build_model(name, 10, 224)):
+                fail(f"--pruned {args.pruned}: {name} has no channels that can be removed; name other --backbones")
 
 
 def teachers_of(name, args):

@@ -5,6 +5,7 @@
     model = build_model(name, num_classes, image_size, left)           # models/__init__.py: shrink() again
 """
 import math
+import operator
 from collections import Counter
 
 import torch
@@ -18,6 +19,7 @@ CHANNELWISE = (  # modules without parameters
 CHANNELWISE_CALLS = (  # functions, and methods by name
     F.relu, F.relu6, F.leaky_relu, F.gelu, F.silu, F.dropout, F.max_pool2d, F.avg_pool2d, F.adaptive_max_pool2d,
     F.adaptive_avg_pool2d, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh")
+ADDITIONS = operator.add, operator.iadd, torch.add, "add", "add_"
 
 
 class _Tracer(torch.fx.Tracer):
@@ -34,42 +36,76 @@ def _flattens(node, layers):
     return node.target in (torch.flatten, "flatten") and bounds in ({"start_dim": 1}, {"start_dim": 1, "end_dim": -1})
 
 
-def _readers(node, layers, calls, flat=False):
-    """What the channels of a torch.fx node belong to, down to the next weights: names of norms, of consumers, or None
-    where a reader mixes them otherwise. flat: the node is [N, C*H*W]."""
-    norms, consumers = (), ()
-    for user in node.users:
-        layer = layers[user.target] if user.op == "call_module" else None
-        once = calls[user.target] == 1
-        if once and (isinstance(layer, nn.Linear) if flat else isinstance(layer, nn.Conv2d) and layer.groups == 1):
-            consumers += user.target,
-            continue
-        norm = not flat and once and (isinstance(layer, nn.BatchNorm2d)
-                                      or isinstance(layer, nn.GroupNorm) and layer.num_groups == layer.num_channels)
-        flattens = not flat and _flattens(user, layers)
-        if not (norm or flattens or isinstance(layer, CHANNELWISE) or layer is None and user.target in CHANNELWISE_CALLS):
-            return None
-        further = _readers(user, layers, calls, flat or flattens)
-        if further is None:
-            return None
-        norms, consumers = norms + norm * (user.target,) + further[0], consumers + further[1]
-    return norms, consumers
+def _averages(node):
+    """Whether a torch.fx node is the mean over the pixels of its input: [N, C, H, W] -> [N, C]."""
+    return node.target in (torch.mean, "mean") and not node.kwargs and [*node.args[1:]] in ([(2, 3)], [[2, 3]])
+
+
+def coupled(model: nn.Module) -> dict[str, tuple]:
+    """The channels that can be removed: those of a convolution, or, where outputs are added, as in the stream of a residual
+    stage, the same of all convolutions that are added. On their way to the next convolutions, or to the linear layer behind
+    a flatten or a mean over the pixels, every layer acts on each channel by itself. A concatenation, a grouped convolution
+    or a layer called twice on the way rules them out.
+
+    -> {first convolution: (all convolutions, norms, consumers)}, tuples of names. An error of torch.fx where the flow of
+    the model depends on values.
+    """
+    return {convs[0]: (convs, norms, consumers) for convs, norms, consumers, _ in _channel_groups(model)}
 
 
 def prunable(model: nn.Module) -> dict[str, tuple]:
-    """The convolutions whose output channels can be removed without touching those of another: between them and the next
-    convolutions, or the linear layer behind a flatten, every layer acts on each channel by itself. An addition, a
-    concatenation, a grouped convolution or a layer called twice in between rules them out.
+    """Those of `coupled` that are of one convolution and added to nothing.
+    -> {convolution: (names of the norms behind it, names of the consumers)}"""
+    return {convs[0]: (norms, consumers) for convs, norms, consumers, added in _channel_groups(model) if not added}
 
-    -> {conv name: (names of the norms in between, names of the consumers)}. An error of torch.fx where the flow of the
-    model depends on values.
-    """
-    layers = dict(model.named_modules())
+
+def _channel_groups(model):
+    """-> [(convolutions, norms, consumers, whether there is an addition), ...], each group in the order of the network."""
+    layers, parent = dict(model.named_modules()), {}
     nodes = _Tracer().trace(model).nodes
     calls = Counter(node.target for node in nodes)
-    found = {node.target: _readers(node, layers, calls) for node in nodes if node.op == "call_module"
-             and isinstance(layers[node.target], nn.Conv2d) and layers[node.target].groups == calls[node.target] == 1}
-    return {name: readers for name, readers in found.items() if readers}
+    found = {kind: [] for kind in ("convs", "norms", "consumers", "added", "fixed")}         # (node of the channels, name)
+    flat = set()                                                     # nodes [N, C*H*W]
+
+    def root(node):
+        while parent[node] is not node:
+            node = parent[node]
+        return node
+
+    for node in nodes:
+        inputs, parent[node] = node.all_input_nodes, node
+        layer = layers[node.target] if node.op == "call_module" else None
+        once, is_flat = calls[node.target] == 1, any(one in flat for one in inputs)
+        if once and not is_flat and isinstance(layer, nn.Conv2d) and layer.groups == 1:
+            found["consumers"].append((inputs[0], node.target))
+            found["convs"].append((node, node.target))
+            continue
+        if once and is_flat and isinstance(layer, nn.Linear):
+            found["consumers"].append((inputs[0], node.target))
+            found["fixed"].append((node, None))
+            continue
+        norm = once and not is_flat and (isinstance(layer, nn.BatchNorm2d)
+                                         or isinstance(layer, nn.GroupNorm) and layer.num_groups == layer.num_channels)
+        add = not is_flat and not node.kwargs and node.target in ADDITIONS and len(inputs) == 2
+        flattens = not is_flat and (_flattens(node, layers) or _averages(node))
+        for other in inputs:
+            parent[root(other)] = root(node)
+        if norm:
+            found["norms"].append((node, node.target))
+        elif add:
+            found["added"].append((node, None))
+        elif flattens or is_flat:
+            flat.add(node)
+        if not (norm or add or flattens or isinstance(layer, CHANNELWISE)
+                or layer is None and node.target in CHANNELWISE_CALLS):
+            found["fixed"].append((node, None))                      # which also ties its inputs
+    groups = {}
+    for kind, members in found.items():
+        for node, name in members:
+            groups.setdefault(root(node), {kind: [] for kind in found})[kind].append(name)
+    return [(*(tuple(group[kind]) for kind in ("convs", "norms", "consumers")), bool(group["added"]))
+            for group in groups.values() if group["convs"] and group["consumers"] and not group["fixed"]
+            and len({layers[name].out_channels for name in group["convs"]}) == 1]
 
 
 def _select(layer, index, dim, names):
@@ -81,19 +117,19 @@ def _select(layer, index, dim, names):
 
 
 def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
-    """Remove all output channels but `kept`, {name of a `prunable` convolution: indices}, in place.   -> model
+    """Remove all output channels but `kept`, {name of a convolution: indices} as `coupled` names them, in place.   -> model
 
     What computes with them goes along: norms with their running statistics, inputs of the next layers. The parameters are
     new ones: an optimiser is made afterwards. ValueError if a convolution is to lose all channels or is not prunable.
     """
-    layers, plan = dict(model.named_modules()), prunable(model)
+    layers, plan = dict(model.named_modules()), coupled(model)
     for name, index in kept.items():
         if name not in plan or not len(index):
             raise ValueError(f"{name} is not prunable" if len(index) else f"{name} would lose all channels")
-        (norms, consumers), conv, width = plan[name], layers[name], len(index)
+        (convs, norms, consumers), channels, width = plan[name], layers[name].out_channels, len(index)
         for consumer in map(layers.get, consumers):
             if isinstance(consumer, nn.Linear):             # a channel is a run of H*W features
-                run = torch.arange(consumer.in_features // conv.out_channels)
+                run = torch.arange(consumer.in_features // channels)
                 _select(consumer, (index.cpu()[:, None] * len(run) + run).flatten(), 1, ["weight"])
                 consumer.in_features = len(run) * width
             else:
@@ -105,8 +141,9 @@ def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
                 norm.num_groups = norm.num_channels = width
             else:
                 norm.num_features = width
-        _select(conv, index, 0, ["weight", "bias"])
-        conv.out_channels = width
+        for conv in map(layers.get, convs):
+            _select(conv, index, 0, ["weight", "bias"])
+            conv.out_channels = width
     return model
 
 
@@ -117,12 +154,12 @@ def widths(model: nn.Module, kept: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _parameters_left(model, plan, channels):
-    """Number of parameters of the model with {conv name: number} channels; plan: of `prunable`."""
+    """Number of parameters of the model with {conv name: number} channels; plan: of `coupled`."""
     layers, rows, columns = dict(model.named_modules()), {}, {}
     for name, number in channels.items():
-        norms, consumers = plan[name]
+        convs, norms, consumers = plan[name]
         part = number / layers[name].out_channels
-        rows |= dict.fromkeys((name, *norms), part)
+        rows |= dict.fromkeys((*convs, *norms), part)
         columns |= dict.fromkeys(consumers, part)
     owners = ((name.rpartition(".")[0], tensor) for name, tensor in model.named_parameters())
     return round(sum(tensor.numel() * rows.get(layer, 1) * (columns.get(layer, 1) if tensor.dim() > 1 else 1)
@@ -130,11 +167,11 @@ def _parameters_left(model, plan, channels):
 
 
 def random_channels(model: nn.Module, share: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Channels drawn at random, the same part of every prunable convolution and at least one, such that about `share` of
-    the model's parameters are left: the smallest part with no fewer, so more where one channel each is still more. Teddy
+    """Channels drawn at random, the same part of all that are `coupled` and at least one, such that about `share` of the
+    model's parameters are left: the smallest part with no fewer, so more where one channel each is still more. Teddy
     (arXiv:2410.07579) keeps 7.72 of ResNet-18's 11.69 million and 1.2 of its 1.8 billion multiply-adds at 224 pixels, which
-    this does too.   -> {conv name: sorted indices}, as `shrink` takes them; {} if nothing is prunable"""
-    layers, plan = dict(model.named_modules()), prunable(model)
+    this does too.   -> {conv name: sorted indices}, as `shrink` takes them; {} if nothing can be removed"""
+    layers, plan = dict(model.named_modules()), coupled(model)
     target = share * sum(tensor.numel() for tensor in model.parameters())
 
     def channels(part):

@@ -10,7 +10,7 @@ from torch import nn
 
 from models import build_model
 from tests.helpers import assert_near
-from models.pruning import channel_scales, largest_scales, prunable, random_channels, shrink, widths
+from models.pruning import channel_scales, coupled, largest_scales, prunable, random_channels, shrink, widths
 
 PRUNED = "resnet18", "resnet50", "vgg11_bn", "wrn16_2", "convnet_w16", "mobilenetv2_05", "efficientnet_b0"
 
@@ -50,10 +50,10 @@ def lively(name, size=32):
 
 def mask(model, kept):
     """The whole network, whose removed channels come as zeros to whatever reads them."""
-    layers, plan = dict(model.named_modules()), prunable(model)
+    layers, plan = dict(model.named_modules()), coupled(model)
     for name, index in kept.items():
         alive = torch.zeros(layers[name].out_channels, dtype=torch.float64).index_fill_(0, index, 1)
-        for consumer in plan[name][1]:
+        for consumer in plan[name][2]:
             def zero(layer, args, alive=alive):
                 return (args[0].unflatten(1, (len(alive), -1)) * alive[:, None]).flatten(1) if args[0].dim() == 2 \
                     else args[0] * alive[:, None, None]
@@ -97,8 +97,9 @@ def test_all_convolutions_of_a_chain_can_be_pruned(name, size):
 
 
 def test_what_is_shuffled_chunked_or_attended_to_is_left_alone():
-    for name in "shufflenetv2_05", "swin_t", "deit_tiny":
-        assert not prunable(build_model(name, 5, 32))
+    for name in "swin_t", "deit_tiny":
+        assert not coupled(build_model(name, 5, 32))
+    assert list(coupled(build_model("shufflenetv2_05", 5, 32))) == ["conv5.0"]               # which is pooled
 
 
 class Ways(nn.Module):
@@ -144,6 +145,38 @@ def test_functions_of_each_channel_by_itself_do_not(way):
     images, kept = torch.randn(2, 3, 2, 2, dtype=torch.float64), {"first": torch.tensor([3, 1])}
     expected = mask(deepcopy(net), kept)(images)
     assert_near(shrink(net, kept)(images), expected, 1e-12)
+
+
+@pytest.mark.parametrize("size", (32, 224))
+def test_all_20_convolutions_of_resnet18_lose_channels_those_of_a_stage_the_same(size):
+    with torch.device("meta"):
+        model = build_model("resnet18", 5, size)
+    plan = coupled(model)
+    assert plan["conv1"][0] == ("conv1", "layer1.0.conv2", "layer1.1.conv2")
+    assert plan["layer2.0.conv2"][0] == ("layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2")
+    assert plan["layer4.0.conv2"][2] == ("layer4.1.conv1", "fc") and len(plan) == 12
+    every = [name for convs, *_ in plan.values() for name in convs]
+    assert sorted(every) == sorted(conv_names(model)) and len(every) == 20
+    assert {name: entry[1:] for name, entry in plan.items() if len(entry[0]) == 1} == prunable(model)
+
+
+def test_the_streams_of_a_wide_residual_network_reach_the_linear_layer():
+    plan = coupled(build_model("wrn16_2", 5, 32))
+    assert sorted(name for convs, *_ in plan.values() for name in convs) == sorted(conv_names(build_model("wrn16_2", 5, 32)))
+    assert plan["blocks.4.conv2"][0] == ("blocks.4.conv2", "blocks.4.shortcut", "blocks.5.conv2")
+    assert plan["blocks.4.conv2"][1:] == (("blocks.5.bn1", "bn"), ("blocks.5.conv1", "fc"))
+
+
+def test_channels_that_are_added_to_an_image_stay():
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return self.last(self.conv(x) + x)
+
+    assert not coupled(Added())
 
 
 # Shrinking
@@ -215,12 +248,15 @@ def test_teddys_resnet18_has_7_72_million_parameters_and_1_2_billion_multiply_ad
     assert parameters(model) == 11_689_512 and multiply_adds(deepcopy(model), 224) == 1_814_073_344
     kept = random_channels(model, 7.72 / 11.69, torch.Generator().manual_seed(0))
     part = len(kept["layer4.1.conv1"]) / 512
-    expected = 11_689_512                                   # a channel of conv1: its filter, its norm, its use in conv2
-    for i, channels in enumerate((64, 128, 256, 512)):
-        for j in range(2):
-            gone = channels - len(kept[f"layer{i + 1}.{j}.conv1"])
-            assert gone == channels - round(part * channels)
-            expected -= gone * (9 * (channels // 2 if i and not j else channels) + 2 + 9 * channels)
+    streams = ["conv1", "layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"]
+    left = [len(kept[name]) for name in streams]
+    inner = [f"layer{i}.{j}.conv1" for i in range(1, 5) for j in range(2)]
+    assert all(abs(number - part * channels) < 1 for number, channels in zip(left, (64, 128, 256, 512), strict=True))
+    assert kept.keys() == {*streams, *inner} and [len(kept[name]) for name in inner] == [n for n in left for _ in range(2)]
+    expected = 3 * 49 * left[0] + 2 * left[0] + (left[3] + 1) * 1000         # the stem and its norm, the linear layer
+    for i, channels in enumerate(left):
+        before = left[max(i - 1, 0)]
+        expected += 9 * channels * (before + 3 * channels) + 8 * channels + (channels * (before + 2)) * (i > 0)
     shrink(model, kept)
     assert parameters(model) == expected and abs(expected / 7.72e6 - 1) < 0.001
     assert abs(multiply_adds(model, 224) / 1.2e9 - 1) < 0.02

@@ -1,14 +1,16 @@
-"""Collect statistics: the data set's moments at every convolution (phase 2 of 5).   G-VBSM, arXiv:2311.17950, Eq. 9.
+"""Collect statistics: the data set's moments at every convolution (phase 2 of 5).   G-VBSM, arXiv:2311.17950,
+Eq. 9.
 
-One pass over the training images, with the training augmentation and without gradients, through each backbone in eval
-mode. At the input of every Conv2d: mean and biased variance of each channel, and of each cell of a grid of patches. The
-value for the data set is the average over batches, weighted by their size: the mean of the batches' variances, which is
-smaller than the variance over the data set by the variance between batches. So Eq. 9 has it, and so has Eq. 10.
---class-statistics adds the moments of each class alone, there and at the input of every BatchNorm2d (after Teddy's Eq. 11).
+One pass over the training images, with the training augmentation and without gradients, through each backbone
+in eval mode. At the input of every Conv2d: mean and biased variance of each channel, and of each cell of a
+grid of patches. The value for the data set is the average over batches, weighted by their size: the mean of
+the batches' variances, which is smaller than the variance over the data set by the variance between batches.
+So Eq. 9 has it, and so has Eq. 10. --class-statistics adds the moments of each class alone, there and at the
+input of every BatchNorm2d (after Teddy's Eq. 11).
 
 reads   data/<dataset>/...                                           the training images
         runs/<dataset>/teachers/<teachers>/<backbone>.pt             squeeze.py
-writes  runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt       four vectors a convolution, the weights' hash
+writes  runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt       four vectors a convolution
         runs/<dataset>/teachers/<teachers>/collect_stats.json        arguments, costs
 
 python collect_stats.py --dataset cifar100                             # paper setting: patches of 4x4 pixels
@@ -40,23 +42,26 @@ from utils.train import channels_last
 @torch.inference_mode()
 def sum_statistics(model, batches, patch, classes=0, state=None):
     """The sums of Eq. 9 over batches of images [B, C, H, W] and labels [B]; with `classes` those of each class too.
-    state: one to go on from   -> yields, after every batch, {"sums": {convolution: [channel_mean, channel_var, patch_mean,
-    patch_var]}, float64, "seen": images, "batches", "class_sums": {layer: moments [classes, n] of `image_moments`},
-    "class_seen": [classes]}"""
+
+    state: one to continue from, by default `new_sums`
+    -> yields after every batch {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]} in float64,
+    "seen": images, "batches", "class_sums": {layer: moments [classes, n] of `image_moments`}, "class_seen": [classes]}
+    """
     layers = matched_layers(model)
     convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
     state = state or new_sums(classes)
     for images, labels in batches:
         with layer_inputs(model, layers if classes else convolutions) as inputs:
             model(images)
-        measured = {id(inputs[name]): inputs[name] for name in convolutions}     # layers that share an input share its moments
+        measured = {id(inputs[name]): inputs[name] for name in convolutions}       # may share an input
         measured = {key: conv_stats(x.float(), patch) for key, x in measured.items()}
-        sums = {name: [vector[0].double() * len(images) for vector in measured[id(inputs[name])]] for name in convolutions}
+        sums = {name: [vector[0].double() * len(images) for vector in measured[id(inputs[name])]]
+                for name in convolutions}
         state = state | {"sums": add(state["sums"], sums), "seen": state["seen"] + len(images),
                          "batches": state["batches"] + 1}
         if classes:
-            members = (send(labels, images.device)[:, None] == torch.arange(classes, device=images.device)).double()
-            moments = {name: image_moments(x, patch if name in convolutions else None) for name, x in inputs.items()}
+            members = F.one_hot(send(labels, images.device), classes).double()
+            moments = {name: image_moments(x, patch * (name in convolutions)) for name, x in inputs.items()}
             sums = {name: [members.T @ moment.double() for moment in each] for name, each in moments.items()}
             state["class_sums"] = add(state["class_sums"], sums)
             state["class_seen"] = state["class_seen"].to(members) + members.sum(0)
@@ -68,9 +73,9 @@ def new_sums(classes=0):
     return {"sums": {}, "seen": 0, "batches": 0, "class_sums": {}, "class_seen": torch.zeros(classes)}
 
 
-def image_moments(x, patch=None):
-    """First and second moment of each image of x [B, C, H, W]: of its channels over (H, W), [B, C], and with `patch` of its
-    cells over (C, h, w), [B, cells].   -> list of them"""
+def image_moments(x, patch=0):
+    """First and second moment of each image of x [B, C, H, W]: of its channels over (H, W), [B, C], and with
+    `patch` of its cells over (C, h, w), [B, cells].   -> list of them"""
     x = x.float()
     moments = [x.mean((2, 3)), x.square().mean((2, 3))]
     if patch:
@@ -82,7 +87,8 @@ def image_moments(x, patch=None):
 def add(*sums):
     """Of sums by layer; those over no batches are empty."""
     first, *others = [part for part in sums if part] or [{}]
-    return {name: [sum(vectors) for vectors in zip(first[name], *(part[name] for part in others))] for name in first}
+    return {name: [sum(vectors) for vectors in zip(first[name], *(part[name] for part in others))]
+            for name in first}
 
 
 def dataset_statistics(states):
@@ -94,23 +100,24 @@ def dataset_statistics(states):
 
 
 def class_statistics(states):
-    """Mean and biased variance over all pixels of all images of each class, of the same states.
-    -> {layer: [channel_mean, channel_var] of a BatchNorm2d, and [.., patch_mean, patch_var] of a convolution, each
+    """Mean and biased variance over all pixels of all images of each class, of the same states. -> {layer:
+    [channel_mean, channel_var] of a BatchNorm2d, and [.., patch_mean, patch_var] of a convolution, each
     [classes, n]}, float64"""
     seen = sum(state["class_seen"] for state in states)[:, None]
     moments = {name: [total.cpu() / seen for total in vectors]
                for name, vectors in add(*(state["class_sums"] for state in states)).items()}
-    return {name: [value for mean, square in zip(pairs[::2], pairs[1::2]) for value in (mean, square - mean.square())]
-            for name, pairs in moments.items()}
+    return {name: [value for mean, square in zip(pairs[::2], pairs[1::2])
+                   for value in (mean, square - mean.square())] for name, pairs in moments.items()}
 
 
 def training_views(split, kept, data, *, crop, seed, batch_size, device, done=0):
-    """The training images `kept` once, augmented and normalised, and their labels, in batches: this process's, but for the
-    first `done`.   data: mean, std and image_size of `describe`"""
+    """The training images `kept` once, augmented and normalised, and their labels, in batches: this
+    process's, but for the first `done`.   data: mean, std and image_size of `describe`"""
     rng, mean_std = generator("collect_stats", seed), torch.tensor([data["mean"], data["std"]], device=device)
-    order = kept[torch.randperm(len(kept), generator=rng)]           # batches of mixed classes: their variances are averaged
+    order = kept[torch.randperm(len(kept), generator=rng)]           # mixed classes: variances are averaged
     batches = order.split(batch_size)
-    views = [draw_view(len(batch), data["image_size"], crop, True, 0, rng) for batch in batches if not split.streamed]
+    views = [draw_view(len(batch), data["image_size"], crop, True, 0, rng)
+             for batch in batches if not split.streamed]
     todo = shard(range(len(batches)))[done:]
     for i, (images, labels) in zip(todo, split.batches([batches[i] for i in todo], crop_seed=seed)):
         images = send(images, device)
@@ -152,7 +159,8 @@ def main(argv=None):
     models, records, data = load_teachers(args, paths.teachers, build_model, device)
     args.patch = args.patch or data["patch"]
     if args.patch > data["image_size"]:
-        fail(f"--patch {args.patch} is larger than the images, {data['image_size']} pixels a side; use at most that")
+        fail(f"--patch {args.patch} is larger than the images, {data['image_size']} pixels a side; use at "
+             "most that")
     settings = {key: relevant(args)[key] for key in ("patch", "crop", "batch_size", "seed", "precision")}
     run = Run("collect_stats", args, paths.teachers / "collect_stats.json", fingerprints(records))
     found = stored_backbones(args, paths.teachers, records, settings)
@@ -162,7 +170,8 @@ def main(argv=None):
     if todo:
         split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers,
                            holdout=args.holdout, imbalance=args.imbalance).to(device)
-        check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
+        check_classes(split.classes, data["classes"], f"--dataset {args.dataset}",
+                      f"the teachers in {paths.teachers}")
         check_trained(split, records, paths)
         split.check_crop(args.crop)
     classes = len(data["classes"]) if args.class_statistics else 0
@@ -173,8 +182,8 @@ def main(argv=None):
             state = send(checkpoint.read(piece), device) or new_sums(classes)
             progress = Progress(f"collect_stats {name}", math.ceil(len(kept) / world_size()), "images")
             progress.skip(seen := state["seen"])
-            views = training_views(split, kept, data, crop=args.crop, seed=args.seed, batch_size=args.batch_size,
-                                   device=device, done=state["batches"])
+            views = training_views(split, kept, data, crop=args.crop, seed=args.seed, device=device,
+                                   batch_size=args.batch_size, done=state["batches"])
             for state in sum_statistics(channels_last(models[name]), views, args.patch, classes, state):
                 progress.step(count=state["seen"] - seen)
                 seen = state["seen"]
@@ -186,8 +195,9 @@ def main(argv=None):
                 statistics = dataset_statistics(states)
                 check_finite(statistics, path)
                 more = {"class_statistics": class_statistics(states)} if classes else {}
-                save_torch(path, more | {"statistics": statistics, "patch": args.patch, "classes": data["classes"],
-                                         "checkpoint": records[name]["fingerprint"], "args": relevant(args)})
+                save_torch(path, more | {
+                    "statistics": statistics, "patch": args.patch, "classes": data["classes"],
+                    "checkpoint": records[name]["fingerprint"], "args": relevant(args)})
             made[name] = {"seconds": round(checkpoint.seconds(), 1), "peak_memory": peak_memory()}
     spent, convolutions = costs(run.result) | made, {}
     for name, model in models.items():

@@ -1,17 +1,18 @@
-"""Relabel: soft labels by the ensemble of backbones (phase 4 of 5).   G-VBSM, arXiv:2311.17950, Sec. 3.2, Eq. 8.
+"""Relabel: soft labels by the ensemble of backbones (phase 4 of 5).   G-VBSM, arXiv:2311.17950, Eq. 8.
 
-For each epoch every image is cropped, flipped and mixed (CutMix); the backbones see the mixed image, and their logits are
-averaged, with or without logit normalisation (Eq. 8). Logits are stored, so Eq. 3's temperature is the student's choice.
-What was drawn is stored beside them, a row for each mixed sample, so that training replays what was labelled, in batches
-of any size.
+For each epoch every image is cropped, flipped and mixed (CutMix); the backbones see the mixed image, and
+their logits are averaged, with or without logit normalisation (Eq. 8). Logits are stored, so Eq. 3's
+temperature is the student's choice. What was drawn is stored beside them, a row for each mixed sample, so
+that training replays what was labelled, in batches of any size.
 
 reads   runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py
         runs/<dataset>/<run>/images/<class>/<id>.png             recover.py, or any ImageFolder (--images)
 writes  runs/<dataset>/<run>/labels/...                          logits and what was drawn (utils/labels.py)
 
-python relabel.py --dataset cifar100 --ipc 10                                                # paper setting, Table 9
-python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --images runs/cifar100/gvbsm-ipc10/images
-python relabel.py --dataset shapes                                                           # smoke run: seconds
+python relabel.py --dataset cifar100 --ipc 10                                  # paper setting, Table 9
+python relabel.py --dataset shapes                                             # smoke run: seconds
+images=runs/cifar100/gvbsm-ipc10/images
+python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --images $images
 """
 import argparse
 from pathlib import Path
@@ -50,7 +51,7 @@ def label_epoch(images, mean_std, draw, batch_size, models, mix, logit_norm, tog
 
 
 def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", logit_norm=True):
-    """Label each of `draws`, an iterable of (epoch, draw of `draw_epoch`).   models: {name: model}, in eval mode
+    """Label each of `draws`, an iterable of (epoch, draw of `draw_epoch`).   models: {name: model in eval mode}
     -> yields epoch, draw, logits float16 [N, classes] on the CPU.   ValueError where logits are not finite"""
     pixels = images[0, 0].numel() * batch_size
     together = 1 if images.device.type == "cpu" else max(1, SATURATING_PIXELS // pixels)
@@ -61,14 +62,15 @@ def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", l
         logits = labels(list(models.values()), logit_norm)
         if not logits.isfinite().all():
             names = [name for name, model in models.items() if not labels([model]).isfinite().all()]
-            raise ValueError(f"the logits of {' '.join(names) or 'the ensemble'} are not finite in float16 in epoch {epoch}")
+            raise ValueError(f"the logits of {' '.join(names) or 'the ensemble'} are not finite in float16 "
+                             f"in epoch {epoch}")
         yield epoch, draw, logits
 
 
 @torch.inference_mode()
 def logit_rms(images, mean_std, draw, batch_size, models, mix):
-    """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}   A model whose logits
-    are far larger than the others' sets the mean norm of Eq. 8, and with it the scale of all labels."""
+    """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}
+    A model whose logits are far larger than the others' sets the mean norm of Eq. 8 and so the scale of all labels."""
     draw = send(draw, images.device)
     mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, mean_std)
     return {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}
@@ -78,8 +80,9 @@ def warn_of_scales(rms):
     """Say whose logits are far larger than another's.   rms: of `logit_rms`"""
     least, most = min(rms, key=rms.get), max(rms, key=rms.get)
     if rms[most] > 8 * rms[least]:
-        warn(f"the logits of {most} are of size {rms[most]:.3g}, those of {least} {rms[least]:.3g}, as when a BatchNorm's "
-             "running statistics have not settled; train it again with another --seed or --schedule, or leave it out")
+        warn(f"the logits of {most} are of size {rms[most]:.3g}, those of {least} {rms[least]:.3g}, as when "
+             "a BatchNorm's running statistics have not settled; train it again with another --seed or "
+             "--schedule, or leave it out")
 
 
 def get_parser():
@@ -91,12 +94,14 @@ def get_parser():
                         help="JSON {folder: class} of --images whose folders are named otherwise than the data's classes")
     method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
                         help="scale each backbone's logits to the mean norm before averaging [LN, Eq. 8]")
-    method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
+    method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",
+                        help="how two images become one")
     method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
                         help="mirror half of the views [not in the paper's tables]")
     method.add_argument("--crop-floor", type=number(float, 0.01, 1), default=0.08,
                         help="smallest share of the area that a random crop takes, 1 = off")
-    method.add_argument("--epochs", type=number(int, 1), default=300, help="how many times every image is labelled")
+    method.add_argument("--epochs", type=number(int, 1), default=300,
+                        help="how many times every image is labelled")
     method.add_argument("--batch-size", type=number(int, 1), default=64,
                         help="images that share a mix box and Eq. 8's norms")
     method.add_argument("--whole-up-to", type=number(int, 0), default=100,
@@ -114,7 +119,8 @@ def earlier_phases(args, paths, records, data):
                               ("args", "upstream", "made_from", "image_set", "classes"))
         check_recovered(recovered, args, paths, data, records)
         upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
-    upstream["squeeze"] = upstream.get("squeeze", {}) | {name: record["args"] for name, record in records.items()}
+    squeezed = {name: record["args"] for name, record in records.items()}
+    upstream["squeeze"] = upstream.get("squeeze", {}) | squeezed
     return folder, fingerprints(records) | {"images": images}, upstream
 
 
@@ -131,14 +137,17 @@ def main(argv=None):
     if args.images:
         check_count(labels, args.ipc, folder)
     if not args.images and image_set(folder, files) != inputs["images"]:
-        fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
+        fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them "
+             "with --images")
     images, mean_std = images.to(device), torch.tensor([data["mean"], data["std"]], device=device)
     models = {name: channels_last(model) for name, model in models.items()}
-    batch_size, piece = len(images) if len(images) <= args.whole_up_to else args.batch_size, f"epochs-{rank()}"
+    batch_size = len(images) if len(images) <= args.whole_up_to else args.batch_size
+    piece = f"epochs-{rank()}"
 
     def draw(epoch):                                                 # a function of (seed, epoch)
-        return draw_epoch(len(images), data["image_size"], batch_size, args.mix, generator("relabel", args.seed, epoch),
-                          (args.crop_floor, 1.0), args.flip)
+        rng = generator("relabel", args.seed, epoch)
+        return draw_epoch(len(images), data["image_size"], batch_size, args.mix, rng, (args.crop_floor, 1.0),
+                          args.flip)
 
     def state():
         writer.sync()
@@ -169,8 +178,9 @@ def main(argv=None):
         barrier()
         if rank() == 0:
             writer.move(paths.labels)
-        metrics = {"images": len(images), "classes": data["classes"], "data": data, "teacher_logit_rms": rms,
-                   "teacher_top1": {name: record["top1"] for name, record in records.items()}, "label_batch": batch_size}
+        metrics = {"images": len(images), "classes": data["classes"], "data": data, "label_batch": batch_size,
+                   "teacher_top1": {name: record["top1"] for name, record in records.items()},
+                   "teacher_logit_rms": rms}
         return run.finish(metrics, f"{args.epochs} epochs of labels for {len(images)} images", upstream)
 
 

@@ -224,7 +224,7 @@ def test_unfinished_training_on_other_data(bare, counted):
     with pytest.raises(SystemExit):
         squeeze.main(bare.arguments("squeeze"))
     (bare.dataset / "train/bee/3.png").unlink()
-    assert "was made from other data than there are now" in bare.mistake("squeeze")
+    assert "was made from other data than the present ones" in bare.mistake("squeeze")
 
 
 def test_what_a_kill_left_behind_a_result_goes(project):
@@ -315,4 +315,4 @@ def test_unfinished_work_goes_on_with_the_same_files_alone(phase, halfway, count
         result["made_from"]["weights"]["convnet_w8"] = provenance.fingerprint(path)
         recovered.write_text(json.dumps(result))
     line = project.mistake(phase, LONG[phase])
-    assert "was made from other weights (convnet_w8) than there are now" in line and "--overwrite" in line
+    assert "was made from other weights (convnet_w8) than the present ones" in line and "--overwrite" in line

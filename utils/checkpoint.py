@@ -19,16 +19,17 @@ from utils.provenance import AGAIN, check_inputs, check_same, relevant
 
 @contextmanager
 def writable(path):
-    """What cannot be written ends the phase."""
+    """Inside the block, a file that cannot be written ends the phase."""
     try:
         yield
     except OSError as error:
-        fail(f"{path} cannot be written ({error.strerror or error}); make room there or name another --run-dir")
+        fail(f"{path} cannot be written ({error.strerror or error}); make room there or name another "
+             "--run-dir")
 
 
 @contextmanager
 def whole_file(path, suffix="tmp"):
-    """Yields a path beside `path` to write to, and renames it when all is written: the file is whole or absent."""
+    """Yields a path beside `path` to write to, and renames it at the end: the file is whole or absent."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{suffix}")
     try:
@@ -39,12 +40,12 @@ def whole_file(path, suffix="tmp"):
                 os.fsync(file.fileno())                              # whole after a power cut too
             os.replace(temporary, path)
     finally:
-        with suppress(OSError):                                      # nothing is left to remove when all went well
+        with suppress(OSError):                                      # it exists only after an error
             temporary.unlink()
 
 
 def save_json(path, value):
-    with whole_file(path, f"{os.getpid()}.tmp") as temporary:        # two processes may end with the same summary
+    with whole_file(path, f"{os.getpid()}.tmp") as temporary:        # two processes may write one summary
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
@@ -70,14 +71,14 @@ def reason(error):
 
 
 def save_torch(path, value):
-    buffer = io.BytesIO()                   # torch's own writer turns a full disk into an error that is no OSError
+    buffer = io.BytesIO()                              # torch's writer raises no OSError on a full disk
     torch.save(value, buffer)
     with whole_file(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
 def load_torch(path, remedy, keys=()):
-    """The dict of a checkpoint, which must have these keys; tensors and plain values only: nothing in the file can run."""
+    """The dict of a checkpoint, which must have these keys. Only tensors and plain values: no code can run."""
     try:
         return with_keys(torch.load(path, map_location="cpu", weights_only=True), keys)
     except FileNotFoundError:
@@ -102,8 +103,8 @@ def is_there(path, overwrite=False):
 
 
 def load_finished(path, args, inputs=None, settings=None, keys=()):
-    """The stored result, checked to be of these inputs and of the settings, by default all arguments that decide it; None
-    where it is to be made.   keys: those that the file must have"""
+    """The stored result, checked to be of these inputs and of the settings, by default all arguments that
+    decide it; None where it is to be made.   keys: those that the file must have"""
     if not is_there(path, args.overwrite):
         return None
     load = load_json if path.suffix == ".json" else load_torch
@@ -114,18 +115,19 @@ def load_finished(path, args, inputs=None, settings=None, keys=()):
 
 
 class Checkpoint:
-    """Unfinished work on a result. A hidden folder beside the result holds a lock, the arguments, and the state of each piece
-    of the work; the folder goes when the work is done. Stops where another process is at work, or where the unfinished work
-    has other arguments or inputs.
+    """Unfinished work on a result. A hidden folder beside the result holds a lock, the arguments, and the
+    state of each piece of the work; the folder goes when the work is done. Stops where another process is at
+    work, or where the unfinished work has other arguments or inputs.
 
     with Checkpoint(result, args, inputs) as checkpoint:
-        state = checkpoint.load()                            # as last saved, or None
+        state = checkpoint.load()                    # as last saved, or None
         for ...:
-            checkpoint.save_if_due(lambda: state)            # every --checkpoint-minutes; after a signal saves and ends
+            checkpoint.save_if_due(lambda: state)    # every --checkpoint-minutes; saves and ends after a signal
         # write the result
 
-    torch's generators are saved with each state.   settings: compared instead of args; outputs: other files of the work,
-    removed when it starts again; extends: the result exists and stays until a larger one replaces it.
+    torch's generators are saved with each state.
+    settings: compared instead of args; outputs: other files of the work, removed when it starts again; extends:
+    the result exists and stays until a larger one replaces it
     """
 
     def __init__(self, result, args, inputs=None, settings=None, outputs=(), extends=False):
@@ -149,18 +151,20 @@ class Checkpoint:
                 fail(f"{self.result} has just been made by another process; the same command repeats it")
             for old in self.outputs:
                 if old.exists():
-                    fail(f"{old} has no metadata that says how it was made; move it away, or {AGAIN}, which removes it")
+                    fail(f"{old} has no metadata that says how it was made; move it away, or {AGAIN}, which "
+                         "removes it")
         with writable(self.result):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a+")
             try:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                    # not inherited, as flock is
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # unlike flock, not inherited
             except (BlockingIOError, PermissionError):
                 self.lock.seek(0)
                 fail(f"{self.result} is being made by process {self.lock.read()}; wait for it, or stop it")
             if self.begun.exists() and not self.overwrite:
                 stored = load_json(self.begun, AGAIN, ("args", "made_from"))
-                check_same(stored["args"], self.identity["args"], self.result, stored.get("typed"), self.typed)
+                begun = stored.get("typed", ())
+                check_same(stored["args"], self.identity["args"], self.result, begun, self.typed)
                 check_inputs(stored["made_from"], self.identity["made_from"], self.result)
                 self.earlier = stored.get("seconds", 0)
             else:
@@ -204,7 +208,9 @@ class Checkpoint:
                 raise SystemExit(128 + signals.stopped_by)
 
     def save(self, state, piece="state"):
-        generators = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+        generators = [torch.get_rng_state()]
+        if torch.cuda.is_initialized():
+            generators.append(torch.cuda.get_rng_state())
         save_torch(self.folder / f"{piece}.pt", {"state": state, "generators": generators})
         if rank() == 0:
             save_json(self.begun, self.identity | {"seconds": self.seconds()})
@@ -223,5 +229,6 @@ class Checkpoint:
             if kind is None:
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.lock.close()
-        if signals.stopped_by and not signals.checkpoints and (kind is None or issubclass(kind, RuntimeError)):
-            raise SystemExit(128 + signals.stopped_by) from None     # RuntimeError: another process's collective has stopped
+        collective = kind and issubclass(kind, RuntimeError)         # its other processes have stopped
+        if signals.stopped_by and not signals.checkpoints and (kind is None or collective):
+            raise SystemExit(128 + signals.stopped_by) from None

@@ -1,4 +1,4 @@
-"""The soft-label files of a run: relabel.py writes them, train_eval.py and other people's training loops read them.
+"""The soft-label files of a run: relabel.py writes them, train_eval.py and other training loops read them.
 
 One row for each mixed sample; sample i of an epoch is image i, mixed with image partner[i].
 
@@ -27,13 +27,13 @@ from utils.provenance import image_set
 from utils.run import send
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
-         "ratio": (np.float32, ())}                                  # what an epoch draws, a row for each mixed sample
+         "ratio": (np.float32, ())}                     # of an epoch, a row for each mixed sample
 
 
 class RowFile:
     """An .npy file of this shape whose rows are written in any order, by any process.
 
-    Not through a memory map, whose pages count as the process's own and whose errors, such as a full disk, kill it.
+    Not through a memory map: its pages count as the process's own, and its errors, such as a full disk, kill it.
     """
 
     def __init__(self, path, shape, dtype):
@@ -68,8 +68,8 @@ class RowFile:
 
 
 class LabelWriter:
-    """The label files of `epochs` epochs of `count` images, written epoch by epoch by any process.   `create` them once;
-    `with writer.opened():` write epochs; `move` them to their place when all is written."""
+    """The label files of `epochs` epochs of `count` images, written epoch by epoch by any process.
+    One process calls `create`; inside `opened` any writes epochs; one process moves the finished files."""
 
     def __init__(self, folder, epochs, count, classes):
         kinds = {"logits": (np.float16, (classes,)), **DRAWN}
@@ -139,12 +139,12 @@ class StoredLabels:
 class DistilledDataset(torch.utils.data.Dataset):
     """One labelled epoch of a run as a torch Dataset: what train_eval.py trains on, to the bit.
 
-    dataset[i] -> the mixed sample of image i, float32 [3, S, S], normalised; the teachers' logits, float32 [classes]; the
-    class of image i (y of Eq. 11), int. The mixing is part of the stored sample, so batches may have any size and order.
-    `epochs` epochs are stored; `set_epoch` also reaches DataLoader workers that are alive.
-    ValueError where labels are missing or damaged, or belong to other images.
+    dataset[i] -> the mixed sample of image i, float32 [3, S, S], normalised; the teachers' logits, float32
+    [classes]; the class of image i (y of Eq. 11), int. The mixing is part of the stored sample, so batches
+    may have any size and order. `epochs` epochs are stored; `set_epoch` also reaches DataLoader workers that
+    are alive. ValueError where labels are missing or damaged, or belong to other images.
 
-    run: a folder such as runs/cifar10/gvbsm-ipc10; images: the folder of images, by default the one that was labelled
+    run: a folder such as runs/cifar10/gvbsm-ipc10; images: by default the folder that was labelled
     """
 
     def __init__(self, run, epoch=0, images=None):
@@ -158,7 +158,8 @@ class DistilledDataset(torch.utils.data.Dataset):
         self.images, number, _, files = load_folder(
             images, data["image_size"], classes=data["classes"], class_map=read_class_map(result["args"].get("class_map")))
         if image_set(images, files) != hashes["images"]:
-            raise ValueError(f"{self.folder} was made for other images than {images}; run relabel.py --overwrite")
+            raise ValueError(f"{self.folder} was made for other images than {images}; "
+                             "run relabel.py --overwrite")
         self.classes, self.mean_std = data["classes"], torch.tensor([data["mean"], data["std"]])
         self.targets = number.tolist()
         self.arrays, self.epoch = load_arrays(self.folder), torch.zeros((), dtype=torch.long).share_memory_()
@@ -168,7 +169,8 @@ class DistilledDataset(torch.utils.data.Dataset):
     def set_epoch(self, epoch):
         """Choose the labelled epoch, 0 .. epochs - 1."""
         if not 0 <= epoch < self.epochs:
-            raise ValueError(f"epoch {epoch} is not among the {self.epochs} in {self.folder}; use epoch % {self.epochs}")
+            raise ValueError(f"epoch {epoch} is not among the {self.epochs} in {self.folder}; "
+                             f"use epoch % {self.epochs}")
         self.epoch.fill_(epoch)
 
     def __len__(self):
@@ -189,4 +191,4 @@ class DistilledDataset(torch.utils.data.Dataset):
         return [(mixed[i], logits[i], self.targets[row]) for i, row in enumerate(rows)]
 
     def __getstate__(self):
-        return self.__dict__ | {"arrays": None}                      # a copy of a memory map would hold the whole file
+        return self.__dict__ | {"arrays": None}          # a copied memory map holds the whole file

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-signals = SimpleNamespace(stopped_by=None, stopped_at=0, checkpoints=0)    # which came, when; open `Checkpoint`s
+# stopped_by: the signal that came, at the time stopped_at; checkpoints: how many `Checkpoint`s are open
+signals = SimpleNamespace(stopped_by=None, stopped_at=0, checkpoints=0)
 
 
 def rank():
@@ -26,10 +27,10 @@ def shard(work):
 
 
 def barrier():
-    """Returns when every process of torchrun has come here."""
+    """Wait until every process of torchrun has come here."""
     if world_size() > 1:
         arrived = dist.all_reduce(torch.zeros(1), async_op=True)
-        while not arrived.is_completed():                            # not in `wait`, where no signal would be heard
+        while not arrived.is_completed():                            # `wait` would delay signals
             if signals.stopped_by:
                 raise SystemExit(128 + signals.stopped_by)
             time.sleep(0.02)
@@ -41,7 +42,7 @@ def barrier():
 
 @contextmanager
 def rank0_first():
-    """One process runs the block, and may leave files there, before the others do."""
+    """Process 0 runs the block, and may write files in it, before the others do."""
     if rank():
         barrier()
     yield
@@ -62,9 +63,11 @@ def warn(message):
 
 
 def stop(number, frame):
-    """On a signal: end, once the work's state is kept; at once where there is none, or at a second one. Launchers and
-    terminals together may send the first one twice."""
-    if not signals.checkpoints or (signals.stopped_by and world_size() == 1 and time.monotonic() > signals.stopped_at + 1):
+    """Handler of SIGINT and SIGTERM. An open `Checkpoint` ends the process once it has saved; without one, or
+    at a second signal, the process ends at once. Launchers and terminals may send the first one twice within
+    a second."""
+    second = signals.stopped_by and world_size() == 1 and time.monotonic() > signals.stopped_at + 1
+    if not signals.checkpoints or second:
         signal.signal(number, signal.SIG_IGN)
         raise SystemExit(128 + number)
     if not signals.stopped_by:

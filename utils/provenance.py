@@ -7,11 +7,11 @@ from pathlib import Path
 
 from utils import fail
 
-# Arguments that leave a result as it is, up to rounding. recipe sets other flags; given and typed repeat them.
+# arguments that leave a result as it is, up to rounding; recipe sets other flags, given and typed repeat them
 NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every", "log_every",
            "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given", "typed", "data_set",
            "weights_file"}
-# in files older than the flag, where its default is another
+# by files that are older than these flags
 ASSUMED = {"objective": "supervised", "weights": None, "flip": True}
 AGAIN = "start again with --overwrite"
 
@@ -36,7 +36,7 @@ def image_set(folder, files):
 
 
 def fingerprints(records):
-    """Of records of `load_teachers`, for `check_inputs`."""
+    """Hashes of checkpoints of `load_teachers`, for `check_inputs`."""
     return {"weights": {name: record["fingerprint"] for name, record in records.items()}}
 
 
@@ -56,12 +56,16 @@ def check_data(then, args, path):
 
 def relevant(args):
     """The arguments that decide the result, as plain values."""
-    return json.loads(json.dumps({key: value for key, value in vars(args).items() if key not in NEUTRAL}, default=str))
+    decisive = {key: value for key, value in vars(args).items() if key not in NEUTRAL}
+    return json.loads(json.dumps(decisive, default=str))
 
 
 def check_same(stored, settings, path, begun=(), typed=()):
-    """Stop when the result or the unfinished work at `path` has other settings.   stored, settings: {argument: value}
-    begun, typed: words of the command that began unfinished work, and of this one; () for a result"""
+    """Stop when the result or the unfinished work at `path` has other settings.
+
+    stored, settings: {argument: value}; begun, typed: words of the command that began unfinished work, and of
+    this one, () for a result
+    """
     stored = {key: ASSUMED[key] for key in ASSUMED.keys() & settings.keys()} | stored
     changed = [key for key in settings if key in stored and stored[key] != settings[key] and not (
         key == "image_size" and None in (stored[key], settings[key]) or          # None: found out, and compared as such
@@ -71,7 +75,8 @@ def check_same(stored, settings, path, begun=(), typed=()):
     chosen = [key for key in changed if {flag_name(key), f"--no-{flag_name(key)[2:]}"} & {*begun, *typed}]
     told = ", ".join(f"{flag_name(key)} {stored[key]} (now {settings[key]})" for key in chosen or changed)
     if begun:
-        fail(f"{path} is unfinished: `{shlex.join(begun)}` began it with {told}; repeat that command, or {AGAIN}")
+        fail(f"{path} is unfinished: `{shlex.join(begun)}` began it with {told}; repeat that command, "
+             f"or {AGAIN}")
     other = "--teachers" if path.parent.parent.name == "teachers" else "--tag"
     fail(f"{path} was made with {told}; choose another {other}, or {AGAIN}")
 
@@ -81,43 +86,49 @@ def flag_name(key):
 
 
 def check_inputs(stored, now, path, remedy=AGAIN):
-    """Stop when what lies at `path` was made from other files.   stored, now: {what: hash, or {backbone: hash}}"""
-    for what in now:
-        if what == "data" and what not in stored:                    # made before data had a fingerprint
+    """Stop when the result at `path` was made from other files.   stored, now: {kind: hash, or {name: hash}}"""
+    for kind, found in now.items():
+        if kind == "data" and kind not in stored:                    # older than fingerprints of data sets
             continue
-        then, these = (made[what] if isinstance(made.get(what), dict) else {"": made.get(what)} for made in (stored, now))
-        differing = [name for name in then | these if then.get(name) != these.get(name)]
-        if differing:
-            named = f" ({' '.join(sorted(differing))})" if all(differing) else ""
-            if what == "data":
-                fail(f"the images of the data set have changed since {path} was made; run all phases from squeeze.py on with "
-                     "--overwrite, or name another --run-dir")
-            fail(f"{path} was made from other {what}{named} than there are now; {remedy}")
+        before = stored.get(kind)
+        before, found = (value if isinstance(value, dict) else {"": value} for value in (before, found))
+        changed = [name for name in before | found if before.get(name) != found.get(name)]
+        if changed and kind == "data":
+            fail(f"the images of the data set have changed since {path} was made; run all phases from squeeze.py on "
+                 "with --overwrite, or name another --run-dir")
+        if changed:
+            names = f" ({' '.join(sorted(changed))})" if all(changed) else ""
+            fail(f"{path} was made from other {kind}{names} than the present ones; {remedy}")
 
 
 def check_classes(found, expected, where, other):
-    """Class names and their order must agree wherever two artefacts meet."""
+    """Stop unless two files or folders have the same classes in the same order."""
     if list(found) != list(expected):
         pair = next(((a, b) for a, b in zip(found, expected) if a != b), None)
-        what = f"class {pair[0]!r} stands where {pair[1]!r} does" if pair else f"{len(found)} classes, not {len(expected)}"
+        what = f"{len(found)} classes, not {len(expected)}"
+        if pair:
+            what = f"class {pair[0]!r} stands where {pair[1]!r} does"
         fail(f"{where} and {other} differ in their classes ({what}); use the same data set for both")
 
 
 def check_trained(split, records, paths):
-    """Stop where a teacher was trained when there were more or fewer training images."""
+    """Stop where a teacher was trained on a data set of another size."""
     for name, record in records.items():
         if record.get("trained", len(split)) != len(split):
-            fail(f"{paths.teachers / name}.pt was trained when there were {record['trained']} training images, now {len(split)}; "
-                 "train it again with squeeze.py --overwrite")
+            path = paths.teachers / f"{name}.pt"
+            fail(f"{path} was trained when there were {record['trained']} training images, "
+                 f"now {len(split)}; train it again with squeeze.py --overwrite")
 
 
 def check_recovered(recovered, args, paths, data, records):
-    """Stop unless recover.py's images are of these classes and, where it had teachers of this set, of these. Under another
-    --recipe there may be others, but none of those it had may have changed."""
+    """Stop unless recover.py's images have these classes and, if its teachers were of this --teachers set,
+    were made with these. Under another --recipe teachers may be added or left out, but none may have
+    changed."""
     path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
     check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
     if records and had and recovered["args"]["teachers"] == args.teachers:
         names = had.keys() & records.keys() if args.recipe else had.keys() | records.keys()
+        remedy = (f"name the same --backbones, run recover.py --overwrite, or name --images {paths.images} "
+                  "under another --tag")
         check_inputs({"weights": {name: had.get(name) for name in names}},
-                     fingerprints({name: records[name] for name in names & records.keys()}), path, "name the same --backbones, "
-                     f"run recover.py --overwrite, or name --images {paths.images} under another --tag")
+                     fingerprints({name: records[name] for name in names & records.keys()}), path, remedy)

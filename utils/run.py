@@ -1,4 +1,4 @@
-"""Bookkeeping of a phase: device, seeds, folders, progress, the RESULT line."""
+"""A phase's device, seeds and folders, its progress and its result."""
 import ctypes
 import hashlib
 import json
@@ -32,10 +32,10 @@ PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 
 
 def begin(args):
-    """The first act of a phase: from here on SIGINT and SIGTERM end it after the current step (`Checkpoint`), and
-    torchrun's processes know each other.   -> device, folders (`run_paths`)"""
+    """The first act of a phase: from here on SIGINT and SIGTERM end it after the current step (`Checkpoint`),
+    and torchrun's processes know each other.   -> device, folders (`run_paths`)"""
     signals.stopped_by = None
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")    # work may continue after an epoch's end
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")   # after an epoch's end
     if threading.current_thread() is threading.main_thread():
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, stop)
@@ -46,7 +46,7 @@ def begin(args):
             device = f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}"             # several may share one GPU
         elif device.startswith("cuda:"):
             fail(f"--device {device} would be that of every process; under torchrun use cuda, a GPU for each")
-        dist.init_process_group("gloo", timeout=timedelta(30))                  # days: one may wait for another's work
+        dist.init_process_group("gloo", timeout=timedelta(days=30))  # one process may wait for another's work
     device = pick_device(device, args.precision)
     if args.precision == "auto":                                     # the result tells what ran
         args.precision = "bf16" if native_bf16(device) else "tf32"
@@ -59,18 +59,18 @@ def begin(args):
 
 
 def busy_cores():
-    """A line where more processes are at work than there are cores: threads that wait for each other then cost more than
-    they give. None where one thread is used or the system does not say."""
+    """A line for people where more processes are running than there are cores, since threads that wait for
+    each other then cost more than they give; None with one thread, or where the system does not say."""
     if torch.get_num_threads() == 1 or not hasattr(os, "sched_getaffinity"):
         return None
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    return (f"note: {load:.0f} processes are at work on {cores} cores; OMP_NUM_THREADS=1 may be several times faster"
+    return (f"note: {load:.0f} processes run on {cores} cores; OMP_NUM_THREADS=1 may be several times faster"
             if load + 0.5 > cores else None)
 
 
 def script(main):
-    """Run a phase from the command line. What the system refuses, such as a folder without permission, ends in one line
-    of text."""
+    """Run a phase from the command line. What the system refuses, such as a folder without permission, ends
+    in one line of text."""
     try:
         main()
     except OSError as error:
@@ -78,8 +78,8 @@ def script(main):
 
 
 def pick_device(name, precision="tf32"):
-    """torch.device of --device; auto: cuda where there is one, else cpu. precision other than fp32: its float32 matrix
-    products and convolutions take their factors as TF32 (10 bits of mantissa), on a GPU that can."""
+    """torch.device of --device; auto: cuda where there is one, else cpu. precision other than fp32: matrix
+    products and convolutions in float32 use TF32 (10 bits of mantissa) on a GPU"""
     available = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     name = available[0] if name == "auto" else name
     try:
@@ -88,7 +88,7 @@ def pick_device(name, precision="tf32"):
         if device.type not in available:
             raise RuntimeError
     except (RuntimeError, AssertionError):
-        fail(f"--device {name} is not to be had here; use auto or one of: {' '.join(available)}")
+        fail(f"--device {name} is not available; use auto or one of: {' '.join(available)}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if device.type == "cpu":
         keep_freed_memory()
@@ -96,14 +96,16 @@ def pick_device(name, precision="tf32"):
 
 
 def native_bf16(device):
-    """Whether torch says that the device multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    """Whether the device multiplies bfloat16 in hardware, as torch says; emulated, it is slower than
+    float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
 
 
 def send(value, device):
-    """A tensor, or dicts, lists and tuples of tensors and numbers, on the device; a GPU fetches it while the host goes on."""
+    """A tensor, or dicts, lists and tuples of tensors and numbers, on the device; a GPU fetches it while the
+    host goes on."""
     if isinstance(value, dict):
         return {key: send(part, device) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -116,8 +118,8 @@ def send(value, device):
 
 
 def keep_freed_memory():
-    """Let glibc keep what a step frees for the next one: handing pages back and faulting them in again took half of the
-    CPU time of a training step."""
+    """Let glibc keep what a step frees for the next one: handing pages back and faulting them in again took
+    half of the CPU time of a training step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:                                                      # not in every C library
         mallopt(-3, 1 << 30)                                         # M_MMAP_THRESHOLD, bytes
@@ -131,25 +133,24 @@ def generator(*key):
 
 
 def run_paths(args):
-    """The folders of a run: runs/<dataset>[-holdout]/teachers/<teachers> and .../<method>-ipc<k>[-<tag>]/..."""
+    """The folders of a run: runs/<dataset>[-holdout]/teachers/<teachers> and, beside, <method>-ipc<k>[-<tag>]."""
     root = run_folder(args)
     run = root / f"{args.method}-ipc{args.ipc}{f'-{args.tag}' if args.tag else ''}"
     return SimpleNamespace(teachers=root / "teachers" / args.teachers, run=run, images=run / "images",
                            labels=run / "labels", eval=run / "eval")
 
 
-
 class Run:
     """A result of a phase and the work on it, which goes on after any kill.
 
-    run = Run("relabel", args, result, inputs)           # touches no file
-    if run.finished():                                   # of the same arguments and inputs; otherwise it stops
+    run = Run("relabel", args, result, inputs)       # touches no file
+    if run.finished():                               # stops if it has other arguments or inputs
         return
-    with run.work() as checkpoint:                       # goes on with unfinished work
-        run.start(total, "epochs")                       # the progress line
-        state = checkpoint.load()                        # as last saved, or None
+    with run.work() as checkpoint:                   # continues unfinished work
+        run.start(total, "epochs")                   # the progress line
+        state = checkpoint.load()                    # as last saved, or None
         for ...:
-            run.step(text, lambda: state)                # progress; saves when due; after a signal saves and ends
+            run.step(text, lambda: state)            # progress; saves when due; after a signal saves and ends
         run.finish({"top1": 40.0}, "40.0 % of the test images")
 
     result: the result file; inputs: {what: hash, or {backbone: hash}} of what it is made from
@@ -165,7 +166,7 @@ class Run:
         return stored is not None and self._repeat(stored)
 
     def unchanged(self, settings, **metrics):
-        """`finished` for a summary of several files, which is written again if its settings or metrics are other."""
+        """`finished` for a summary of several files, which is written again if settings or metrics differ."""
         stored = load_json(self.result, AGAIN) if self.result.exists() else {"args": {}}
         same = all(stored["args"].get(key) == settings[key] for key in settings)
         return same and all(stored.get(key) == metrics[key] for key in metrics) and self._repeat(stored)
@@ -178,7 +179,8 @@ class Run:
     @contextmanager
     def work(self, data=None, outputs=(), extends=False):
         """Yields the `Checkpoint` of this result.   data: more hashes that unfinished work is compared by"""
-        with Checkpoint(self.result, self.args, self.inputs | (data or {}), None, outputs, extends) as self.checkpoint:
+        inputs = self.inputs | (data or {})
+        with Checkpoint(self.result, self.args, inputs, None, outputs, extends) as self.checkpoint:
             yield self.checkpoint
 
     def start(self, total, unit, done=0, what=None):
@@ -193,15 +195,18 @@ class Run:
             self.checkpoint.save_if_due(state, piece)
 
     def finish(self, metrics, summary="", upstream=None, seconds=None):
-        """Write the result file; print three lines for people and a short RESULT for scripts. Once for all processes.
-        summary: what came out, a line or a function of the result; upstream: {phase: arguments}; seconds: by default
-        those of the work"""
+        """Write the result file; print three lines for people and a short RESULT for scripts, once for all
+        processes.
+
+        summary: what came out, a line or a function of the result; upstream: {phase: arguments}; seconds: by
+        default those of the work
+        """
         if rank():
             return None
         args, seconds = self.args, self.checkpoint.seconds() if seconds is None else seconds
-        result = {"phase": self.phase, "dataset": Path(args.dataset).name, "ipc": args.ipc, "method": args.method,
-                  "tag": args.tag, **metrics, "seconds": round(seconds, 1), "processes": world_size(),
-                  "peak_memory": peak_memory(), "hardware": hardware(),
+        result = {"phase": self.phase, "dataset": Path(args.dataset).name, "ipc": args.ipc,
+                  "method": args.method, "tag": args.tag, **metrics, "seconds": round(seconds, 1),
+                  "processes": world_size(), "peak_memory": peak_memory(), "hardware": hardware(),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__},
                   "args": relevant(args), "upstream": upstream or {}, "made_from": self.inputs, "data_set": args.data_set}
         save_json(self.result, result)
@@ -220,7 +225,8 @@ def short_result(result, path):
         if isinstance(value, dict):
             return {key: rounded(part) for key, part in value.items()}
         return round(value, 2) if isinstance(value, float) else value
-    keys = "phase", "dataset", "ipc", "method", "tag", "student", "labels", "images", "top1", "top1_std", "seconds"
+    keys = ("phase", "dataset", "ipc", "method", "tag", "student", "labels", "images", "top1", "top1_std",
+            "seconds")
     return {key: rounded(result[key]) for key in keys if key in result} | {"file": str(Path(path).absolute())}
 
 
@@ -234,7 +240,8 @@ def next_command(run):
 
 def peak_memory():
     """Of this process so far, in MiB."""
-    memory = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1 << 20)}
+    unit = 1 << 20 if sys.platform == "darwin" else 1024             # bytes there, KiB elsewhere
+    memory = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
     if torch.cuda.is_available():
         memory["cuda_mib"] = torch.cuda.max_memory_allocated() >> 20
     return memory
@@ -248,7 +255,8 @@ def hardware():
     with suppress(OSError):
         name = re.search(r"^model name\s*:\s*(.+)$", (Path("/proc") / "cpuinfo").read_text(), re.MULTILINE)
     threads = torch.get_num_threads()
-    return f"{name[1].strip() if name else platform.processor() or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
+    name = name[1].strip() if name else platform.processor() or "CPU"
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 class Progress:
@@ -270,8 +278,9 @@ class Progress:
         now = time.time()
         if now - self.shown < self.every and (self.done < self.total or rank()):
             return
-        self.shown, width = now, shutil.get_terminal_size().columns - 1      # in the last column some terminals wrap
-        line = self.line(now - self.started, text() if callable(text) else text, width if self.terminal else None)
+        self.shown, width = now, shutil.get_terminal_size().columns - 1          # the last column may wrap
+        text = text() if callable(text) else text
+        line = self.line(now - self.started, text, width if self.terminal else None)
         end = "\n" if self.done >= self.total or not self.terminal else ""
         print(f"\r{line:<{width}}" if self.terminal else line, end=end, flush=True)
 

@@ -41,11 +41,12 @@ from utils.train import channels_last
 
 @torch.inference_mode()
 def sum_statistics(model, batches, patch, classes=0, state=None):
-    """The sums of Eq. 9 over batches of images [B, C, H, W] and labels [B]; with `classes` those of each class too.
+    """The sums of Eq. 9 over batches of images [B, C, H, W] and labels [B]; with `classes` of each class too.
 
     state: one to continue from, by default `new_sums`
-    -> yields after every batch {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]} in float64,
-    "seen": images, "batches", "class_sums": {layer: moments [classes, n] of `image_moments`}, "class_seen": [classes]}
+    -> yields after every batch {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]},
+    "seen": images, "batches", "class_sums": {layer: moments [classes, n] of `image_moments`}, "class_seen":
+    [classes]}; sums in float64
     """
     layers = matched_layers(model)
     convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]

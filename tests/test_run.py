@@ -16,6 +16,12 @@ from utils import checkpoint, fail, provenance, run, teachers, train
 ROOT = Path(run.__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def no_data_set(monkeypatch):
+    """`begin` says nothing of a data set that these arguments do not have."""
+    monkeypatch.setattr(run, "describe_choice", lambda args: "")
+
+
 def arguments(**changes):
     values = dict(alpha=0.8, backbones=["a", "b"], logit_norm=True, tag=None, workers=2, device="cpu")
     return argparse.Namespace(**values | changes)
@@ -92,7 +98,7 @@ def test_auto_precision_is_bfloat16_only_where_the_device_multiplies_it(native, 
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: native and unit == "amx_tile", raising=False)
     for asked, expected in ("auto", chosen), ("bf16", "bf16"), ("fp32", "fp32"):
         args = arguments(device="cpu", precision=asked, dataset="shapes", run_dir="runs", holdout=False, method="gvbsm", ipc=1,
-                         teachers="a")
+                         teachers="a", imbalance=1)
         run.begin(args)
         assert args.precision == expected
 
@@ -107,7 +113,8 @@ def test_processes_are_dealt_two_gpus_and_one_alone_takes_the_one_it_names(proce
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: taken.append(operator.index(index)))    # no device without one
     monkeypatch.setattr(run.dist, "init_process_group", lambda *args, **more: None)
     monkeypatch.setattr(run, "pick_device", lambda name, precision: torch.device(name.replace("auto", "cuda")))
-    args = arguments(device=asked, precision="tf32", dataset="shapes", run_dir="runs", holdout=False, method="gvbsm", ipc=1, teachers="a")
+    args = arguments(device=asked, precision="tf32", dataset="shapes", run_dir="runs", holdout=False, method="gvbsm",
+                     ipc=1, teachers="a", imbalance=1)
     assert run.begin(args)[0] == torch.device("cuda", device) and taken == [device or 0]
 
 
@@ -214,7 +221,8 @@ def test_a_mistake_is_one_line_whatever_the_message(capsys):
     ("tiny", None, ("runs/tiny/teachers/e20", "runs/tiny/gvbsm-ipc3")),
     ("some/where/", "x", ("runs/where/teachers/e20", "runs/where/gvbsm-ipc3-x"))])
 def test_a_run_is_named_by_data_set_method_ipc_and_tag(dataset, tag, expected):
-    args = argparse.Namespace(dataset=dataset, run_dir="runs", method="gvbsm", ipc=3, tag=tag, teachers="e20", holdout=False)
+    args = argparse.Namespace(dataset=dataset, run_dir="runs", method="gvbsm", ipc=3, tag=tag, teachers="e20", holdout=False,
+                              imbalance=1)
     paths = run.run_paths(args)
     assert (paths.teachers.as_posix(), paths.run.as_posix()) == expected
     assert all(getattr(paths, name) == paths.run / name for name in ("images", "labels", "eval"))
@@ -298,11 +306,11 @@ def test_the_remedy_names_the_flag_that_the_path_depends_on(path, remedy, capsys
 
 
 @pytest.mark.parametrize("typed, told", [
-    (["--image-size", "32"], "--image-size None (now 32);"),                       # batch_size is of another preset
-    ([], "--image-size None (now 32), --batch-size 256 (now 64);")])
+    (["--crop", "pad4"], "--crop pad2 (now pad4);"),                       # batch_size is of another preset
+    ([], "--crop pad2 (now pad4), --batch-size 256 (now 64);")])
 def test_unfinished_work_is_told_with_the_command_that_began_it_and_the_flags_typed(typed, told, capsys):
     begun = ["python", "squeeze.py", "--dataset", "my images"]
-    stored, settings = {"image_size": None, "batch_size": 256}, {"image_size": 32, "batch_size": 64}
+    stored, settings = {"crop": "pad2", "batch_size": 256}, {"crop": "pad4", "batch_size": 64}
     with pytest.raises(SystemExit):
         provenance.check_same(stored, settings, Path("teachers/supervised/a.pt"), begun, [*begun, *typed])
     line = capsys.readouterr().err

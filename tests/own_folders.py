@@ -1,27 +1,34 @@
 """Folders of one's own, of many kinds: does everything train by the defaults?
 
-python -m tests.own_folders OUT.jsonl                 # the whole grid, hours; goes on where it stopped
-python -m tests.own_folders --classes 3 --pixels 16 --images 20 --methods random
+python -m tests.own_folders OUT.jsonl                 # the whole grid, small cells first; goes on where it stopped
+python -m tests.own_folders OUT.jsonl --classes 2 3 5 --pixels 16 --images 20
+python -m tests.own_folders OUT.jsonl --table         # what OUT.jsonl holds, for tests/README.md
+
+A cell is a generated folder through all five phases by `--dataset` and `--ipc 3` alone, but for SHORTER.
 """
 import argparse
 import colorsys
+import io
 import itertools
 import json
-import os
-import subprocess
-import sys
+import re
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from PIL import Image
 
 from utils.shapes import SHAPES
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSES, PIXELS, IMAGES = (2, 3, 5, 10, 20, 50, 200), (16, 32, 48, 64, 96), (20, 200)
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
+METHODS = "random", "gvbsm"
+SHORTER = {"squeeze": lambda images: ["--epochs", str(min(30, max(2, 200 * 32 // images)))],
+           "recover": lambda images: "--iterations 300 --grid-every 0".split(), "relabel": lambda images: "--epochs 200".split(),
+           "train_eval": lambda images: "--epochs 200 --students convnet_w64 --evaluations 1".split()}
 
 
 def draw(number, pixels, rng):
@@ -49,3 +56,66 @@ def make_folder(root, classes, pixels, images, tested=10):
             rng = np.random.default_rng((number, split == "val"))
             for i in range(count):
                 Image.fromarray(draw(number, pixels, rng)).save(folder / f"{i:03}.png", compress_level=1)
+
+
+def run_cell(root, classes, pixels, images, ipc=3, methods=METHODS, shorter=SHORTER):
+    """Yields the RESULT of each method on a new folder below `root`, which share its teachers."""
+    data = Path(root, f"c{classes}-p{pixels}-n{images}")
+    make_folder(data, classes, pixels, images)
+    flags = ["--dataset", str(data), "--ipc", str(ipc), "--run-dir", str(Path(root, "runs"))]
+    for method in methods:
+        started, results = time.time(), {}
+        for phase in "squeeze", "collect_stats", "recover", "relabel", "train_eval":
+            with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+                try:
+                    import_module(phase).main(flags + ["--method", method] + shorter.get(phase, lambda _: [])(classes * images))
+                except SystemExit as end:
+                    if end.code:
+                        yield {"method": method, "failed": phase, "said": out.getvalue()[-400:]}
+                        break
+            results[phase] = json.loads(re.findall(r"^RESULT (.*)$", out.getvalue(), re.M)[-1])
+        else:
+            yield {"method": method, "teachers": results["squeeze"]["top1"], "student": results["train_eval"]["top1"],
+                   "seconds": round(time.time() - started), "found": out.getvalue().splitlines()[0]}
+
+
+def table(cells):
+    """One row for each number of classes and images, one column for each size: weakest teacher / random / gvbsm."""
+    lines = ["| classes | images a class | " + " | ".join(f"{size} pixels" for size in PIXELS) + " |",
+             "|" + " --- |" * (2 + len(PIXELS))]
+    for classes, images in itertools.product(CLASSES, IMAGES):
+        row = []
+        for size in PIXELS:
+            found = {cell["method"]: cell for cell in cells if (cell["classes"], cell["images"], cell["pixels"]) == (classes, images, size)}
+            teacher = [f"{min(cell['teachers'].values()):.0f}" for cell in found.values() if "teachers" in cell][:1] or ["-"]
+            row.append(" / ".join(teacher + [f"{found[m]['student']:.0f}" if "student" in found.get(m, {}) else "-" for m in METHODS])
+                       if found else "not run")
+        lines.append(f"| {classes} ({100 / classes:.3g} %) | {images} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="JSON lines, one a cell and method")
+    for name, values in ("classes", CLASSES), ("pixels", PIXELS), ("images", IMAGES):
+        parser.add_argument(f"--{name}", nargs="+", type=int, default=values)
+    parser.add_argument("--ipc", type=int, default=3)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args(argv)
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    if args.table:
+        return print(table(done))
+    torch.set_num_threads(1)
+    known = {(cell["classes"], cell["pixels"], cell["images"]) for cell in done if cell["method"] == METHODS[-1]}
+    cells = [cell for cell in itertools.product(args.classes, args.pixels, args.images) if cell not in known]
+    for classes, pixels, images in sorted(cells, key=lambda cell: (cell[0] * cell[2] + 20 * cell[0]) * min(cell[1], 64) ** 2):
+        with TemporaryDirectory() as root:
+            for result in run_cell(root, classes, pixels, images, args.ipc):
+                line = {"classes": classes, "pixels": pixels, "images": images, "ipc": args.ipc, **result}
+                print(json.dumps(line), flush=True)
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

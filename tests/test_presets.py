@@ -227,8 +227,11 @@ def test_help_shows_what_would_run_and_needs_neither_data_nor_a_network(phase, c
         assert end.value.code == 0 and f"python {phase}.py --dataset" in texts[-1]
     for text, preset, dataset in zip(texts, ("paper", "paper", "release"), ("shapes", "tiny", "imagenet"), strict=True):
         for flag, value in preset_values(preset, dataset, phase, 10).items():
-            entry = re.search(rf"\n  --{flag.replace('_', '-')}\b(.|\n(?!  --))*", text)[0]
-            assert f"(default: {value})" in " ".join(entry.split())
+            entry = re.search(rf"\n  --(\[no-\])?{flag.replace('_', '-')}\b(.|\n(?!  --))*", text)[0]
+            shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else (
+                " ".join(value) if isinstance(value, list) else value)
+            assert f"({shown})" in " ".join(entry.split())
+        assert len(text.splitlines()) < 170 and text.index("--dataset NAME") < text.index("run:") < text.index("method:")
     assert list(tmp_path.iterdir()) == []
 
 

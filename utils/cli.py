@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -37,44 +38,67 @@ class Parser(argparse.ArgumentParser):
         fail(f"{self.prog}: {message} (--help lists the flags)")
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """One line a flag where it fits; in parentheses the value that would run."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=27, width=max(60, min(shutil.get_terminal_size((110, 24)).columns - 2, 110)))
+
+    def _get_help_string(self, action):
+        value, words = action.default, action.help or ""
+        if action.choices and self._get_default_metavar_for_optional(action) == "NAME":
+            words += f": {' '.join(map(str, action.choices))}"
+        if value in (None, argparse.SUPPRESS) or isinstance(value, bool) and action.nargs == 0 and len(action.option_strings) == 1:
+            return words
+        shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else " ".join(map(str, value)) if isinstance(
+            value, list) else value
+        return words + f" ({shown})".replace("%", "%%")
+
+    def _get_default_metavar_for_optional(self, action):
+        return {"int": "N", "float": "X", "Path": "DIR"}.get(getattr(action.type, "__name__", None), "NAME")
+
+    def _metavar_formatter(self, action, default):
+        return lambda size: (action.metavar or default,) * size
+
+    def _format_action_invocation(self, action):
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        return super()._format_action_invocation(action)
 
 
 def identity_flags(parser):
     """The flags that mean the same in every phase."""
+    parser.usage = "python %(prog)s [--dataset NAME|FOLDER] [--ipc N] [--method NAME] [flag ...]     (in parentheses: what would run)"
     group = parser.add_argument_group("data and identity, the same in every phase")
     group.add_argument("--dataset", default="shapes", metavar="NAME|FOLDER",
                        help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or test/")
     group.add_argument("--ipc", type=number(int, 1), default=10, help="distilled images per class [IPC]")
     group.add_argument("--method", choices=METHODS, default="gvbsm",
-                       help=f"how images are made; {', '.join(SELECTIONS)} choose real ones")
+                       help=f"how images are made, {', '.join(SELECTIONS)} choose real ones")
     group.add_argument("--recipe", choices=METHODS, metavar="METHOD",
-                       help="whose labels and training: relabel.py and train_eval.py take their defaults, teachers "
-                       "too, from this method instead of --method")
+                       help="in relabel.py and train_eval.py: take defaults and teachers from this method instead")
     group.add_argument("--tag", type=plain_name, help="a name for this variant, for ablations")
     group.add_argument("--teachers", type=plain_name, default="supervised", help="name of a set of squeezed backbones")
     group.add_argument("--backbones", nargs="+", metavar="NAME", help="networks to match and to label with [S, Eq. 7]")
     group.add_argument("--preset", choices=sorted(PRESETS), default="paper", help="where defaults come from")
-    group.add_argument("--data-dir", default="data", help="where named data sets lie")
+    group.add_argument("--data-dir", default="data", metavar="DIR", help="folder of named data sets")
     group.add_argument("--holdout", action="store_true",
-                       help="to choose settings by: every tenth training image of a class takes the place of the test set")
+                       help="test on every tenth training image of a class, and train on the others; to choose settings by")
     group.add_argument("--imbalance", type=number(float, 1), default=1.0,
-                       help="long-tailed training images: the first class has so many times those of the last, 1 = all of them")
-    group.add_argument("--image-size", type=number(int, 8, 4096), help="of a folder of one's own; found out by default")
+                       help="long-tailed training images: the first class has so many times those of the last, 1 = off")
+    group.add_argument("--image-size", type=number(int, 8, 4096), help="pixels of a side; of a folder found out by default")
     run = parser.add_argument_group("run")
-    run.add_argument("--run-dir", default="runs", help="where results go")
-    run.add_argument("--seed", type=number(int, 0, 10 ** 18), default=0,
-                     help="of everything random in this phase but students, which have --student-seeds")
+    run.add_argument("--run-dir", default="runs", metavar="DIR", help="where results go")
+    run.add_argument("--seed", type=number(int, 0, 10 ** 18), default=0, help="of all that is random, but for --student-seeds")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
     run.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="tf32",
-                     help="of the networks' matrix work: tf32 is fp32 except on a GPU, bf16 is autocast; auto is bf16 where "
-                     "the device multiplies it natively, else tf32, and always tf32 in collect_stats.py and recover.py")
+                     help="of matrix products: tf32 is fp32 except on a GPU; auto is bf16 where the device has it natively, and "
+                     "tf32 in collect_stats.py and recover.py")
     run.add_argument("--workers", type=number(int, 0), default=2, help="processes or threads that read images")
     run.add_argument("--overwrite", action="store_true",
-                     help="start again where there are results or unfinished work; without it, unfinished work goes on")
+                     help="start again; without it, a finished phase returns and unfinished work goes on")
     run.add_argument("--checkpoint-minutes", type=number(float, 0), default=5.0,
-                     help="between the states kept of unfinished work, 0 = after every step")
+                     help="between saved states of unfinished work, 0 = every step")
     return parser
 
 

@@ -402,8 +402,8 @@ def earlier_result(args, paths):
     if args.labels != "stored" and args.images:
         return {}, {}
     phase, path = ("relabel", paths.labels) if args.labels == "stored" else ("recover", paths.run)
-    result = load_json(path / "result.json", "run: " + call(f"{phase}.py", args, images=args.images),
-                       ("args", "upstream", "made_from", "classes"))
+    command = call(f"{phase}.py", args, images=args.images, class_map=args.class_map)
+    result = load_json(path / "result.json", f"run: {command}", ("args", "upstream", "made_from", "classes"))
     return result, result["upstream"] | {phase: result["args"]}
 
 

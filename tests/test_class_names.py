@@ -50,6 +50,7 @@ def test_images_of_other_names_are_labelled_and_trained_on(project, tmp_path):
     theirs = "--tag theirs", "--images", tmp_path / "theirs"
     assert "--class-map" in project.mistake("relabel", *theirs)
     project.call("relabel", *theirs, "--class-map", tmp_path / "map.json")
+    assert f"--class-map {tmp_path / 'map.json'}" in project.printed          # of the command that is next
     assert project.call("train_eval", *theirs, "--class-map", tmp_path / "map.json")["images"] == 8
 
 

@@ -235,7 +235,8 @@ def next_command(run):
     following = dict(zip(PHASES, PHASES[1:])).get(run.phase)
     if not following:
         return f"python -m utils.report {shlex.quote(str(run.result.parents[2]))}"
-    return call(f"{following}.py", run.args, images=getattr(run.args, "images", None))
+    theirs = {flag: getattr(run.args, flag, None) for flag in ("images", "class_map")}
+    return call(f"{following}.py", run.args, **theirs)
 
 
 def peak_memory():

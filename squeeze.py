@@ -87,7 +87,7 @@ def sgd(model, args):
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
                                 fused=next(model.parameters()).is_cuda)
     return optimizer, learning_rates(optimizer, args.schedule, args.epochs, warmup_epochs=args.warmup_epochs,
-                                     step_epochs=args.step_epochs)
+                                     step_epochs=args.step_epochs, step_factor=args.step_factor)
 
 
 def train(name, model, split, train_rows, mean_std, args, checkpoint, *, record):
@@ -149,10 +149,12 @@ def prune_teacher(name, model, args, paths):
 
 
 def fine_tuning(name, args):
-    """How a pruned teacher is trained: 0 to PRUNED_EPOCHS epochs, more from one teacher to the next.   -> arguments"""
+    """How a pruned teacher is trained: 0 to PRUNED_EPOCHS epochs, more from one teacher to the next, at a rate of 0.1 that
+    is 0.001 in the last one.   -> arguments"""
     epochs = (int(name.partition("@pruned")[2]) - 1) * (PRUNED_EPOCHS + 1) // args.pruned
-    return changed(args, epochs=epochs, lr=0.1, batch_size=32, schedule="step", step_epochs=1, warmup_epochs=0,
-                   weight_decay=1e-4, momentum=0.9, remedy="leave out --pruned")
+    return changed(args, epochs=epochs, lr=0.1, batch_size=32, schedule="step", step_epochs=1,
+                   step_factor=0.01 ** (1 / max(1, epochs - 1)), warmup_epochs=0, weight_decay=1e-4, momentum=0.9,
+                   remedy="leave out --pruned")
 
 
 def kept_rows(split, mean_std, args, paths, input_hashes, later):
@@ -291,7 +293,7 @@ def make(todo, args, device, paths, accuracies, variances):
         backbone, _, kind = name.partition("@")
         if kind.isdigit():
             continue                                                 # saved while its backbone was trained
-        how = changed(args, step_epochs=30, remedy="use a smaller --lr")
+        how = changed(args, step_epochs=30, step_factor=0.1, remedy="use a smaller --lr")
         more = {"kept": rows} if args.prune_ratio else {}
         model, backbone = initial_model(backbone, args, data)
         if kind:

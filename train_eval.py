@@ -42,8 +42,8 @@ from utils.provenance import (AGAIN, check_classes, check_data, check_inputs, ch
 from utils.report import beside
 from utils.run import Run, begin, generator, script, send
 from utils.teachers import at_chance, check_models, load_teachers
-from utils.train import (Graphed, Record, channels_last, fit, learning_rates, make_step, split_accuracy, split_batches,
-                         with_precision)
+from utils.train import (Graphed, Record, channels_last, class_accuracies, fit, learning_rates, make_step, network_inputs,
+                         split_accuracy, split_batches, with_precision)
 
 
 class OnlineLabels:
@@ -138,14 +138,14 @@ def units(train_data, device):
 def train_student(name, seed, train_data, args, checkpoint, piece, *, model=None, penalty=lambda: 0):
     """One student from scratch, or a trained model further, in place; unfinished, it goes on from its piece of the checkpoint.
     args: of `for_student`; penalty(): is added to the loss.
-    -> top-1 in % by epoch evaluated, {epoch: top1}; the last epoch is always among them"""
+    -> {"top1": in % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch}"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
     data, count, device = train_data["data"], len(train_data["images"]), train_data["images"].device
     model = model or build_model(name, len(data["classes"]), data["image_size"]).to(device)
     model = with_precision(channels_last(model), device, args.precision)
     optimizer, schedule = make_optimizer(model, args)
     weights = floating(model) if args.ema_decay else []
-    record = Record(device, top1={}, average=[value.clone() for value in weights])
+    record = Record(device, top1={}, top1_by_class=None, average=[value.clone() for value in weights])
     loss = partial(student_loss, kind="hard" if args.labels == "hard" else args.loss, gamma=args.gamma,
                    temperature=args.temperature)
     order, mean_std = generator("order", seed, name), units(train_data, device)
@@ -162,7 +162,10 @@ def train_student(name, seed, train_data, args, checkpoint, piece, *, model=None
         if epoch * args.evaluations // args.epochs > (epoch - 1) * args.evaluations // args.epochs:
             with swapped(weights, record["average"]):
                 record["top1"][epoch] = split_accuracy(model, train_data["test"], mean_std)
-    return record["top1"]
+                if epoch == args.epochs:
+                    inputs = network_inputs(train_data["test"], mean_std)
+                    record["top1_by_class"] = class_accuracies(model, inputs, len(data["classes"]))
+    return record
 
 
 @contextmanager
@@ -339,13 +342,17 @@ def earlier_seeds(path, args, made_from):
         return {}
     check_same(result["args"] | {"student_seeds": args.student_seeds}, relevant(args), path)
     check_inputs(result["made_from"], made_from, path)
-    return {"seconds": result["seconds"]} | {f"seed{seed}": {"top1": {int(epoch): value for epoch, value in top1.items()}}
-                                             for seed, top1 in zip(seeds, result["top1_by_epoch"])}
+    by_class = result.get("top1_by_class", [None] * len(seeds))
+    return {"seconds": result["seconds"]} | {
+        f"seed{seed}": {"top1": {int(epoch): value for epoch, value in top1.items()}, "top1_by_class": classes}
+        for seed, top1, classes in zip(seeds, result["top1_by_epoch"], by_class)}
 
 
 def accuracies(args, done):
     """What a RESULT tells of what `train_piece` gave for all pieces; the last epochs count."""
     runs, more = summary(args, done)
+    if args.protocol == "standard" and all(by_class := [piece.get("top1_by_class") for piece in done]):
+        more["top1_by_class"] = by_class                             # for each seed, in the order of "classes"
     last = [list(top1.values())[-1] for top1 in runs]
     return {"top1": statistics.fmean(last), "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
             "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
@@ -385,10 +392,11 @@ def train_piece(name, piece, seed, make_data, checkpoint, args, start):
     train_data = make_data()
     train = partial(train_student, name, seed, train_data, args, checkpoint)
     if args.protocol != "prune":
-        return {"top1": train(piece), "images": len(train_data["images"])}
+        record = train(piece)
+        return {"top1": record["top1"], "top1_by_class": record["top1_by_class"], "images": len(train_data["images"])}
 
     def train_stage(stage, model, penalty):
-        return train(piece + "-sparse" * (stage == "sparse"), model=model, penalty=penalty)
+        return train(piece + "-sparse" * (stage == "sparse"), model=model, penalty=penalty)["top1"]
 
     test = partial(split_accuracy, split=train_data["test"], mean_std=units(train_data, train_data["images"].device))
     sparse = (checkpoint.read(f"{piece}-sparse") or {}).get("weights")

@@ -260,7 +260,7 @@ def bench_squeeze(rounds, quick, device):
     count = 32 if quick else 256
     split = Split(pixels(count).permute(0, 2, 3, 1).numpy(), torch.arange(count) % 10, DATA["classes"], 32).to(device)
     batches = [(normalize(images, *UNITS), labels) for images, labels in split.batches(64)]
-    args = squeeze.changed(squeeze.get_parser().parse_args(["--epochs", "1"]), step_epochs=30, remedy="")
+    args = squeeze.changed(squeeze.get_parser().parse_args(["--epochs", "1"]), step_epochs=30, step_factor=0.1, remedy="")
     for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
         def bare(model):
             optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, fused=device.type == "cuda")

@@ -278,6 +278,10 @@ def test_the_later_a_pruned_teacher_the_more_fine_tuning_it_has():
         how.append(squeeze.fine_tuning(f"convnet_w8@pruned{i}", args))
     assert [one.epochs for one in how] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert {(one.lr, one.batch_size, one.schedule, one.step_epochs, one.weight_decay) for one in how} == {(0.1, 32, "step", 1, 1e-4)}
+    optimizer, schedule = squeeze.sgd(torch.nn.Linear(1, 1), how[-1])
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)                          # in the last of its epochs
 
 
 def subset_args(**changes):
@@ -427,7 +431,7 @@ def test_scores_are_smoothed_losses_of_a_small_convnet_averaged_over_trainings(b
     labels, curves = torch.from_numpy(labels), torch.zeros(2, 3, 48)
     for trial in range(2):
         torch.manual_seed(generator("score", 0, trial).initial_seed())
-        model = build_model("convnet_w128", 4, 16)
+        model = scores.score_network(4, 16)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         for epoch in range(3):
             for batch in torch.randperm(48, generator=generator("score", 0, trial, epoch)).split(20):
@@ -436,6 +440,7 @@ def test_scores_are_smoothed_losses_of_a_small_convnet_averaged_over_trainings(b
                 optimizer.zero_grad()
                 losses.mean().backward()
                 optimizer.step()
+    assert model(pixels[:1]).shape == (1, 4) and model[-1].in_features == 128
     expected = (curves.mean(0) * last_epoch_weights(3).float()[:, None]).sum(0)
     assert_near(stored["scores"], expected, 1e-4)
     assert record["kept"].tolist() == drop_largest(stored["scores"], labels, 0.25).tolist() and len(record["kept"]) == 36

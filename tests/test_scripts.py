@@ -825,6 +825,36 @@ def test_the_evaluated_epochs_are_evenly_spaced_and_end_with_the_last(epochs, ev
     assert [int(epoch) for epoch in result["top1_by_epoch"][0]] == expected
 
 
+def test_the_accuracy_of_each_class_is_that_of_the_last_epoch_and_goes_on_with_more_seeds(relabelled):
+    result = relabelled.call("train_eval", "--student-seeds 1")
+    (one,), classes = result["top1_by_class"], result["classes"]
+    assert len(one) == len(classes) == 4 and statistics.fmean(one) == pytest.approx(result["top1"], abs=0.01)
+    more = relabelled.call("train_eval", "--student-seeds 0 1")
+    assert len(more["top1_by_class"]) == 2 and one in more["top1_by_class"]
+
+
+def test_class_accuracies_are_those_of_a_slow_loop():
+    logits, labels = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 3
+    found = train.class_accuracies(torch.nn.Identity(), zip(logits.split(7), labels.split(7)), 4)
+    for label in range(3):
+        guesses = [int(row.argmax()) for row, truth in zip(logits, labels) if truth == label]
+        assert found[label] == round(100 * guesses.count(label) / len(guesses), 2)
+    assert found[3] is None
+
+
+def test_a_last_batch_of_one_image_joins_the_one_before():
+    batches = train.split_batches(torch.arange(65), 64)
+    assert [len(batch) for batch in batches] == [65] and torch.equal(torch.cat(batches), torch.arange(65))
+    assert [len(batch) for batch in train.split_batches(torch.arange(66), 64)] == [64, 2]
+    assert [len(batch) for batch in train.split_batches(torch.arange(3), 1)] == [1, 1, 1]
+    assert [len(batch) for batch in train.split_batches(torch.arange(1), 64)] == [1]
+    assert [len(batch) for batch in train.split_batches(torch.arange(65), 32, drop_last=True)] == [32, 32]
+
+
+def test_a_network_of_one_pixel_maps_trains_though_one_image_is_left_over(bare):
+    bare.call("squeeze", "--backbones mobilenetv2_05 --batch-size 47 --epochs 1")
+
+
 def test_each_student_has_a_result_of_its_own(relabelled):
     relabelled.call("train_eval", "--students convnet_w8 wrn10_1 convnet_w16")
     lines = [json.loads(line[7:]) for line in relabelled.printed.splitlines() if line.startswith("RESULT ")]

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models import build_model
 from utils.augment import normalize
@@ -28,7 +29,7 @@ def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, check
     first = len(mine) if resume and "scores" in resume else resume["trained"][-1]["trial"] if resume else 0
     for i in range(first, len(mine)):
         torch.manual_seed(generator("score", seed, mine[i]).initial_seed())
-        model = build_model("convnet_w128", len(split.classes), split.image_size).to(device)
+        model = score_network(len(split.classes), split.image_size).to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=device.type == "cuda")
         record["trial"] = i
         for _ in fit((model, optimizer, learning_rates(optimizer, "constant", epochs), record),
@@ -43,6 +44,12 @@ def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, check
     total = sum(checkpoint.read(f"{other} of {world_size()}")["scores"] for other in range(world_size()))
     barrier()                                                   # before the pieces are removed
     return total.cpu() / trials
+
+
+def score_network(num_classes, image_size):
+    """A ConvNet of 128 channels and three blocks whose last map is averaged to 128 numbers (BiLP, supplement Sec. 6.2)."""
+    *blocks, _, _ = build_model("convnet_w128", num_classes, image_size)                   # without flatten and linear layer
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes))
 
 
 def add_losses(model, optimizer, record, split, mean_std, weights):

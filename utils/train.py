@@ -128,9 +128,13 @@ def learning_rates(optimizer, schedule, epochs, *, warmup_epochs=0, step_epochs=
 def split_accuracy(model, split, mean_std, *, jointly=False):
     """Top-1 in % of a model on the images of a split (utils/data.py); mean_std [2, 3] on the model's device.
     jointly: the processes of torchrun share the images"""
+    return accuracy(model, network_inputs(split, mean_std, jointly), jointly)
+
+
+def network_inputs(split, mean_std, jointly=False):
+    """Batches (normalised images, labels) of a split."""
     index = shard(torch.arange(len(split)).split(500)) if jointly else 500
-    batches = ((normalize(send(images, mean_std.device), *mean_std), labels) for images, labels in split.batches(index))
-    return accuracy(model, batches, jointly)
+    return ((normalize(send(images, mean_std.device), *mean_std), labels) for images, labels in split.batches(index))
 
 
 @torch.inference_mode()
@@ -145,6 +149,18 @@ def accuracy(model, batches, jointly=False):
     if jointly and world_size() > 1:
         dist.all_reduce(counts)
     return 100 * counts[0].item() / counts[1].item()
+
+
+@torch.inference_mode()
+def class_accuracies(model, batches, num_classes):
+    """Top-1 in % of each class, over batches of (network input, labels); None for a class without images."""
+    model.eval()
+    counts = torch.zeros(2, num_classes, dtype=torch.long)
+    for images, labels in batches:
+        correct = model(images).argmax(1).cpu() == labels.cpu()
+        counts += torch.stack([labels.cpu()[correct].bincount(minlength=num_classes),
+                               labels.cpu().bincount(minlength=num_classes)])
+    return [round(100 * hits / total, 2) if total else None for hits, total in counts.T.tolist()]
 
 
 def with_precision(model, device, precision):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.helpers import assert_near
+from tests import rank_error
 from utils.selection import (count_forgetting, drop_largest, herding, k_center, last_epoch_weights, mosaic, most_forgotten,
                              rank_correlation, surest_crops)
 
@@ -173,3 +174,11 @@ def test_surest_crops_are_each_images_best_in_ascending_order():
     order = sorted(range(12), key=lambda i: (losses[i, best[i]], i))[:7]
     images, crops = surest_crops(losses, 7)
     assert images.tolist() == order and crops.tolist() == [best[i] for i in order]
+
+
+@pytest.mark.slow
+def test_the_rank_error_of_the_taylor_form_is_printed_and_small_and_none_with_enough_directions(capsys):
+    rank_error.main(["--ipc", "2", "--batch", "12", "--products", "11", "--classes", "2", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[-1].startswith("mean")
+    assert float(lines[-1].split()[1]) <= 2.0                        # of equal ranks up to rounding: 11 directions are all

@@ -85,7 +85,7 @@ def assert_repeatable(cell, results):
     for line in make_readme.commands([cell]):
         _, script, *words = shlex.split(line)
         phase = script.removesuffix(".py")
-        args = parse_args(import_module(phase).get_parser(), phase, words, make_readme.data_of)
+        args = parse_args(import_module(phase).get_parser(), phase, words + make_readme.NO_RUNS, make_readme.data_of)
         args = train_eval.for_student(args, args.students[0]) if phase == "train_eval" else args
         understood.append((phase, relevant(args)))
     for result in results:
@@ -97,7 +97,7 @@ def assert_repeatable(cell, results):
 
 def test_a_result_older_than_a_flag_was_made_without_it_whatever_a_preset_says_now():
     words = "--dataset cifar10 --preset best".split()
-    args = relevant(parse_args(import_module("recover").get_parser(), "recover", words, make_readme.data_of))
+    args = relevant(parse_args(import_module("recover").get_parser(), "recover", words + make_readme.NO_RUNS, make_readme.data_of))
     assert make_readme.command("recover", args) == "python recover.py --dataset cifar10 --ipc 10 --preset best"
     assert args.pop("init") == "herding"
     assert make_readme.command("recover", args).endswith(" --preset best --init noise")
@@ -231,6 +231,12 @@ def test_a_data_set_and_a_tag_that_nobody_knows_get_their_rows(made_up):
         line, = lines_of(text[text.index(f"## {dataset}\n"):], "IPC")
         assert line[2:4] == [run, top1]
     assert "# gvbsm-ipc10-odd\n" in text
+
+
+def test_a_command_on_a_folder_that_is_not_here_takes_it_for_ten_classes_of_small_images(made_up):
+    args = made_up("gvbsm", "odd", 50)["distilled"]["stored"]["args"] | {"dataset": "gone/cifar100-x", "backbones": ["wrn16_2"]}
+    line = make_readme.command("train_eval", args)
+    assert line.startswith("python train_eval.py --dataset gone/cifar100-x --ipc 10 --tag ") and "--backbones wrn16_2" in line
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ A result file (a "cell") holds a run's results with one student and those of ran
 train_eval.py with the arguments of every phase, and what each phase cost. A file whose tag or data set is new gets a row too.
 """
 import json
+import os
 import shlex
 from functools import cache
 from importlib import import_module
@@ -22,6 +23,7 @@ from utils.checkpoint import load_json, save_json
 from utils.provenance import relevant
 
 FOLDER = Path(__file__).resolve().parent
+NO_RUNS = ["--run-dir", os.devnull]                # so that the page does not depend on the runs that are here
 FAMILY = "family"                                  # the tag of the base that compares methods; the others change one thing
 INTRODUCTION = """# Every result
 
@@ -192,9 +194,10 @@ def hardware(cell):
 # Commands
 
 def data_of(dataset, data_dir, known=()):
-    """`look`, or for a folder that is not there the settings of CIFAR-100."""
-    there = dataset in DATASETS or Path(dataset).is_dir()
-    return look(dataset if there else "cifar100", data_dir, known)
+    """`look`; a folder that is not there is taken for one of transfer_sets.py: ten classes, 5000 images of 32 pixels."""
+    if dataset in DATASETS or Path(dataset).is_dir():
+        return look(dataset, data_dir, known)
+    return look("cifar10", os.devnull) | {"train": 5000}
 
 
 @cache
@@ -207,7 +210,7 @@ def shortest(phase, text):
     lines = []
     for recipe in recipes:
         module = import_module(phase)
-        parsed = parse_args(module.get_parser(), phase, identity + recipe, data_of)
+        parsed = parse_args(module.get_parser(), phase, identity + recipe + NO_RUNS, data_of)
         own = module.for_student(parsed, args["students"][0]) if phase == "train_eval" else parsed
         defaults = relevant(own) | {"students": getattr(parsed, "students", None)}
         lines.append(identity + recipe + [word for words in differing(phase, args, defaults) for word in words])

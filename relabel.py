@@ -91,7 +91,7 @@ def get_parser():
     method.add_argument("--images", type=Path, metavar="DIR",
                         help="a folder <class>/<file> of any origin, instead of the run's images")
     method.add_argument("--class-map", type=Path, metavar="FILE",
-                        help="JSON {folder: class} of --images whose folders are named otherwise than the data's classes")
+                        help="JSON {folder: class} where folders of --images have other names")
     method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
                         help="scale each backbone's logits to the mean norm before averaging [LN, Eq. 8]")
     method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",

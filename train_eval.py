@@ -210,7 +210,7 @@ def get_parser():
     method.add_argument("--images", type=Path, metavar="DIR",
                         help="a folder <class>/<file> of any origin, instead of the run's images")
     method.add_argument("--class-map", type=Path, metavar="FILE",
-                        help="JSON {folder: class} of --images whose folders are named otherwise than the data's classes")
+                        help="JSON {folder: class} where folders of --images have other names")
     method.add_argument("--labels", choices=["stored", "online", "hard"], default="stored",
                         help="of relabel.py, asked of the teachers while training, or the class alone")
     method.add_argument("--label-epochs", type=number(int, 1),

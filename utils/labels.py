@@ -155,8 +155,8 @@ class DistilledDataset(torch.utils.data.Dataset):
             images = Path(images or result["args"].get("images") or Path(run, "images"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} holds no finished labels ({error}); run relabel.py") from None
-        self.images, number, _, files = load_folder(
-            images, data["image_size"], classes=data["classes"], class_map=read_class_map(result["args"].get("class_map")))
+        class_map = read_class_map(result["args"].get("class_map"))
+        self.images, number, _, files = load_folder(images, data["image_size"], 0, data["classes"], class_map)
         if image_set(images, files) != hashes["images"]:
             raise ValueError(f"{self.folder} was made for other images than {images}; "
                              "run relabel.py --overwrite")

@@ -30,11 +30,12 @@ from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.checkpoint import Checkpoint, load_finished, save_torch
 from utils.cli import Parser, crop_name, identity_flags, number, parse_args
+from utils.closed_form import conv_stats
 from utils.data import load_split
 from utils.processes import barrier, rank, shard, world_size
 from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, relevant
 from utils.run import Progress, Run, begin, generator, peak_memory, script, send
-from utils.stats import conv_stats, layer_inputs, matched_layers, whole_patches
+from utils.stats import layer_inputs, matched_layers, require_eval, whole_patches
 from utils.teachers import costs, load_teachers
 from utils.train import channels_last
 
@@ -48,6 +49,7 @@ def sum_statistics(model, batches, patch, classes=0, state=None):
     "seen": images, "batches", "class_sums": {layer: moments [classes, n] of `image_moments`}, "class_seen":
     [classes]}; sums in float64
     """
+    require_eval(model)
     layers = matched_layers(model)
     convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
     state = state or new_sums(classes)

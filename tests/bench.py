@@ -33,15 +33,17 @@ from models import build_model
 from tests.helpers import counted_operations, saved_bytes
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.checkpoint import Checkpoint
+from utils.closed_form import ClosedFormMatching, conv_stats, freeze
 from utils.data import Split
 from utils.labels import LabelWriter, RowFile, StoredLabels
 from utils.losses import mse_gt_loss
 from utils.run import generator, pick_device
-from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
+from utils.stats import Matching, layer_inputs, matched_layers
 from utils.train import Graphed, NonFinite, channels_last
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
 DATA = {"classes": [str(label) for label in range(10)], "image_size": 32, "mean": UNITS[0], "std": UNITS[1]}
+BOUNDS = [torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)]
 CIFAR = "resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05"
 NOTHING_KEPT = SimpleNamespace(load=lambda *_: None, save_if_due=lambda *_, **how: None)      # in place of a Checkpoint
 
@@ -109,10 +111,11 @@ def bench_recover(rounds, quick, device):
     labels = torch.arange(classes, device=device).repeat_interleave(10)[None]
     pixels = torch.randn(1, 10 * classes, 3, 32, 32, generator=generator("bench")).to(device)
     for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
+        bounds = [bound.to(device) for bound in BOUNDS]
         model, targets = frozen(name, device)
         weights = recover.layer_weights(model, 0.01, 0.01, 10.0)
-        forms = {"plain": recover.PlainMatching(model, targets, weights, 0.8, 4),
-                 "closed": ClosedFormMatching(freeze(deepcopy(model)), targets, weights, 0.8, 4)}
+        forms = {"plain": Matching(model, targets, weights),
+                 "closed": ClosedFormMatching(freeze(deepcopy(model)), targets, weights)}
 
         def bare(count=1):
             for _ in range(count):
@@ -120,9 +123,9 @@ def bench_recover(rounds, quick, device):
                 F.cross_entropy(model(leaf), labels[0]).backward()
 
         def run(form, drop, count=iterations):
-            args = recover.get_parser().parse_args([
-                "--statistics", form, "--drop-rate", str(drop), "--iterations", str(count)])
-            recover.recover_batches(pixels.clone(), labels, [0], [forms[form]], DATA, args)
+            draws = recover.draw_iterations(count, [forms[form]], 32, seed=0, drop_rate=drop)
+            for _ in recover.recover_batch(pixels.clone(), labels, [forms[form]], draws, bounds=bounds, dd_autograd=form == "plain"):
+                pass
 
         cases = {"drop 0": ("closed", 0), "drop 0.4": ("closed", 0.4), "plain 0": ("plain", 0), "plain 0.4": ("plain", 0.4)}
         alone, *times = interleaved([lambda: bare(2), *(partial(run, *case) for case in cases.values())], rounds)
@@ -145,8 +148,9 @@ def bench_passes(rounds, quick, device):
     """recover.py: a pass over several batches of 50, forward and backward with statistics, against that of the bare frozen
     backbone; on a GPU both as CUDA graphs, and of 20 batches too."""
     for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
+        bounds = [bound.to(device) for bound in BOUNDS]
         model, targets = frozen(name, device)
-        matching = ClosedFormMatching(freeze(deepcopy(model)), targets, recover.layer_weights(model, 0.01, 0.01, 10.0), 0.8, 4)
+        matching = ClosedFormMatching(freeze(deepcopy(model)), targets, recover.layer_weights(model, 0.01, 0.01, 10.0))
         kept = torch.ones(len(matching.targets), dtype=torch.bool, device=device)
         for groups in (2, 20) if device.type == "cuda" else (2,):
             labels = torch.arange(5, device=device).repeat_interleave(2 if quick else 10).repeat(groups, 1)
@@ -172,8 +176,9 @@ def bench_keeping(rounds, quick, device):
     labels = torch.arange(classes, device=device).repeat_interleave(10)[None]
     pixels = torch.randn(1, 10 * classes, 3, 32, 32, generator=generator("bench")).to(device)
     for name in ("convnet_w8",) if quick else ("convnet_w128", "wrn16_2"):
+        bounds = [bound.to(device) for bound in BOUNDS]
         model, targets = frozen(name, device)
-        matching = ClosedFormMatching(freeze(model), targets, recover.layer_weights(model, 0.01, 0.01, 10.0), 0.8, 4)
+        matching = ClosedFormMatching(freeze(model), targets, recover.layer_weights(model, 0.01, 0.01, 10.0))
         args, states = recover.get_parser().parse_args(["--iterations", str(iterations)]), []
         with TemporaryDirectory() as folder, Checkpoint(Path(folder, "result.json"), args) as work:
             def run():
@@ -184,15 +189,12 @@ def bench_keeping(rounds, quick, device):
                     function(*what)
                     spent.append(time.perf_counter() - started)
 
-                def report(t, losses, x):
-                    timed(lambda: nonfinite.update(t, *(losses[term] for term in nonfinite.names[:-1]), x.detach().sum()))
-
-                def keep(state):
+                started, images = time.perf_counter(), pixels.clone()
+                draws = recover.draw_iterations(iterations, [matching], 32, seed=0)
+                for t, losses, state in recover.recover_batch(images, labels, [matching], draws, bounds=bounds):
+                    timed(lambda: nonfinite.update(t, *(losses[term] for term in nonfinite.names[:-1]), images.sum()))
                     states[:] = [state]
                     timed(work.save_if_due, state)
-
-                started = time.perf_counter()
-                recover.recover_batches(pixels.clone(), labels, [0], [matching], DATA, args, report, keep=keep)
                 kept.append(sum(spent)), bare.append(time.perf_counter() - started - sum(spent))
 
             kept, bare = [], []

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import utils.stats
+import utils.closed_form
 from utils.train import Graphed
 
 
@@ -24,13 +24,13 @@ def gradient(function, *tensors):
 
 
 def counted_reductions(monkeypatch):
-    """A list of the tensors that utils.stats measures without a graph from now on."""
+    """A list of the tensors that utils.closed_form measures without a graph from now on."""
     reduced = []
     for name in "conv_stats", "bn_stats":
-        def counted(x, *rest, measure=getattr(utils.stats, name)):
+        def counted(x, *rest, measure=getattr(utils.closed_form, name)):
             reduced.append(x)
             return measure(x, *rest)
-        monkeypatch.setattr(utils.stats, name, counted)
+        monkeypatch.setattr(utils.closed_form, name, counted)
     return reduced
 
 

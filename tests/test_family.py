@@ -29,8 +29,9 @@ from utils import scores
 from utils.presets import METHODS, SELECTIONS, preset_values
 from utils.run import generator
 from utils.selection import drop_largest, herding, k_center, last_epoch_weights, most_forgotten
+from utils.closed_form import ClosedFormMatching, freeze
+from utils.stats import layer_inputs, matched_layers, mixed_moments
 from utils.train import learning_rates
-from utils.stats import ClosedFormMatching, freeze, layer_inputs, matched_layers, mixed_moments
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 SMALL = {"squeeze": "--epochs 2 --batch-size 64", "relabel": "--epochs 2", "train_eval": "--epochs 2 --students convnet_w8",
@@ -186,17 +187,20 @@ def test_crops_are_drawn_from_the_floor_of_their_iteration_up():
     assert area[2].double().mean() < 0.6 < area[1].double().mean() < 0.78                      # of those that fit
 
 
+def crops(*args, **settings):
+    return torch.stack([draw["view"]["crop"] for draw in recover.draw_iterations(*args, **settings)])
+
+
 def test_the_crops_of_recover_follow_the_curriculum():
     areas = {}
     for curriculum in "none", "cosine":
-        args = subset_args(subset=0, iterations=400, crop="resized", crop_curriculum=curriculum)
         matching = type("matching", (), dict(targets={"a": (0, 0)}))
-        boxes = recover.draw_iterations(args, [matching], [0], 32)[2]["crop"]
+        boxes = crops(400, [matching], 32, seed=0, curriculum=curriculum)
         areas[curriculum] = (boxes[:, 0, 2] * boxes[:, 0, 3] / 32 ** 2).split(100)
     assert all(0.4 < part.mean() < 0.6 for part in areas["none"])
     assert areas["cosine"][0].min() > 0.8 and areas["cosine"][0].mean() > areas["cosine"][1].mean() > areas["cosine"][2].mean()
     assert areas["cosine"][3].min() < 0.3
-    boxes = recover.draw_iterations(subset_args(subset=0, iterations=400, crop="resized", crop_floor=0.5), [matching], [0], 32)[2]["crop"]
+    boxes = crops(400, [matching], 32, seed=0, floor=0.5)
     assert boxes[..., 2:].prod(-1).min() > 0.45 * 32 ** 2
 
 
@@ -284,39 +288,32 @@ def test_the_later_a_pruned_teacher_the_more_fine_tuning_it_has():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)                          # in the last of its epochs
 
 
-def subset_args(**changes):
-    return type("args", (), dict(seed=0, subset=2, iterations=4, choice="uniform", unit_gradients=False, drop_rate=0.0, crop="none",
-                                 flip=False, roll=0, crop_floor=0.08, crop_curriculum="none", lr=0.1, ce_weight=1.0, dd_weight=0.0,
-                                 statistics="closed", cuda_graphs=False) | changes)
-
-
 def test_a_subset_of_the_pool_belongs_to_a_slot_and_all_slots_together_use_the_pool():
-    args = subset_args(subset=3)
-    drawn = [recover.subset(args, 8, slot) for slot in range(50)]
-    assert drawn == [recover.subset(args, 8, slot) for slot in range(50)] and len(set(drawn)) > 20
+    drawn, again = ([recover.draw_subset(8, 3, seed=0, slot=slot) for slot in range(50)] for _ in range(2))
+    assert drawn == again and len(set(drawn)) > 20
     assert all(len(set(one)) == 3 and one == tuple(sorted(one)) for one in drawn)
     counts = np.bincount(np.concatenate(drawn), minlength=8)
     assert counts.min() > 8 and counts.max() < 32
-    assert recover.subset(subset_args(subset=3, seed=1), 8, 0) != drawn[0] or recover.subset(
-        subset_args(subset=3, seed=1), 8, 1) != drawn[1]
+    assert [recover.draw_subset(8, 3, seed=1, slot=slot) for slot in range(2)] != drawn[:2]
 
 
 def test_the_losses_of_a_subset_are_summed_in_every_iteration():
     torch.manual_seed(0)
-    models = [freeze(build_model("wrn10_1", 4, 16).eval().requires_grad_(False)) for _ in range(3)]
-    matchings = [ClosedFormMatching(model, {}, recover.layer_weights(model, 0.1, 0.0, 10.0), 0.0, 4) for model in models]
-    pixels, labels = torch.randn(1, 4, 3, 16, 16), torch.arange(4)[None]
-    data = dict(mean=[0.5] * 3, std=[0.25] * 3, classes=list("abcd"))
-    args, seen = subset_args(iterations=2), []
-    recover.recover_batches(pixels.clone(), labels, [0], matchings, data, args, lambda t, losses, x: seen.append(losses), slot=5)
-    chosen = recover.subset(args, 3, 5)
-    assert [losses["backbone"] for losses in seen] == [chosen, chosen]
-    alone = [recover.matching_gradient(matchings[k], labels, 1.0, pixels, {}, None, matchings[k].start(1)) for k in chosen]
+    models = [freeze(build_model("wrn10_1", 4, 16).eval()) for _ in range(3)]
+    matchers = [ClosedFormMatching(model, {}, recover.layer_weights(model, 0.1, 0.0, 10.0), alpha=0.0) for model in models]
+    pixels, labels, seen = torch.randn(1, 4, 3, 16, 16), torch.arange(4)[None], []
+    draws = recover.draw_iterations(2, matchers, 16, seed=0, subset=2, slot=5, crop="none")
+    chosen, settings = recover.draw_subset(3, 2, seed=0, slot=5), dict(bounds=2 * [torch.zeros(3, 1, 1)], lr=0.1, dd_weight=0.0)
+    settings["bounds"] = [bound + side for bound, side in zip(settings["bounds"], (-2, 2))]
+    images = pixels.clone()
+    for t, losses, _ in recover.recover_batch(images, labels, matchers, draws, **settings):
+        seen.append((losses, images.clone()))
+    assert [draw["backbones"] for draw in draws] == [chosen, chosen]
+    alone = [recover.matching_gradient(matchers[k], labels, 1.0, pixels, {}, None, matchers[k].start(1)) for k in chosen]
     for i, term in enumerate(("ce", "bn")):
-        assert_near(seen[0][term], sum(losses[i] for _, losses, _ in alone), 1e-5)
+        assert_near(seen[0][0][term], sum(losses[i] for _, losses, _ in alone), 1e-5)
     step = (pixels - 0.1 * sum(gradient for gradient, _, _ in alone).sign()).clamp(-2, 2)       # Adam's first
-    once = recover.recover_batches(pixels.clone(), labels, [0], matchings, data, subset_args(iterations=1), slot=5)
-    assert ((once - step).abs() < 1e-3).double().mean() > 0.99
+    assert ((seen[0][1] - step).abs() < 1e-3).double().mean() > 0.99
 
 
 @pytest.mark.slow
@@ -399,10 +396,10 @@ def test_class_statistics_aim_each_batch_at_its_own_classes_in_both_gradients(lo
 def test_the_target_of_a_batch_is_the_mixture_of_its_classes(project):
     project.call("collect_stats", "--class-statistics --overwrite --backbones wrn10_1")
     args = recover.parse_args(recover.get_parser(), "recover", project.arguments("recover", "--backbones wrn10_1 --class-statistics"))
-    stored, device = checkpoint(project.teachers / "wrn10_1.stats.pt"), torch.device("cpu")
+    stored = checkpoint(project.teachers / "wrn10_1.stats.pt")
     model = build_model("wrn10_1", 4, 16).eval()
     labels = torch.tensor([[0, 0, 1, 1], [2, 2, 2, 3]])
-    matching, = recover.make_matchings({"wrn10_1": model}, {"wrn10_1": stored}, labels, args, device)
+    matching, = recover.make_matchers(args, {"wrn10_1": model}, {"wrn10_1": stored}, labels)
     for layer, targets in matching.targets.items():
         for group, shares in enumerate([{0: 0.5, 1: 0.5}, {2: 0.75, 3: 0.25}]):
             for kind in range(0, len(targets), 2):
@@ -653,8 +650,8 @@ def test_a_mosaic_start_is_made_of_four_times_as_many_images(project):
         assert max(abs(tile - small[label, k, image]).max() for k, tile in enumerate(tiles)) <= 0.6
 
 
-def test_the_surest_crops_are_those_of_least_loss_of_the_first_backbone(project):
-    project.call("recover", "--init crops --lr 0 --iterations 1 --init-images 7 --init-crops 4")
+def test_the_chosen_crops_are_those_of_least_loss_of_the_first_backbone(project):
+    project.call("recover", "--init crops --lr 0 --iterations 1 --init-images 7")
     images, labels = training_images(project)
     record = checkpoint(project.teachers / "convnet_w8.pt")
     model = build_model("convnet_w8", 4, 16).eval()
@@ -663,12 +660,12 @@ def test_the_surest_crops_are_those_of_least_loss_of_the_first_backbone(project)
     for label in range(4):
         draw, members = generator("init", 0, label), np.flatnonzero(labels == label)
         chosen = members[torch.randperm(12, generator=draw)[:7].numpy()]
-        boxes = draw_resized_crop(28, 16, draw, ratio=(1.0, 1.0)).view(7, 4, 4)
+        boxes = draw_resized_crop(35, 16, draw, ratio=(1.0, 1.0)).view(7, 5, 4)
         assert (boxes[..., 2] == boxes[..., 3]).all()
         best = []
         for i, image in enumerate(chosen):
             pixels = normalize(torch.from_numpy(images[image]).permute(2, 0, 1)[None], mean, std)
-            crops = [apply_resized_crop(pixels, boxes[i, k][None]) for k in range(4)]
+            crops = [apply_resized_crop(pixels, boxes[i, k][None]) for k in range(5)]
             with torch.no_grad():
                 losses = [F.cross_entropy(model(crop), torch.tensor([label])).item() for crop in crops]
             best.append((min(losses), crops[int(np.argmin(losses))]))

@@ -122,7 +122,7 @@ IMPOSSIBLE = {
                    "--weight-decay 1e39"],
     ("collect_stats",): ["--batch-size 1", "--patch 0", "--patch 2.5", "--crop pad-4"],
     ("recover",): ["--alpha 1.1", "--alpha -0.1", "--alpha nan", "--drop-rate 1.1", "--drop-rate some",
-                   "--bn-weight -1", "--conv-weight -1", "--dd-weight inf", "--tau 0.5", "--dd-scale max",
+                   "--bn-weight -1", "--conv-weight -1", "--dd-weight inf", "--dd-scale max",
                    "--loop fast", "--choice last", "--roll -1", "--roll 1.5", "--iterations 0", "--batch-size 0",
                    "--lr inf", "--groups-per-step 0", "--groups-per-step all", "--statistics fast", "--log-every 0"],
     ("relabel",): ["--epochs 0", "--batch-size 0", "--whole-up-to -1", "--mix cutup"],

@@ -50,7 +50,6 @@ PAPER = {
     "recover bn_weight":           (0.01, 0.01, 0.01, 0.01),
     "recover conv_weight":         (0.01, 0.01, 0.01, 0.01),
     "recover dd_weight":           (1, 1, 1, 1),
-    "recover tau":                 (4, 4, 4, 4),
     "recover first_multiplier":    (10, 10, 10, 10),
     "relabel backbones":           (SMALL, SMALL, SMALL, LARGE),
     "relabel epochs":              (1000, 1000, 100, 300),
@@ -125,7 +124,7 @@ def test_a_preset_sets_nothing_that_is_not_in_the_tables(phase):
         for dataset in DATASETS:
             chosen = {flag for (place, flag), row in BEST.items()
                       if place in ("*", phase) and preset == "best" and row[DATASETS.index(dataset)] is not None}
-            assert preset_values(preset, dataset, phase).keys() == known - {"tau"} | chosen      # tau: a default of the parser
+            assert preset_values(preset, dataset, phase).keys() == known | chosen
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +14,16 @@ from torch import nn
 from tests.helpers import assert_near, counted_reductions, faked_graphs, saved_bytes
 import recover
 from models import build_model
-from recover import (PlainMatching, fitting_groups, layer_weights, make_batches, matching_gradient, noise, recover_batches)
-from utils.augment import draw_view
+from recover import draw_iterations, layer_weights, make_batches, matching_gradient, noise, recover_batch
+from utils import passes
+from utils.augment import apply_view, draw_view
+from utils.closed_form import ClosedFormMatching, conv_stats, freeze
 from utils.losses import data_densification
 from utils.run import generator
-from utils.stats import ClosedFormMatching, conv_stats, freeze, layer_inputs, matched_layers
+from utils.stats import Matching, layer_inputs, matched_layers, statistics_of
 
 SMALL = ("resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05")
-FORMS = PlainMatching, ClosedFormMatching
+FORMS = Matching, ClosedFormMatching
 DATA = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26), "classes": [str(label) for label in range(10)]}
 
 MEAN, STD = (torch.tensor(DATA[key], dtype=torch.float64)[:, None, None] for key in ("mean", "std"))
@@ -65,7 +66,7 @@ def convolutions(model):
 
 def matching_of(form, name, size, patch=4, alpha=0.8, bn=0.7, conv=0.5, first=10.0):
     model = frozen(name, size)
-    return form(model, dataset_statistics(name, patch, size), layer_weights(model, bn, conv, first), alpha, patch)
+    return form(model, dataset_statistics(name, patch, size), layer_weights(model, bn, conv, first), alpha=alpha, patch=patch)
 
 
 # The closed form is the gradient
@@ -108,9 +109,9 @@ def test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written(name
     ("shufflenetv2_05", 56, 56)])
 @pytest.mark.parametrize("drop", (pytest.param(0.0, marks=pytest.mark.slow), 0.4))
 def test_a_frozen_backbone_gives_the_losses_and_the_gradient_of_the_one_it_was(name, folded, norms, drop):
-    plain = matching_of(PlainMatching, name, 32)
+    plain = matching_of(Matching, name, 32)
     model = freeze(deepcopy(plain.model))
-    closed = ClosedFormMatching(model, plain.targets, plain.weights, 0.8, 4)
+    closed = ClosedFormMatching(model, plain.targets, plain.weights)
     frozen_norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert (sum(norm.folded for norm in frozen_norms), len(frozen_norms)) == (folded, norms)
     steps = [(randn(4, 3, 32, 32), torch.randint(10, (4,)),
@@ -124,9 +125,9 @@ def test_a_frozen_backbone_gives_the_losses_and_the_gradient_of_the_one_it_was(n
 @pytest.mark.parametrize("name, folded", [
     ("resnet18", 20), ("mobilenetv2", 52), ("efficientnet_b0", 49), ("shufflenetv2_05", 56), ("resnet50", 53)])
 def test_so_do_those_of_large_images(name, folded):
-    plain = matching_of(PlainMatching, name, 72, patch=16)
+    plain = matching_of(Matching, name, 72, patch=16)
     model = freeze(deepcopy(plain.model))
-    closed = ClosedFormMatching(model, plain.targets, plain.weights, 0.8, 16)
+    closed = ClosedFormMatching(model, plain.targets, plain.weights, patch=16)
     steps = [(randn(2, 3, 72, 72), torch.randint(10, (2,)), [])]
     (expected,), (actual,) = iterate(plain, steps, 1), iterate(closed, steps, 1)
     for a, b in zip(actual, expected, strict=True):
@@ -158,7 +159,7 @@ def test_the_closed_form_keeps_no_graph_through_the_statistics(name):
 
     bare = saved_bytes(model, lambda: F.cross_entropy(model(images), labels))
     assert saved_bytes(model, lambda: step(ClosedFormMatching)) == bare
-    assert saved_bytes(model, lambda: step(PlainMatching)) > bare
+    assert saved_bytes(model, lambda: step(Matching)) > bare
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -187,22 +188,21 @@ def test_layer_weights_count_the_first_layer_more():
 
 # The loop
 
-def arguments(**changes):
-    return SimpleNamespace(**dict(
-        seed=0, iterations=4, lr=0.1, choice="uniform", unit_gradients=False, subset=0, drop_rate=0.4, crop="resized", crop_floor=0.08,
-        crop_curriculum="none", flip=True, roll=5, ce_weight=1.0, dd_weight=5.0, tau=4.0, dd_scale="mean", statistics="closed",
-        cuda_graphs=False) | changes)
+DRAWN = dict(seed=0, iterations=4, choice="uniform", subset=0, drop_rate=0.4, crop="resized", flip=True, roll=5)
+LOOP = dict(lr=0.1, ce_weight=1.0, dd_weight=5.0, tau=4.0, dd_scale="mean", unit_gradients=False)
+BOUNDS = tuple(bound.float() for bound in (LOW, HIGH))
 
 
-def recovered(pixels, labels, numbers, matchings, args):
-    """recover_batches on a copy -> pixels, the reports as plain numbers"""
-    reports = []
-
-    def report(t, losses, pixels):
+def recovered(pixels, labels, numbers, matchings, each=lambda t, losses, pixels: None, **changes):
+    """recover_batch on a copy -> pixels, the backbones and losses of each iteration as plain numbers"""
+    pixels, labels, reports = pixels.clone(), torch.as_tensor(labels), []
+    drawn, loop = ({key: changes.pop(key, value) for key, value in table.items()} for table in (DRAWN, LOOP))
+    draws = draw_iterations(drawn.pop("iterations"), matchings, pixels.shape[-1], batches=numbers, **drawn)
+    for t, losses, _ in recover_batch(pixels, labels, matchings, draws, **dict(bounds=BOUNDS) | loop | changes):
         assert t == len(reports)
-        reports.append({term: torch.as_tensor(value).item() for term, value in losses.items()})
-
-    return recover_batches(pixels.clone(), torch.tensor(labels), numbers, matchings, DATA, args, report), reports
+        reports.append({"backbone": draws[t]["backbones"][0], **{term: value.item() for term, value in losses.items()}})
+        each(t, losses, pixels)
+    return pixels, reports
 
 
 def matchings_of(form, names):
@@ -212,12 +212,12 @@ def matchings_of(form, names):
 @pytest.mark.parametrize("unit", (False, True))
 def test_batches_that_share_a_pass_move_as_if_each_were_alone(unit):
     labels, numbers = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 2, 0, 2, 3]], [7, 2, 3]
-    pixels, args = randn(3, 5, 3, 16, 16), arguments(iterations=6, unit_gradients=unit)
+    pixels, settings = randn(3, 5, 3, 16, 16), dict(iterations=6, unit_gradients=unit)
     matchings = matchings_of(ClosedFormMatching, ("wrn10_1", "convnet_w8"))
-    together, reports = recovered(pixels, labels, numbers, matchings, args)
+    together, reports = recovered(pixels, labels, numbers, matchings, **settings)
     sums = [Counter() for _ in reports]
     for g in range(3):
-        alone, own = recovered(pixels[g:g + 1], labels[g:g + 1], numbers[g:g + 1], matchings, args)
+        alone, own = recovered(pixels[g:g + 1], labels[g:g + 1], numbers[g:g + 1], matchings, **settings)
         assert_near(together[g], alone[0], 1e-9)
         for total, losses in zip(sums, own):
             total.update({**losses, "backbone": losses["backbone"] / 3})
@@ -238,9 +238,9 @@ def test_batches_that_share_a_pass_move_as_if_each_were_alone(unit):
 def test_recovery_is_the_same_with_statistics_closed_and_plain(names, labels, changes):
     pixels = randn(len(labels), len(labels[0]), 3, 16, 16)
     (plain, expected), (closed, reports) = (
-        recovered(pixels, labels, list(range(len(labels))), matchings_of(form, names),
-                  arguments(iterations=6, statistics=statistics, **changes))
-        for form, statistics in zip(FORMS, ("plain", "closed")))
+        recovered(pixels, labels, list(range(len(labels))), matchings_of(form, names), dd_autograd=form is Matching,
+                  **dict(iterations=6) | changes)
+        for form in FORMS)
     assert_near(closed, plain, 1e-9)
     for a, b in zip(reports, expected, strict=True):
         assert a == pytest.approx(b, rel=1e-9)
@@ -249,11 +249,11 @@ def test_recovery_is_the_same_with_statistics_closed_and_plain(names, labels, ch
 
 
 def test_recovery_is_the_same_by_graphs_which_drop_layers_by_a_mask(monkeypatch):
-    graphed = faked_graphs(monkeypatch, recover)
+    graphed = faked_graphs(monkeypatch, passes)
     names, pixels, labels = ("wrn10_1", "convnet_w8", "mobilenetv2_05"), randn(2, 4, 3, 16, 16), [[0, 0, 1, 1], [2, 3, 2, 2]]
     (images, reports), (expected, alike) = (
-        recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names),
-                  arguments(iterations=12, choice="cycle", cuda_graphs=cuda_graphs)) for cuda_graphs in (True, False))
+        recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names), iterations=12, choice="cycle", gradient=gradient)
+        for gradient in (passes.graphed(matching_gradient), None))
     assert_near(images, expected, 1e-6)                                             # rounding grows from step to step
     for a, b in zip(reports, alike, strict=True):
         assert a == pytest.approx(b, rel=1e-6)
@@ -264,20 +264,21 @@ def test_recovery_is_the_same_by_graphs_which_drop_layers_by_a_mask(monkeypatch)
 @pytest.mark.parametrize("cuda_graphs", (False, True))
 def test_a_gpu_recovers_what_the_cpu_does_and_never_waits(cuda_graphs):
     names, pixels, labels = ("wrn10_1", "convnet_w8", "mobilenetv2_05"), randn(2, 4, 3, 16, 16), [[0, 0, 1, 1], [2, 3, 2, 2]]
-    args = arguments(iterations=12, choice="cycle", dd_weight=0.0)                  # densification: eigh waits by itself
-    expected, _ = recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names), args)
-    args.cuda_graphs = cuda_graphs
+    settings = dict(iterations=12, choice="cycle", dd_weight=0.0)                   # densification: eigh waits by itself
+    expected, _ = recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names), **settings)
     matchings = []
     for name in names:
         model = freeze(deepcopy(frozen(name, 16))).cuda()
         targets = {layer: [v.cuda() for v in vectors] for layer, vectors in dataset_statistics(name, 4, 16).items()}
-        matchings.append(ClosedFormMatching(model, targets, layer_weights(model, 0.7, 0.5, 10.0), 0.8, 4))
+        matchings.append(ClosedFormMatching(model, targets, layer_weights(model, 0.7, 0.5, 10.0)))
 
-    def strict(t, losses, pixels):
-        torch.cuda.set_sync_debug_mode("error" if t < 11 else "default")
-
+    gradient = passes.graphed(matching_gradient) if cuda_graphs else None
+    draws = draw_iterations(12, matchings, 16, batches=[0, 1], **{
+        key: value for key, value in DRAWN.items() if key != "iterations"} | dict(choice="cycle"))
+    images, loop = pixels.clone().cuda(), LOOP | dict(dd_weight=0.0, bounds=[bound.cuda() for bound in BOUNDS], gradient=gradient)
     try:
-        images = recover_batches(pixels.clone().cuda(), torch.tensor(labels).cuda(), [0, 1], matchings, DATA, args, strict)
+        for t, _, _ in recover_batch(images, torch.tensor(labels).cuda(), matchings, draws, **loop):
+            torch.cuda.set_sync_debug_mode("error" if t < 11 else "default")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_near(images.cpu(), expected, 1e-6)
@@ -285,9 +286,8 @@ def test_a_gpu_recovers_what_the_cpu_does_and_never_waits(cuda_graphs):
 
 def test_auto_is_one_batch_on_a_cpu_and_on_a_gpu_what_fits_and_fills(monkeypatch):
     matchings = matchings_of(ClosedFormMatching, ("wrn10_1",))
-    assert fitting_groups(matchings, 5, 16, torch.device("cpu")) == 1
+    assert passes.fitting_groups(matching_gradient, matchings, 5, 16, torch.device("cpu")) == 1
     memory = iter([100, 400, 100, 400, 100, 400])
-    monkeypatch.setattr(recover, "matching_gradient", lambda *_: None)
     for name, value in dict(reset_peak_memory_stats=None, empty_cache=None, mem_get_info=(6000, 8000)).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(memory))
@@ -295,16 +295,16 @@ def test_auto_is_one_batch_on_a_cpu_and_on_a_gpu_what_fits_and_fills(monkeypatch
     for make in torch.zeros, torch.ones:
         monkeypatch.setattr(torch, make.__name__, lambda *size, device, make=make, **kind: make(*size, **kind, device="meta"))
     gpu = torch.device("cuda")
-    assert fitting_groups(matchings, 50, 32, gpu) == 16                             # 0.8 * 6000 / 300
-    assert fitting_groups(matchings, 40, 224, gpu) == 2                             # two fill it
-    assert fitting_groups(matchings, 5000, 224, gpu) == 1
+    assert passes.fitting_groups(lambda *_: None, matchings, 50, 32, gpu) == 16                             # 0.8 * 6000 / 300
+    assert passes.fitting_groups(lambda *_: None, matchings, 40, 224, gpu) == 2                             # two fill it
+    assert passes.fitting_groups(lambda *_: None, matchings, 5000, 224, gpu) == 1
 
 
 @pytest.mark.parametrize("unit", (False, True))
 def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_valid_pixels(unit):
     pixels, labels = 1.5 * randn(1, 5, 3, 16, 16), [[0, 0, 0, 1, 1]]
-    args = arguments(iterations=5, choice="cycle", unit_gradients=unit, drop_rate=0.0, crop="none", flip=False, roll=0, ce_weight=2.0)
-    matchings = matchings_of(PlainMatching, ("wrn10_1", "convnet_w8"))
+    settings = dict(iterations=5, choice="cycle", unit_gradients=unit, drop_rate=0.0, crop="none", flip=False, roll=0, ce_weight=2.0)
+    matchings = matchings_of(Matching, ("wrn10_1", "convnet_w8"))
     x, first, second, norms = pixels[0].clone(), 0, 0, []
     states = [matching.start(1) for matching in matchings]
     for t in range(5):
@@ -320,29 +320,28 @@ def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_vali
         first, second = 0.5 * first + 0.5 * slope, 0.9 * second + 0.1 * slope ** 2
         step = first / (1 - 0.5 ** (t + 1)) / ((second / (1 - 0.9 ** (t + 1))).sqrt() + 1e-8)
         x = (x.detach() - 0.1 * (1 + math.cos(math.pi * t / 5)) / 2 * step).maximum(LOW).minimum(HIGH)
-    for form, statistics in zip(FORMS, ("plain", "closed")):
-        args.statistics = statistics
-        result, reports = recovered(pixels, labels, [0], matchings_of(form, ("wrn10_1", "convnet_w8")), args)
+    for form in FORMS:
+        result, reports = recovered(pixels, labels, [0], matchings_of(form, ("wrn10_1", "convnet_w8")),
+                                    dd_autograd=form is Matching, **settings)
         assert [losses["gradient"] for losses in reports] == pytest.approx(norms, rel=1e-4)
         assert (result[0] - x).abs().max() < 1e-6                                   # the bounds are those of float32
 
 
 @pytest.mark.parametrize("unit", (False, True))
 def test_with_unit_gradients_no_backbone_is_louder_than_another(unit):
-    pixels, args = randn(1, 4, 3, 16, 16), arguments(choice="cycle", unit_gradients=unit, ce_weight=0.0, dd_weight=0.0)
+    pixels, settings = randn(1, 4, 3, 16, 16), dict(choice="cycle", unit_gradients=unit, ce_weight=0.0, dd_weight=0.0)
     names = "wrn10_1", "convnet_w8"
     alike, louder = ([matching_of(ClosedFormMatching, name, 16, bn=loud, conv=loud) for name, loud in zip(names, (1, times))]
                      for times in (1, 1000))
-    images, others = (recovered(pixels, [[0, 0, 1, 1]], [0], matchings, args)[0] for matchings in (alike, louder))
+    images, others = (recovered(pixels, [[0, 0, 1, 1]], [0], matchings, **settings)[0] for matchings in (alike, louder))
     assert torch.allclose(images, others, atol=1e-6) == unit
 
 
 def test_pixels_stay_in_the_valid_range_of_every_channel():
     seen = []
     pixels = 3 * randn(2, 2, 3, 8, 8)
-    recover_batches(pixels, torch.tensor([[0, 1], [2, 3]]), [0, 1], [Spy()], DATA, arguments(lr=0.5),
-                    lambda t, losses, pixels: seen.append(pixels.detach().clone()))
-    for images in *seen, pixels:
+    recovered(pixels, [[0, 1], [2, 3]], [0, 1], [Spy()], lambda t, losses, pixels: seen.append(pixels.detach().clone()), lr=0.5)
+    for images in seen:
         assert (images >= LOW - 1e-6).all() and (images <= HIGH + 1e-6).all()
         assert ((images - LOW).abs() < 1e-6).any() and ((images - HIGH).abs() < 1e-6).any()
 
@@ -350,7 +349,7 @@ def test_pixels_stay_in_the_valid_range_of_every_channel():
 def test_averages_and_optimizer_start_anew_with_every_image_batch():
     matchings = matchings_of(ClosedFormMatching, ("wrn10_1", "convnet_w8"))
     pixels = randn(1, 4, 3, 16, 16)
-    first, again = (recovered(pixels, [[0, 0, 1, 1]], [0], matchings, arguments())[0] for _ in range(2))
+    first, again = (recovered(pixels, [[0, 0, 1, 1]], [0], matchings)[0] for _ in range(2))
     assert torch.equal(first, again)
 
 
@@ -363,7 +362,7 @@ def test_the_learning_rate_falls_along_a_cosine_to_0(monkeypatch):
             super().step()
 
     monkeypatch.setattr(torch.optim, "Adam", Recorded)
-    recovered(randn(1, 2, 3, 8, 8), [[0, 1]], [0], [Spy()], arguments(iterations=100, lr=0.05))
+    recovered(randn(1, 2, 3, 8, 8), [[0, 1]], [0], [Spy()], iterations=100, lr=0.05)
     assert rates == pytest.approx([0.025 * (1 + math.cos(math.pi * t / 100)) for t in range(100)])
     assert rates[0] == 0.05 and 0 < rates[-1] < 2e-5
 
@@ -397,7 +396,7 @@ def spied(numbers=(0,), spies=3, **changes):
     spies = [Spy() for _ in range(spies)]
     image = torch.linspace(-1, 1, 192, dtype=torch.float64).view(3, 8, 8)
     _, reports = recovered(image.expand(len(numbers), 2, -1, -1, -1), [[0, 1]] * len(numbers), list(numbers), spies,
-                           arguments(lr=0.0, **changes))
+                           lr=0.0, **changes)
     chosen = [losses["backbone"] for losses in reports]
     place = [chosen[:t].count(k) for t, k in enumerate(chosen)]
     dropped = [spies[int(k)].dropped[i] for k, i in zip(chosen, place)]
@@ -443,11 +442,68 @@ def test_without_augmentation_the_network_sees_the_pixels():
     assert torch.equal(views[0, 0, 0].flatten(), torch.linspace(-1, 1, 192, dtype=torch.float64))
 
 
-def test_pixels_are_changed_in_place_and_returned_without_a_graph():
-    pixels = randn(1, 2, 3, 8, 8)
+def test_pixels_are_changed_in_place_and_stay_without_a_graph():
+    pixels, labels = randn(1, 2, 3, 8, 8), torch.tensor([[0, 1]])
     before = pixels.clone()
-    result = recover_batches(pixels, torch.tensor([[0, 1]]), [0], [Spy()], DATA, arguments())
-    assert torch.equal(result, pixels) and not result.requires_grad and not torch.equal(result, before)
+    for _ in recover_batch(pixels, labels, [Spy()], draw_iterations(2, [Spy()], 8, seed=0), bounds=BOUNDS):
+        assert not pixels.requires_grad and pixels.grad is None and not torch.equal(pixels, before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_goes_on_to_the_same_pixels(form):
+    matchings, labels, start = matchings_of(form, ("wrn10_1", "convnet_w8")), torch.tensor([[0, 0, 1]]), randn(1, 3, 3, 16, 16)
+    draws, whole, first, rest = draw_iterations(6, matchings, 16, seed=0), *(start.clone() for _ in range(3))
+    states = [deepcopy(state()) for _, _, state in recover_batch(whole, labels, matchings, draws, bounds=BOUNDS)]
+    assert [state["iterations"] for state in states] == [1, 2, 3, 4, 5, 6]
+    for at in 2, 5:
+        steps = [t for t, _, _ in recover_batch(rest, labels, matchings, draws, bounds=BOUNDS, resume=deepcopy(states[at - 1]))]
+        assert steps == list(range(at, 6)) and torch.equal(rest, whole)
+
+
+def test_averages_carried_over_are_the_past_of_the_first_iteration():
+    matching, labels, start = matching_of(Matching, "wrn10_1", 16), torch.tensor([[0, 1]]), randn(1, 2, 3, 16, 16)
+    draws = draw_iterations(1, [matching], 16, seed=0, drop_rate=0.0, crop="none")
+    values = []
+    for averages in None, [matching.start(1)]:
+        for _, losses, state in recover_batch(start.clone(), labels, [matching], draws, bounds=BOUNDS, averages=averages):
+            values.append(losses["conv"])
+    assert torch.equal(*values)
+    carried, other = state()["averages"], randn(1, 2, 3, 16, 16)
+    (_, losses, _), = recover_batch(other.clone(), labels, [matching], draws, bounds=BOUNDS, averages=carried)
+    with matching.hooks() as inputs:
+        matching.model(other[0])
+    assert_near(losses["conv"], matching.inject(inputs, carried[0])[1].detach(), 1e-12)
+    assert not torch.allclose(losses["conv"], matching.inject(inputs, matching.start(1))[1])
+
+
+def test_densification_on_the_view_is_that_of_what_the_backbone_sees():
+    pixels, labels, spy = 0.3 * randn(1, 4, 3, 8, 8), torch.tensor([[0, 0, 1, 1]]), Spy()
+    draws = draw_iterations(1, [spy], 8, seed=0, crop="pad2", flip=True)
+    view = apply_view(pixels.flatten(1, 2), draws[0]["view"]).view(4, 3, 8, 8)
+    for dd_on, autograd in product(("pixels", "view"), (True, False)):
+        (_, losses, _), = recover_batch(pixels.clone(), labels, [spy], draws, bounds=BOUNDS, dd_on=dd_on, dd_weight=3.0,
+                                        dd_autograd=autograd)
+        assert_near(losses["dd"], 3 * data_densification(pixels[0] if dd_on == "pixels" else view, labels[0]), 1e-9)
+
+
+def test_weight_decay_is_adams():
+    pixels, labels = randn(1, 2, 3, 8, 8), torch.tensor([[0, 1]])
+    draws = draw_iterations(1, [Spy()], 8, seed=0)
+    for decay in 0.0, 0.1:
+        images = pixels.clone()
+        (_, losses, _), = recover_batch(images, labels, [Spy()], draws, bounds=(LOW - 9, HIGH + 9), ce_weight=0.0, lr=0.1,
+                                        weight_decay=decay, dd_weight=0.0)
+        step = 0.1 * pixels.sign() if decay else torch.zeros_like(pixels)                   # Adam's first
+        assert (images - (pixels - step)).abs().max() < 1e-5
+
+
+def test_shapes_that_do_not_fit_are_named():
+    draws = draw_iterations(1, [Spy()], 8, seed=0)
+    for images, labels in (randn(2, 3, 8, 8), torch.tensor([0, 1])), (randn(1, 2, 3, 8, 8), torch.tensor([[0, 1, 2]])):
+        with pytest.raises(ValueError, match=r"images of shape \(.*labels of shape \(.*\[groups, batch"):
+            next(recover_batch(images, labels, [Spy()], draws, bounds=BOUNDS))
+    with pytest.raises(ValueError, match="loop 'reordered' is neither"):
+        make_batches(2, 2, 2, "reordered")
 
 
 # Batches and their start

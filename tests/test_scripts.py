@@ -298,11 +298,11 @@ def test_overwrite_starts_again(project):
 def passes(monkeypatch):
     """What recover.py does: for each pass its labels [G, B], and for each iteration the draw, the pixels and the images
     under it [G, B, 3, S, S], and the dropped layers."""
-    passes, loop, view = [], recover.recover_batches, recover.apply_view
+    passes, loop, view = [], recover.recover_batch, recover.apply_view
 
-    def recover_batches(pixels, labels, *rest):
+    def recover_batch(pixels, labels, *rest, **settings):
         passes.append((labels.clone(), []))
-        return loop(pixels, labels, *rest)
+        yield from loop(pixels, labels, *rest, **settings)
 
     def apply_view(images, draw):
         after = view(images, draw)
@@ -318,10 +318,10 @@ def passes(monkeypatch):
             return hooks(self, dropped)
         monkeypatch.setattr(matching, "hooks", watched)
 
-    monkeypatch.setattr(recover, "recover_batches", recover_batches)
+    monkeypatch.setattr(recover, "recover_batch", recover_batch)
     monkeypatch.setattr(recover, "apply_view", apply_view)
     watch(recover.ClosedFormMatching)
-    watch(recover.PlainMatching)
+    watch(recover.Matching)
     return passes
 
 
@@ -363,7 +363,7 @@ def loss_terms(project, args, passes, entries):
             name = next(entries)["backbone"]
             inputs, logits = inputs_and_logits(models[name], step.images[0])
             terms = {"ce": args["ce_weight"] * nn.functional.cross_entropy(logits, labels).item(), "bn": 0, "conv": 0,
-                     "dd": args["dd_weight"] * densification(step.pixels[0], labels, args["tau"], args["dd_scale"])}
+                     "dd": args["dd_weight"] * densification(step.pixels[0], labels, 4.0, args["dd_scale"])}
             matched = [layer for layer in inputs if args["conv_weight"] or not isinstance(
                 models[name].get_submodule(layer), nn.Conv2d)]
             for layer, x in inputs.items():
@@ -385,7 +385,7 @@ def loss_terms(project, args, passes, entries):
 RECOVER = [
     "", "--alpha 0", "--alpha 0.4", "--alpha 1", "--drop-rate 0", "--drop-rate 1", "--ce-weight 0", "--ce-weight 3",
     "--bn-weight 0", "--bn-weight 1", "--conv-weight 0", "--conv-weight 1", "--bn-weight 0 --conv-weight 0",
-    "--dd-weight 0", "--dd-weight 3 --tau 2", "--dd-scale sum --crop none", "--first-multiplier 1", "--loop original",
+    "--dd-weight 0", "--dd-weight 3", "--dd-scale sum --crop none", "--first-multiplier 1", "--loop original",
     "--loop original --batch-size 3", "--choice cycle", "--unit-gradients", "--ipc 1", "--ipc 3", "--ipc 5", "--crop none", "--crop pad2",
     "--flip --roll 4", "--backbones wrn10_1", "--backbones convnet_w8", "--backbones convnet_w8 --drop-rate 1"]
 

@@ -6,8 +6,8 @@ import torch
 
 from tests.helpers import assert_near
 from tests import rank_error
-from utils.selection import (count_forgetting, drop_largest, herding, k_center, last_epoch_weights, mosaic, most_forgotten,
-                             rank_correlation, surest_crops)
+from utils.selection import (count_forgetting, drop_largest, herding, k_center, last_epoch_weights, lowest_loss_crops, mosaic,
+                             most_forgotten, rank_correlation)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_of_equal_images_the_first_is_chosen_and_none_twice(select):
     assert select(torch.ones(4, 2), 3).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("select", (herding, k_center, surest_crops))
+@pytest.mark.parametrize("select", (herding, k_center, lowest_loss_crops))
 def test_more_images_than_there_are_or_none_cannot_be_selected(select):
     for count in 0, 6:
         with pytest.raises(ValueError, match=f"cannot select {count} of 5"):
@@ -168,11 +168,11 @@ def test_a_mosaic_has_each_image_once_small_in_its_place(factor):
                         assert torch.allclose(out[n, :, row * size + y, column * size + x], mean)
 
 
-def test_surest_crops_are_each_images_best_in_ascending_order():
+def test_lowest_loss_crops_are_each_images_best_in_ascending_order():
     losses = torch.randint(8, (12, 5)).double()
     best = [min(range(5), key=lambda crop: losses[i, crop]) for i in range(12)]
     order = sorted(range(12), key=lambda i: (losses[i, best[i]], i))[:7]
-    images, crops = surest_crops(losses, 7)
+    images, crops = lowest_loss_crops(losses, 7)
     assert images.tolist() == order and crops.tolist() == [best[i] for i in order]
 
 

@@ -1,5 +1,6 @@
 """Statistics of layer inputs against slow loops, the hooks that read them, and the closed form of their gradient."""
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from tests.helpers import assert_near, counted_reductions, gradient
-from utils.stats import (ClosedFormMatching, FrozenNorm, Inject, affine_terms, bn_stats, channel_stats, conv_stats, freeze,
-                         layer_inputs, matched_layers, patch_stats, segment_norms, whole_patches)
+from models import build_model
+from utils.closed_form import ClosedFormMatching, FrozenNorm, Inject, affine_terms, bn_stats, conv_stats, freeze, segment_norms
+from utils.stats import Matching, channel_stats, layer_inputs, matched_layers, patch_stats, statistics_of, whole_patches
 
 SHAPES = [  # height, width, patch
     (8, 12, 4), (4, 4, 4), (3, 6, 1),               # whole patches, one patch, single pixels
@@ -259,11 +261,12 @@ def test_affine_terms_are_the_gradient_of_the_statistics(height, width, patch, g
     assert_near(injected, gradient(matched, x)[1], 1e-12)
 
 
-def test_inject_is_the_identity_and_reads_its_terms_only_in_the_backward_pass():
+def test_inject_is_the_identity_and_reads_its_terms_only_in_the_backward_pass_where_they_must_not_lack():
     x, upstream, terms = randn(4, 3, 8, 8).requires_grad_(), randn(4, 3, 8, 8), {}
     y = Inject.apply(x, terms, 4)
     assert torch.equal(y, x) and y.data_ptr() == x.data_ptr()
-    assert torch.equal(torch.autograd.grad(y, x, upstream, retain_graph=True)[0], upstream)
+    with pytest.raises(ValueError, match="backward.. came before inject"):
+        torch.autograd.grad(y, x, upstream, retain_graph=True)
     scale, shift = randn(2, 3), randn(2, 3)                                     # two groups of two images
     terms[0] = torch.stack([scale, shift])
     scale, shift = (vector[:, None, :, None, None] for vector in (scale, shift))
@@ -314,26 +317,28 @@ def matching_loop(net, targets, weights, alpha, patch, groups, steps):
 
 @pytest.mark.parametrize("groups, patch, alpha", [(1, 4, 0.8), (3, 4, 0.4), (2, 3, 0.8), (2, 4, 0.0), (1, 16, 0.8)])
 @pytest.mark.parametrize("off", ((), ("bn",), ("stem",), ("stem", "conv", "shortcut"), LAYERS))
-def test_closed_form_matching_is_eqs_6_10_and_15_over_several_steps_with_dropped_layers(groups, patch, alpha, off):
+@pytest.mark.parametrize("form", (Matching, ClosedFormMatching))
+def test_closed_form_matching_is_eqs_6_10_and_15_over_several_steps_with_dropped_layers(groups, patch, alpha, off, form):
     net, _, weights = fork()
     targets = {name: [vector[0] for vector in conv_stats(randn(4, 3 if name == "stem" else 4, 8, 8), patch)]
                for name in ("stem", "conv", "shortcut")}
     weights |= dict.fromkeys(off, 0.0)
     drops = (), ("conv",), ("stem", "conv"), (), ("stem", "conv", "shortcut")     # conv is new when others have a past
     steps = [(randn(2 * groups, 3, 8, 8), torch.randint(5, (2 * groups,)), dropped) for dropped in drops[::-1]]
-    matching = ClosedFormMatching(net, targets, weights, alpha, patch)
+    matching = form(net, targets, weights, alpha=alpha, patch=patch)
     state = matching.start(groups)
     loop = matching_loop(net, targets, weights, alpha, patch, groups, steps)
     for (images, labels, dropped), expected in zip(steps, loop, strict=True):
         images = images.clone().requires_grad_()
-        past, before = state, state[0].clone()
+        past, before = state, deepcopy(state)
         with matching.hooks(dropped) as inputs:
             logits = net(images)
         bn, conv, state = matching.inject(inputs, state)
-        slope, = torch.autograd.grad(F.cross_entropy(logits, labels), images)
+        slope, = torch.autograd.grad(F.cross_entropy(logits, labels) + bn + conv, images)
         for actual, value in zip((bn, conv, slope), expected):
-            assert_near(actual, value, 1e-12)
-        assert not (bn.requires_grad or conv.requires_grad) and torch.equal(past[0], before)
+            assert_near(actual.detach(), value, 1e-12)
+        assert form is Matching or not (bn.requires_grad or conv.requires_grad)
+        assert torch.equal(past[0], before[0]) if form is ClosedFormMatching else past.keys() == before.keys()
         assert hooks_of(net) == 0
 
 
@@ -341,7 +346,7 @@ def test_closed_form_matching_is_eqs_6_10_and_15_over_several_steps_with_dropped
 def test_a_tensor_that_a_batchnorm_and_two_convolutions_share_is_reduced_once(order, monkeypatch):
     reduced = counted_reductions(monkeypatch)
     net, targets, weights = fork(order)
-    matching = ClosedFormMatching(net, targets, weights, 0.8, 4)
+    matching = ClosedFormMatching(net, targets, weights)
     with matching.hooks() as inputs:
         net(randn(2, 3, 8, 8).requires_grad_())
     matching.inject(inputs, matching.start(1))
@@ -351,7 +356,7 @@ def test_a_tensor_that_a_batchnorm_and_two_convolutions_share_is_reduced_once(or
 def test_a_layer_of_weight_0_is_not_hooked_and_needs_no_target():
     net, targets, weights = fork()
     del targets["conv"]
-    matching = ClosedFormMatching(net, targets, weights | {"conv": 0.0}, 0.8, 4)
+    matching = ClosedFormMatching(net, targets, weights | {"conv": 0.0})
     with matching.hooks() as inputs:
         net(randn(2, 3, 8, 8).requires_grad_())
     assert inputs.keys() == {"stem", "bn", "shortcut"}
@@ -405,7 +410,7 @@ def test_a_norm_is_folded_only_where_nothing_else_can_tell(wiring):
     assert frozen is net and isinstance(net.bn, FrozenNorm) and not net.relu.inplace
     assert (net.bn.folded, net.bn.overwritten) == (folds, copies)
     assert_near(net(x), expected, 1e-12)
-    matching = ClosedFormMatching(net, {}, {"conv": 0.0, "bn": 1.0}, 0.8, 4)
+    matching = ClosedFormMatching(net, {}, {"conv": 0.0, "bn": 1.0})
     leaf = x.clone().requires_grad_()
     with matching.hooks() as inputs:
         total = matching.model(leaf).sum()
@@ -431,6 +436,78 @@ def test_a_norm_without_weights_and_a_model_without_norms_are_frozen_too():
     expected = net(x)
     assert_near(freeze(net)(x), expected, 1e-12)
     assert not net.bn.folded
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(4, 4), nn.ReLU(True)).double()
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(4, 4), nn.ReLU(True)).double().eval()
     expected = plain(x)
     assert torch.equal(freeze(plain)(x), expected) and plain[2].inplace and plain[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ("resnet18", "convnet_w8"))
+def test_freezing_twice_changes_nothing_and_no_parameter_is_trainable(name):
+    torch.manual_seed(0)
+    model, x = build_model(name, 10, 32).eval(), torch.randn(2, 3, 32, 32)
+    once = freeze(model)(x)
+    assert torch.equal(freeze(model)(x), once) and not any(p.requires_grad for p in model.parameters())
+
+
+# Mistakes in calling them
+
+@pytest.mark.parametrize("form", (Matching, ClosedFormMatching))
+def test_a_layer_that_does_not_fit_its_targets_is_named_with_the_shapes(form):
+    net, targets, weights = fork()
+    lacking, short = dict(targets), dict(targets)
+    del lacking["conv"]
+    short["conv"] = [vector[:3] for vector in targets["conv"]]
+    for given, by, words in [
+            (lacking, weights, r"layer 'conv' \(Conv2d\) has no targets; .*statistics_of"),
+            (short, weights, r"layer 'conv': targets of shapes \[\(3,\), \(3,\), .*4 channels"),
+            (targets | {"conv": targets["conv"][:2]}, weights, "layer 'conv': .* expected 4 vectors"),
+            (targets, {name: 1.0 for name in weights if name != "bn"}, "weights lack layer 'bn'")]:
+        with pytest.raises(ValueError, match=words):
+            form(net, given, by)
+    with pytest.raises(ValueError, match="train mode .layer 'Fork'.; call model.eval"):
+        form(Fork(), targets, weights)
+    for size, patch in (16, 4), (8, 2):
+        matching = form(net, targets, weights, patch=patch)
+        with matching.hooks() as inputs:
+            net(randn(2, 3, size, size).requires_grad_())
+        with pytest.raises(ValueError, match=rf"layer '.*': an input of shape \(2, ., {size}, {size}\) has 16 patches of {patch} "):
+            matching.inject(inputs, matching.start(1))
+    matching = form(net, targets, weights)
+    with matching.hooks() as inputs:
+        net(randn(3, 3, 8, 8).requires_grad_())
+    with pytest.raises(ValueError, match="is not 2 batches of one size"):
+        matching.inject(inputs, matching.start(2))
+
+
+def test_forgetting_to_inject_is_an_error_and_not_a_gradient_without_statistics():
+    net, targets, weights = fork()
+    matching = ClosedFormMatching(net, targets, weights)
+    with matching.hooks():
+        logits = net(randn(2, 3, 8, 8).requires_grad_())
+    with pytest.raises(ValueError, match="inject"):
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize("function", (freeze, lambda model: statistics_of(model, [randn(2, 3, 8, 8)])))
+def test_a_model_in_train_mode_is_refused_and_stays_as_it_is(function):
+    model = Fork().double()
+    before = deepcopy(model.state_dict())
+    for mode, layer in (True, "Fork"), (False, "bn"):
+        model.train(mode).bn.train()
+        with pytest.raises(ValueError, match=f"train mode .layer '{layer}'"):
+            function(model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_statistics_of_a_model_are_eq_9_over_batches_by_their_size():
+    net, _, _ = fork()
+    batches = [randn(4, 3, 8, 8), randn(4, 3, 8, 8) + 1, randn(2, 3, 8, 8)]
+    found = statistics_of(net, batches, patch=4)
+    assert list(found) == ["stem", "conv", "shortcut"]
+    for name in found:
+        inputs = [batch if name == "stem" else net.stem(batch) for batch in batches]
+        parts = [[torch.tensor(vector) for vector in (*channel_loop(x), *patch_loop(x, 4))] for x in inputs]
+        for kind, vector in enumerate(found[name]):
+            assert_near(vector, (0.4 * parts[0][kind] + 0.4 * parts[1][kind] + 0.2 * parts[2][kind]).float(), 1e-5)
+    with pytest.raises(ValueError, match="no images"):
+        statistics_of(net, [])

@@ -1,9 +1,16 @@
 """Distribution matching (DM: Zhao & Bilen, WACV 2023, arXiv:2110.04181) and BiLP's adaptive pruning of the real images it
-sees (Xu et al., ECCV 2024, arXiv:2305.18381).   Needs torch alone.
+sees (Xu et al., ECCV 2024, arXiv:2305.18381).
 
 `embed` is a function: images [B, 3, S, S] -> features [B, d], of each image alone (no BatchNorm that learns from a batch).
 """
+import math
+
 import torch
+from torch import nn
+
+from models import build_model
+from utils.augment import apply_siamese, draw_siamese, normalize
+from utils.run import generator
 
 COPIES = 64             # synthetic images in a pass of `ite_norms`, which bounds its memory
 
@@ -91,3 +98,55 @@ def prune(state, label, index, norms, ratio, momentum=0.1):
     kept = (norms - state["mean"][label]).abs() <= reach
     state["keep"][index] = kept = kept | ~kept.any()
     return kept
+
+
+def random_embedding(num_classes, size, key, device):
+    """A ConvNet as deep as is usual at this image size, random weights of `generator(*key)`: images -> its last features."""
+    with torch.random.fork_rng(devices=[]):                          # build_model draws from torch's global generator
+        torch.default_generator.manual_seed(int(torch.randint(1 << 62, (), generator=generator(*key))))
+        model = build_model(f"convnet_w128_d{max(3, math.ceil(math.log2(size)) - 2)}", num_classes, size)
+    layers = [nn.AvgPool2d(2) if isinstance(layer, nn.AvgPool2d) else layer for layer in list(model.children())[:-1]]
+    return nn.Sequential(*layers).requires_grad_(False).to(device)   # not `Halve`, whose second derivative takes a CPU long
+
+
+def match_distributions(images, members, split, units, *, iterations, seed, lr=1.0, real_batch=256, ratio=0.0, period=10,
+                        products=16, resume=None):
+    """DM for all classes: images [classes, ipc, 3, S, S] in normalised units, changed in place and, as in the original, not
+    clamped.
+
+    members: [LongTensor], the real images of each class in `split`; units: (mean, std) of their normalisation. An iteration's
+    network is a function of (seed, iteration), a class's real images and augmentation of the class too. With a ratio, every
+    `period` iterations the real images are drawn from all, scored, and those that fall out are left out; otherwise they are
+    drawn from those kept, so that none is lost for ever. products: of `ite_norms`; 16 err by 6 % in rank, 32 by 3 %.
+    Yields after every step of SGD t, losses (dm, and the share of real images kept), and state() to resume from.
+    """
+    pixels = images.detach().requires_grad_()                        # the same memory
+    optimizer = torch.optim.SGD([pixels], lr=lr, momentum=0.5)
+    pixels.grad, pruning, first = torch.zeros_like(pixels), new_pruning(len(members), len(split)), 0
+    if resume:
+        first, pruning = resume["iterations"], resume["pruning"]
+        pixels.data.copy_(resume["pixels"])
+        optimizer.load_state_dict(resume["sgd"])
+    for t in range(first, iterations):
+        model = random_embedding(len(members), images.shape[-1], ("dm network", seed, t), images.device)
+        renewing, total = ratio > 0 and t % period == 0, 0
+        for label, pool in enumerate(members):
+            rng = generator("dm", seed, t, label)
+            view, synthetic = draw_siamese(images.shape[-1], rng), pixels[label].detach().requires_grad_()
+            pool = pool if renewing else pool[pruning["keep"][pool]]
+            index = pool[torch.randperm(len(pool), generator=rng)[:real_batch]]
+
+            def embed(images):
+                return model(apply_siamese(images, view))
+
+            with torch.no_grad():
+                real = embed(normalize(split.read(index).to(images.device), *units))
+            if renewing:
+                norms = ite_norms(embed, synthetic, real, products)
+                real = real[prune(pruning, label, index, norms, ratio).to(real.device)]
+            loss = dm_loss(real, embed(synthetic))
+            pixels.grad[label], = torch.autograd.grad(loss, synthetic)
+            total = total + loss.detach()
+        optimizer.step()
+        yield t, {"dm": total, "kept": pruning["keep"].double().mean()}, lambda: {
+            "iterations": t + 1, "pixels": pixels.detach(), "sgd": optimizer.state_dict(), "pruning": pruning}

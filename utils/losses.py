@@ -1,11 +1,12 @@
-"""The equations as pure functions: Eqs. 1, 4-6, 8, 10, 11.   G-VBSM, arXiv:2311.17950.   Needs torch alone."""
+"""The equations as pure functions: Eq. 1, 3-6, 8, 10, 11, 13-14.   G-VBSM, arXiv:2311.17950.   Needs torch alone."""
 import torch
 import torch.nn.functional as F
 
 
 def sds_match(current: torch.Tensor, target: torch.Tensor, ema: torch.Tensor | None,
               alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distance of a smoothed batch statistic from the dataset's.   Eqs. 6 and 10, derivation Eqs. 12-15.
+    """Distance of a smoothed batch statistic from the dataset's.   Eq. 6 and Eq. 10; Eq. 13
+    and Eq. 14 are its moving average and stop-gradient written out.
 
         ema' = alpha * ema + (1 - alpha) * current        (ema None, the first batch: ema' = current)
         loss = sum over groups of || current - target - sg(current - ema') ||_2

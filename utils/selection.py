@@ -1,9 +1,15 @@
-"""Which images of the original data to keep: coresets, forgetting, loss scores, crops.   Needs torch alone.
+"""Which images of the original data to keep: coresets, forgetting, loss scores, crops.
 
-Everything but `count_forgetting`, `drop_largest` and `rank_correlation` looks at the images of one class.
+`select` and `real_starts` are what recover.py calls. Of the others, everything but `count_forgetting`, `drop_largest` and
+`rank_correlation` looks at the images of one class.
 """
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from utils import fail
+from utils.augment import apply_resized_crop, draw_resized_crop, normalize
+from utils.run import generator, send
 
 
 def _require(count, images):
@@ -97,10 +103,83 @@ def mosaic(images, factor):
     return tiles.permute(2, 3, 0, 4, 1, 5).reshape(-1, 3, factor * size, factor * size)
 
 
-def surest_crops(losses, count):
+def lowest_loss_crops(losses, count):
     """RDED (arXiv:2312.03526): of each image its crop of least loss, and of these the `count` of least loss, in ascending
     order; of equals the first.   losses [images, crops] -> images [count], crops [count]"""
     _require(count, len(losses))
     crop = losses.argmin(1)
     images = losses.amin(1).argsort(stable=True)[:count]
     return images, crop[images]
+
+
+def class_indices(split, kept, classes, ipc, tiles=1):
+    """The images `kept` of each class of a split.   -> [LongTensor]   Stops where a class has too few for ipc * tiles."""
+    labels = split.labels.cpu()
+    members = [kept[labels[kept] == label] for label in range(len(classes))]
+    fewest = min(range(len(classes)), key=lambda label: len(members[label]))
+    if len(members[fewest]) < ipc * tiles:
+        used = f" of {tiles} images each" * (tiles > 1)
+        fail(f"--ipc {ipc}{used} is more than the {len(members[fewest])} training images of class {classes[fewest]}; use at most "
+             f"{len(members[fewest]) // tiles}")
+    return members
+
+
+def features(model, split, data, device):
+    """What the last linear layer of a backbone is given for every training image.   -> [N, d]"""
+    linear, found = [layer for layer in model.modules() if isinstance(layer, nn.Linear)], []
+    hook = linear[-1].register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].float().cpu()))
+    with torch.inference_mode():
+        for images, _ in split.batches(500):
+            model(normalize(send(images, device), data["mean"], data["std"]))
+    hook.remove()
+    return torch.cat(found)
+
+
+def select(method, count, members, split, *, first, data, seed, device):
+    """Which `count` images of each class a method takes: random, herding, kcenter, forgetting.
+    members: [LongTensor], those of each class; first: (name, model, record) of the backbone that chooses, but for random
+    -> [LongTensor [count]]"""
+    if method == "random":
+        return [pool[torch.randperm(len(pool), generator=generator("random", seed, label))[:count]]
+                for label, pool in enumerate(members)]
+    name, model, record = first
+    if method == "forgetting":
+        if "forgetting" not in record:
+            fail(f"--backbones {name}: squeeze.py counts what a backbone forgets, but not of pretrained and weak ones, nor with "
+                 "--objective moco; name another first")
+        events, learned = record["forgetting"]["events"], record["forgetting"]["learned"]
+        return [pool[most_forgotten(events[pool], learned[pool], count)] for pool in members]
+    if not any(isinstance(layer, nn.Linear) for layer in model.modules()):
+        fail(f"--backbones {name}: {method} takes the input of a linear layer as features, and it has none; name another first")
+    known, choose = features(model, split, data, device), {"herding": herding, "kcenter": k_center}[method]
+    return [pool[choose(known[pool], count)] for pool in members]
+
+
+@torch.no_grad()
+def real_starts(init, count, members, split, *, first, data, seed, device, looked_at=300, tiles=1):
+    """--init real, herding, kcenter: `count` training images of each class, random or chosen. crops (RDED, arXiv:2312.03526):
+    of `looked_at` random ones the crop of least loss of five random square ones each, of these those of least loss.
+    tiles: images in each, see `mosaic`.   -> {(class, index): [3, S, S]}"""
+    starts = {}
+    selected = init in ("herding", "kcenter") and select(
+        init, count * tiles, members, split, first=first, data=data, seed=seed, device=device)
+    for label, pool in enumerate(members):
+        rng = generator("init", seed, label)
+        random = pool[torch.randperm(len(pool), generator=rng)[:looked_at if init == "crops" else count * tiles]]
+        images = normalize(split.read(selected[label] if selected else random).to(device), data["mean"], data["std"])
+        if init == "crops":
+            images = best_crops(first[1], images, label, count * tiles, rng)
+        starts |= {(label, index): image for index, image in enumerate(mosaic(images, round(tiles ** 0.5)).cpu())}
+    return starts
+
+
+def best_crops(model, images, label, count, rng, crops=5):
+    """Of each image [n, 3, S, S] of a class the random square crop of least loss, and of these the `count` of least loss.
+    -> [count, 3, S, S]"""
+    boxes = draw_resized_crop(len(images) * crops, images.shape[-1], rng, ratio=(1.0, 1.0))
+    boxes = boxes.view(len(images), crops, 4).to(images.device)
+    losses = torch.stack([torch.cat([F.cross_entropy(model(views), labels, reduction="none") for views, labels in (
+        (apply_resized_crop(part, box), torch.full((len(part),), label, device=images.device))
+        for part, box in zip(images.split(100), boxes[:, i].split(100)))]) for i in range(crops)], dim=1)
+    image, crop = lowest_loss_crops(losses, count)
+    return apply_resized_crop(images[image], boxes[image, crop])

@@ -2,11 +2,14 @@
 import math
 
 import torch
+from torch import nn
 
 from utils import fail
 from utils.checkpoint import load_json, load_torch, reason
 from utils.cli import call
+from utils.processes import warn
 from utils.provenance import AGAIN, check_classes, check_data, fingerprint
+from utils.stats import matched_layers
 from utils.train import with_precision
 
 TEACHER = ("weights", "backbone", "data", "top1", "tested", "args")            # what squeeze.py stores
@@ -61,10 +64,44 @@ def check_alike(records, name, other, folder):
              "or name those that were")
 
 
+def load_statistics(args, folder, models, records):
+    """The files of Eq. 9, each checked to belong to its backbone's weights; none where only BatchNorms act.
+    -> {backbone: file's dict, "fingerprint"}"""
+    if not (args.conv_weight or args.class_statistics):
+        return {name: {"statistics": {}, "patch": 4} for name in models}
+    stored, single = {}, " --class-statistics" * args.class_statistics
+    command = need_files(args, folder, ".stats.pt", f"collect_stats.py{single}")
+    for name, model in models.items():
+        path, again = folder / f"{name}.stats.pt", f"{command} --backbones {name} --overwrite"
+        stored[name] = load_torch(path, again, ("statistics", "patch", "checkpoint", "classes", "args"))
+        stored[name]["fingerprint"] = fingerprint(path)
+        convolutions = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        check_classes(stored[name]["classes"], records[name]["data"]["classes"], path, f"{name}.pt")
+        if stored[name]["checkpoint"] != records[name]["fingerprint"]:
+            fail(f"{path} belongs to other weights than {name}.pt; {again}")
+        if stored[name]["statistics"].keys() != convolutions:
+            fail(f"{path} does not hold the convolutions of {name}; {again}")
+        if stored[name]["patch"] != (patch := stored[args.backbones[0]]["patch"]):
+            fail(f"{path} was collected with --patch {stored[name]['patch']}, {args.backbones[0]}'s with {patch}; {again}")
+        if args.class_statistics and stored[name].get("class_statistics", {}).keys() != matched_layers(model).keys():
+            fail(f"{path} holds no statistics of single classes; {again}")
+    return stored
+
+
 def at_chance(top1, classes, tested):
     """Whether an accuracy in % on `tested` images is at most two standard errors above chance."""
     chance = 100 / classes
     return top1 <= chance + 2 * math.sqrt(chance * (100 - chance) / tested)
+
+
+def warn_of_backbones(records, num_classes, unmatched=()):
+    """Say which backbones know nothing, within two standard errors of a guess, and which have nothing that is matched."""
+    for name in unmatched:
+        warn(f"{name} has no BatchNorm, and --conv-weight is 0: its statistics are not matched")
+    for name, record in records.items():
+        if at_chance(record["top1"], num_classes, record["tested"]):
+            warn(f"{name} is right on {record['top1']:.1f} % of the test images, no better than chance "
+                 f"({100 / num_classes:.1f} %); train it longer with squeeze.py")
 
 
 def costs(path):

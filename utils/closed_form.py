@@ -1,0 +1,274 @@
+"""Eq. 6 and Eq. 10 in closed form: the gradient that App. B derives is added at the layers' inputs, and no graph leads
+through any statistic.   G-VBSM, arXiv:2311.17950, App. B, Eq. 12 and Eq. 15.
+
+tests/test_recover_math.py: test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written shows that losses and
+gradients equal those of utils/stats.py: Matching. `freeze` makes a backbone fast to match.
+"""
+import operator
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import nn
+
+from utils.stats import _float32, check_input, checked_targets, layer_inputs, require_eval, whole_patches
+
+
+def _batch_moments(x, groups):
+    """x [groups*B, C, H, W] -> mean, biased variance over B of every pixel of every channel, each [groups, C, H, W]."""
+    order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2         # as they lie in memory
+    x = x.permute(order)
+    rows, shape = _float32(x).flatten(1), (groups, *x.shape[1:])
+    if x.device.type == "cpu":                              # as many channels: a tenth of the time of var_mean
+        moments = [torch.batch_norm_update_stats(group, None, None, 0.0) for group in rows.chunk(groups)]
+        mean, var = map(torch.stack, zip(*moments)) if groups > 1 else moments[0]
+    else:
+        var, mean = torch.var_mean(rows.unflatten(0, (groups, -1)), 1, correction=0)
+    return mean.view(shape).permute(back), var.view(shape).permute(back)
+
+
+def _joined(mean, var, dims):
+    """Moments of equal parts -> moments of their union along dims: the law of total variance."""
+    centre = mean.mean(dims, keepdim=True)
+    return centre.squeeze(dims), (mean - centre).square_().add_(var).mean(dims)
+
+
+@torch.no_grad()
+def conv_stats(x, patch, groups=1):
+    """`channel_stats` and `patch_stats` of x together, without a graph, in float32 at least.
+    -> channel_mean, channel_var, patch_mean, patch_var"""
+    moments = _batch_moments(x, groups)
+    channel = _joined(*moments, (2, 3))
+    whole = whole_patches(x, patch)
+    if whole is not x:                                      # resizing changes the moments of a channel
+        moments = _batch_moments(whole, groups)
+    pixels = _joined(*moments, (1,))                                                                # [groups, H, W]
+    cells = (m.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)) for m in pixels)
+    return *channel, *(m.flatten(1) for m in _joined(*cells, (2, 4)))
+
+
+@torch.no_grad()
+def bn_stats(x, groups=1):
+    """`channel_stats` of x, without a graph, in float32 at least."""
+    return _joined(*_batch_moments(x, groups), (2, 3))
+
+
+class Inject(torch.autograd.Function):
+    """Identity on x whose backward pass adds the gradient of the statistics at x. terms, a dict filled after the forward
+    pass: `affine_terms` of the channels under 0, [2, groups, C], of the patches under 2, [2, groups, patches]; backward
+    raises ValueError while it is empty, or the statistics would be left out of the gradient without a word."""
+
+    @staticmethod
+    def forward(ctx, x, terms, patch):
+        ctx.save_for_backward(x)
+        ctx.terms, ctx.patch = terms, patch
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not ctx.terms:
+            raise ValueError("backward() came before inject(); call bn, conv, state = matching.inject(inputs, state) first")
+        x, = ctx.saved_tensors
+        if 0 not in ctx.terms:                                       # of a layer called twice, the input before the last
+            return grad, None, None
+        channels, patches, patch = ctx.terms[0], ctx.terms.get(2), ctx.patch
+        if patches is not None and (x.shape[2] % patch or x.shape[3] % patch):      # of the resized map: pulled back
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                whole = whole_patches(leaf, patch)
+            pulled = _add_affine(torch.zeros_like(whole), whole.detach(), torch.zeros_like(channels), patches, patch)
+            grad, patches = grad + torch.autograd.grad(whole, leaf, pulled)[0], None
+        return _add_affine(grad, x, channels, patches, patch), None, None
+
+
+def _add_affine(grad, x, channels, patches, patch):
+    """grad + (scale * x + shift) / n for the channels, of n = B*H*W values, and the patches, of n = B*C*patch*patch.
+    channels, patches (or None): scale and shift, [2, groups, C] and [2, groups, number of patches]"""
+    (C, H, W), groups = x.shape[1:], channels.shape[1]
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    spread = torch.empty(2 * groups, C, H, W, dtype=channels.dtype, device=x.device, memory_format=layout)  # as x lies
+    both = spread.unflatten(0, (2, groups))
+    if patches is None:
+        both.copy_(channels[..., None, None])
+    else:
+        cells = patches.view(2, groups, 1, H // patch, 1, W // patch, 1).expand(-1, -1, -1, -1, patch, -1, patch)
+        torch.add(channels[..., None, None], cells.reshape(2, groups, 1, H, W), alpha=H * W / (C * patch ** 2), out=both)
+    n, (scale, shift) = x.numel() / (groups * C), both.unsqueeze(2)
+    grad, x = grad.unflatten(0, (groups, -1)), x.unflatten(0, (groups, -1))
+    return torch.addcmul(grad, x, scale, value=1 / n).add_(shift, alpha=1 / n).flatten(0, 1)
+
+
+def affine_terms(mean, mean_slope, var_slope):
+    """Eq. 12 and Eq. 15 (App. B): a loss whose gradients at the mean and variance of n values are mean_slope and var_slope has at a
+    value x, since d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n, the gradient (scale * x + shift) / n.
+    -> scale, shift as one tensor [2, ...]"""
+    scale = 2 * var_slope
+    return torch.stack([scale, torch.addcmul(mean_slope, scale, mean, value=-1)])
+
+
+class FrozenNorm(nn.BatchNorm2d):
+    """A BatchNorm2d in eval mode as the affine map gain * x + offset, gain and offset [C]. `folded`: the convolution
+    before it has taken the map into its weights, and x comes mapped already; `overwritten`: so may be what it returns."""
+
+    def __init__(self, layer):
+        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, True, layer.running_var.device,
+                         layer.running_var.dtype)
+        self.load_state_dict(layer.state_dict())
+        self.eval().requires_grad_(False)
+        weight, bias = (self.weight, self.bias) if layer.affine else (1, 0)
+        self.register_buffer("gain", weight * (self.running_var + self.eps).rsqrt(), persistent=False)
+        self.register_buffer("offset", bias - self.running_mean * self.gain, persistent=False)
+        self.folded = self.overwritten = False
+
+    def fold_into(self, convolution, overwritten):
+        weight, bias = convolution.weight.detach(), 0 if convolution.bias is None else convolution.bias.detach()
+        convolution.weight = nn.Parameter(weight * self.gain[:, None, None, None], requires_grad=False)
+        convolution.bias = nn.Parameter(bias * self.gain + self.offset, requires_grad=False)
+        self.folded, self.overwritten = True, overwritten
+
+    def forward(self, x):
+        if not self.folded:
+            return torch.addcmul(self.offset[:, None, None], x, self.gain[:, None, None])
+        return x.clone() if self.overwritten else x                  # x is needed in the backward pass
+
+
+def _leaves_alone(user, node, layers):
+    """Whether a torch.fx node that reads another surely does not overwrite it; += looks like + to torch.fx."""
+    if user.op == "call_module":
+        layer = layers[user.target]
+        return isinstance(layer, nn.Conv2d) or type(layer).__module__ == nn.ReLU.__module__
+    return (user.target in (F.relu, torch.relu, torch.cat) and not user.kwargs.get("inplace")
+            or user.target is operator.add and user.args[0] is not node)
+
+
+def freeze(model):
+    """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding, and nothing in it
+    is trainable any more. Every BatchNorm2d becomes a `FrozenNorm`, and a convolution takes it into its weights where
+    torch.fx can tell that nobody else reads what the convolution gives, and where no gain is so small that the norm's input
+    could not be told from its output. Maps lie in memory with their channels last, except between GroupNorms, whose backward
+    pass is several times slower so. A frozen model is returned as it is; its weights fit no other model.
+    ValueError in train mode."""
+    require_eval(model)
+    model.requires_grad_(False)
+    layers = dict(model.named_modules())
+    if any(isinstance(layer, FrozenNorm) for layer in layers.values()):
+        return model
+    try:
+        nodes = torch.fx.Tracer().trace(model).nodes
+    except Exception:                                       # its flow depends on values
+        nodes = ()
+    calls = Counter(node.target for node in nodes)
+    norms = {name: FrozenNorm(layer) for name, layer in layers.items() if isinstance(layer, nn.BatchNorm2d)}
+    for name, norm in norms.items():
+        parent, _, child = name.rpartition(".")
+        setattr(layers[parent], child, norm)
+    for node in nodes:
+        if node.target in norms:
+            norm, source, convolution = norms[node.target], node.args[0], layers.get(node.args[0].target)
+            if (isinstance(convolution, nn.Conv2d) and len(source.users) == calls[source.target] == calls[node.target] == 1
+                    and norm.affine and (norm.weight.abs() > 0.01 * norm.bias.abs()).all()):
+                norm.fold_into(convolution, not all(_leaves_alone(user, node, layers) for user in node.users))
+    for layer in layers.values():
+        if hasattr(layer, "inplace") and norms:
+            layer.inplace = False                           # it would overwrite what a folded norm still needs
+    if not any(isinstance(layer, nn.GroupNorm) for layer in layers.values()):
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+class ClosedFormMatching:
+    """Eq. 6 and Eq. 10 as `utils.stats.Matching`, with the same arguments, errors and calls, but without a graph through any
+    statistic: the losses that `inject` returns are values, and any backward pass through the model adds their gradient.
+    model: perhaps of `freeze`.
+
+        state = matching.start(groups)                             # once for each image batch
+        with matching.hooks(dropped) as inputs:
+            logits = model(images)
+        bn, conv, state = matching.inject(inputs, state)           # losses [], the value of the terms
+        classification_loss.backward()                             # adds the gradient of the matching terms
+    """
+
+    def __init__(self, model, targets, weights, *, alpha=0.8, patch=4):
+        self.model, self.alpha, self.patch = model, alpha, patch
+        layers, self.targets = dict(model.named_modules()), checked_targets(model, targets, weights)
+        # All statistics stand in a row, segment after segment, a layer's channels (kind 0) or its patches (kind 2); there is
+        # a row of means and one of variances.
+        self.segments = [(name, kind) for name, target in self.targets.items() for kind in range(0, len(target), 2)]
+        pairs = [torch.stack(self.targets[name][kind:kind + 2]) for name, kind in self.segments]
+        pairs = [pair if pair.dim() == 3 else pair[:, None] for pair in pairs]                      # [2, groups or 1, n]
+        self.sizes, names = [pair.shape[2] for pair in pairs], list(self.targets)
+        nothing = next(model.parameters()).new_zeros(2, pairs[0].shape[1] if pairs else 1, 0)
+        self.target = torch.cat([nothing, *pairs], dim=2)
+        self.weight = nothing.new_tensor([weights[name] for name, _ in self.segments])
+        device, segments = nothing.device, torch.arange(len(self.segments))
+        self.segment = torch.repeat_interleave(segments, torch.tensor(self.sizes, dtype=torch.long)).to(device)
+        self.owner = torch.tensor([names.index(name) for name, _ in self.segments], dtype=torch.long, device=device)
+        self.is_bn = torch.tensor([len(self.targets[name]) == 2 for name, _ in self.segments], device=device)
+        # a folded norm's input comes mapped: (input - offset) * unit is what it was
+        self.offset, self.unit = torch.zeros_like(self.target[:, :1]), torch.ones_like(self.target[:, :1])
+        for i, (name, _) in enumerate(self.segments):
+            if getattr(layers[name], "folded", False):
+                here = slice(sum(self.sizes[:i]), sum(self.sizes[:i + 1]))
+                self.offset[0, :, here] = layers[name].offset
+                self.unit[0, :, here], self.unit[1, :, here] = 1 / layers[name].gain, 1 / layers[name].gain ** 2
+
+    def start(self, groups):
+        """Before the first batch: moving averages [2, groups, statistics], layers that have one [layers]."""
+        return (self.target.new_zeros(2, groups, self.target.shape[2]),
+                torch.zeros(len(self.targets), dtype=torch.bool, device=self.target.device))
+
+    @contextmanager
+    def hooks(self, dropped=()):
+        self.terms = {}
+
+        def wrap(x):
+            self.terms[id(x)] = {}
+            return Inject.apply(x, self.terms[id(x)], self.patch)
+
+        with layer_inputs(self.model, self.targets.keys() - set(dropped), wrap) as inputs:
+            yield inputs
+
+    @torch.no_grad()
+    def inject(self, inputs, state, kept=None):
+        """Measure the inputs, move the averages, and hand each tensor the gradient of its terms.
+        kept: bool [layers], where a layer is dropped though its input is given; default: none is."""
+        ema, seen = state
+        if not inputs:                                      # every layer dropped, or none has a weight
+            return self.target.new_zeros(()), self.target.new_zeros(()), state
+        if kept is None:
+            kept = torch.tensor([name in inputs for name in self.targets], device=seen.device)
+        for name, x in inputs.items():
+            check_input(name, x, self.targets[name], self.patch, ema.shape[1])
+        statistics, patched = {}, {id(x) for name, x in inputs.items() if len(self.targets[name]) == 4}
+        for x in inputs.values():                           # a tensor that several layers share is reduced once
+            if id(x) not in statistics:
+                groups = ema.shape[1]
+                statistics[id(x)] = conv_stats(x, self.patch, groups) if id(x) in patched else bn_stats(x, groups)
+        pairs = [statistics[id(inputs[name])][kind:kind + 2] if name in inputs else past                # dropped: as it was
+                 for (name, kind), past in zip(self.segments, ema.split(self.sizes, dim=2))]
+        measured = torch.stack([torch.cat(row, dim=1) for row in zip(*pairs)])
+        momentum = torch.where(kept, self.alpha * seen.to(ema), 1)[self.owner][self.segment]
+        ema = torch.lerp((measured - self.offset) * self.unit, ema, momentum)
+        weight = self.weight * kept[self.owner]
+        norms, slope = segment_norms((ema - self.target).flatten(0, 1), self.segment, len(self.sizes), weight)
+        slope = slope.view_as(ema) * self.unit
+        terms = affine_terms(measured[0], *slope).split(self.sizes, dim=2)
+        for (name, kind), term in zip(self.segments, terms):
+            if name in inputs:
+                shared = self.terms[id(inputs[name])]
+                shared[kind] = shared[kind] + term if kind in shared else term
+        for shared in self.terms.values():
+            shared["injected"] = True
+        losses = (norms * weight).sum(0)
+        return (losses * self.is_bn).sum(), (losses * ~self.is_bn).sum(), (ema, seen | kept)
+
+
+def segment_norms(difference, segment, count, weight):
+    """difference [groups, n] made of `count` vectors, segment [n] the vector each entry belongs to, weight [count].
+    -> norms [groups, count], gradient [groups, n] of the weighted sum of the norms: weight * difference / norm, 0 where
+    the norm is 0."""
+    squares = difference.new_zeros(len(difference), count).index_add_(1, segment, difference.square())
+    norms = squares.sqrt()
+    return norms, difference * (weight / norms).nan_to_num_(0, 0, 0)[:, segment]

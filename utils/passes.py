@@ -1,0 +1,54 @@
+"""How the passes of recover.py share a GPU: several image batches in one, and each as one launch."""
+from itertools import groupby
+
+import torch
+
+from utils.train import Graphed
+
+FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 81 batches of 50 at 32x32; an estimate
+
+
+def group_batches(kinds, together):
+    """Numbers of the batches that share a pass: neighbours of one kind. kinds: of each batch; together(kind, count): how many
+    of `count` batches share one.   -> list of lists"""
+    groups = []
+    for kind, alike in groupby(range(len(kinds)), key=lambda number: kinds[number]):
+        alike = list(alike)
+        size = together(kind, len(alike))
+        groups += [alike[first:first + size] for first in range(0, len(alike), size)]
+    return groups
+
+
+def fitting_groups(gradient, matchers, batch_size, image_size, device):
+    """How many batches fill a GPU and fit into its memory, measured on one of them; 1 on a CPU, which has no use for more.
+    gradient: `recover.matching_gradient`"""
+    if device.type != "cuda":
+        return 1
+    pixels, needed = torch.zeros(1, batch_size, 3, image_size, image_size, device=device), 0
+    labels = torch.zeros(1, batch_size, dtype=torch.long, device=device)
+    for matcher in matchers:
+        kept = torch.ones(len(matcher.targets), dtype=torch.bool, device=device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        gradient(matcher, labels, 1.0, pixels, {}, kept, matcher.start(1))
+        needed = max(needed, torch.cuda.max_memory_allocated(device) - before)
+    torch.cuda.empty_cache()
+    return max(1, min(int(0.8 * torch.cuda.mem_get_info(device)[0] / needed), FILLING // pixels[0, :, 0].numel()))
+
+
+def graphed(gradient):
+    """`recover.matching_gradient`, replayed as one CUDA graph for each matcher. For one call of recover_batch: the labels are
+    those of the first iteration. Layers are dropped by the mask `kept` alone."""
+    pool, graphs = torch.cuda.graph_pool_handle(), {}
+
+    def replayed(matcher, labels, ce_weight, pixels, view, kept, state, dropped=()):
+        def flat(pixels, kept, ema, seen, *rows):
+            slope, losses, new = gradient(matcher, labels, ce_weight, pixels, dict(zip(view, rows)), kept, (ema, seen))
+            return slope, *losses, *new
+
+        if id(matcher) not in graphs:
+            graphs[id(matcher)] = Graphed(flat, pool)
+        slope, *losses, ema, seen = graphs[id(matcher)](pixels.detach(), kept, *state, *view.values())
+        return slope, tuple(losses), (ema, seen)
+
+    return replayed

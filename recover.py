@@ -362,6 +362,8 @@ def main(argv=None):
     seen, starts = {}, {}
     if not uses_statistics or args.init != "noise":
         data = data if records else describe(args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
+        if data["image_size"] % args.mosaic:
+            fail(f"--mosaic {args.mosaic} does not divide the {data['image_size']} pixels of an image; use a number that does")
         split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers, holdout=args.holdout,
                            imbalance=args.imbalance)
         check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {paths.teachers}")
@@ -373,8 +375,6 @@ def main(argv=None):
     if selects:
         chosen = select(args.method, args.ipc, members, split, **by)
     elif args.init != "noise":
-        if data["image_size"] % args.mosaic:
-            fail(f"--mosaic {args.mosaic} does not divide the {data['image_size']} pixels of an image; use a number that does")
         starts = real_starts(args.init, args.ipc, members, split, looked_at=args.init_images, tiles=tiles, **by)
     everything = [(label, index) for label in range(len(data["classes"])) for index in range(args.ipc)]
     with run.work(seen, [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]) as checkpoint:

@@ -568,7 +568,7 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
     ("recover", "--method sre2l --teachers other --backbones wrn10_1@2", "--backbones wrn10_1, with --save-epochs"),
     ("squeeze", "--pretrained --save-epochs 1:2:1", "--no-pretrained"), ("squeeze", "--prune-ratio 1", "--prune-ratio"),
     ("recover", "--subset 3", "the 2 --backbones"), ("recover", "--recipe best", "--recipe"),
-    ("recover", "--method herding --backbones wrn16_2", "squeeze.py"), ("recover", "--method dm --backbones wrn16_2", "squeeze.py"),
+    ("recover", "--method herding --backbones wrn16_2", "squeeze.py"), ("recover", "--method bilp --backbones wrn16_2", "squeeze.py"),
     ("recover", "--init real --ipc 13", "--ipc 13"), ("recover", "--mosaic 2", "name an --init"),
     ("recover", "--init real --mosaic 3", "16 pixels"), ("recover", "--init real --ipc 4 --mosaic 2", "--ipc 4 with --mosaic 2 takes 16"),
     ("recover", "--init crops --init-images 7 --mosaic 2", "at least 8"),

@@ -117,10 +117,10 @@ def class_indices(split, kept, classes, ipc, tiles=1):
     labels = split.labels.cpu()
     members = [kept[labels[kept] == label] for label in range(len(classes))]
     fewest = min(range(len(classes)), key=lambda label: len(members[label]))
-    if len(members[fewest]) < ipc * tiles:
-        used = f" of {tiles} images each" * (tiles > 1)
-        fail(f"--ipc {ipc}{used} is more than the {len(members[fewest])} training images of class {classes[fewest]}; use at most "
-             f"{len(members[fewest]) // tiles}")
+    if (found := len(members[fewest])) < ipc * tiles:
+        used = f" with --mosaic {round(tiles ** 0.5)} takes {ipc * tiles}, which" * (tiles > 1)
+        fail(f"--ipc {ipc}{used} is more than the {found} training images of class {classes[fewest]}; use at most "
+             f"{found // tiles}")
     return members
 
 

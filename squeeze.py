@@ -1,9 +1,11 @@
-"""Squeeze: train the backbones on the whole data set (phase 1 of 5).   G-VBSM, arXiv:2311.17950, Sec. 2, Tables 7-9.
+"""Squeeze: train the backbones on the whole data set (phase 1 of 5).
+G-VBSM, arXiv:2311.17950, Sec. 2, Tables 7-9.
 
-Plain supervised training, the last epoch is kept; BatchNorm's running mean and variance become the statistics of Eq. 1.
-On ImageNet-1k torchvision's pretrained weights take its place (--pretrained), or any classifier's (--weights FILE).
---objective moco is SC-DD's squeeze instead (arXiv:2404.07976, Sec. 2.4): MoCo, which sees no labels, and then a linear
-probe as the classifier. --objective probe trains that probe alone, on the self-supervised encoder of --weights FILE.
+Plain supervised training, the last epoch is kept; BatchNorm's running mean and variance become the statistics
+of Eq. 1. On ImageNet-1k torchvision's pretrained weights take its place (--pretrained), or any classifier's
+(--weights FILE). --objective moco is SC-DD's squeeze instead (arXiv:2404.07976, Sec. 2.4): MoCo, which sees
+no labels, and then a linear probe as the classifier. --objective probe trains that probe alone, on the
+self-supervised encoder of --weights FILE.
 
 reads   data/<dataset>/...                                      the training and test images
 writes  runs/<dataset>/teachers/<teachers>/<backbone>.pt        weights, classes, test accuracy, arguments
@@ -49,12 +51,14 @@ PRUNED_SHARE, PRUNED_EPOCHS = 0.66, 2   # Teddy, supplement Sec. D.1: parameters
 
 
 def classify(model, optimizer, record, split, mean_std, *, crop, cuda_graphs=False):
-    """-> train_epoch of `fit`: cross-entropy on flipped and cropped images of the split; streamed ones come so.
+    """-> train_epoch of `fit`: cross-entropy on flipped and cropped images of the split; streamed ones come
+    so.
     record: of `forgetting_record`, which this goes on counting; mean_std [2, 3] on the device"""
     network, batch, view = in_parallel(model, mean_std.device), (), {}
 
     def loss_of(images, labels, *params):
-        """-> loss, whether each image is classified correctly; of this process's share of `batch` and its `view`"""
+        """-> loss, whether each image is classified correctly; of this process's share of `batch` and its
+        `view`"""
         images = apply_view(images.float(), dict(zip(view, params)))
         logits = network(normalize(images, *mean_std))
         loss = F.cross_entropy(logits, labels) * share_weight(len(images), len(batch))
@@ -77,7 +81,8 @@ def classify(model, optimizer, record, split, mean_std, *, crop, cuda_graphs=Fal
 
 
 def forgetting_record(count, device):
-    """Of each of `count` images: forgetting events, whether ever learned, whether correct in this epoch and the one before."""
+    """Of each of `count` images: forgetting events, whether ever learned, whether correct in this epoch and
+    the one before."""
     flags = {key: torch.zeros(count, dtype=torch.bool, device=device) for key in ("learned", "correct", "prev_correct")}
     return Record(device, events=torch.zeros(count, dtype=torch.int16, device=device), **flags)
 
@@ -91,7 +96,8 @@ def sgd(model, args):
 
 
 def train(name, model, split, train_rows, mean_std, args, checkpoint, *, record):
-    """Supervised training in place on the images train_rows [N] of a split.   -> generator of `fit`; args: of the training,
+    """Supervised training in place on the images train_rows [N] of a split.
+    -> generator of `fit`; args: of the training,
     args.remedy: printed where it does not converge"""
     optimizer, schedule = sgd(model, args)
     return fit((model, optimizer, schedule, record), shuffled(train_rows, args.batch_size, "squeeze", args.seed),
@@ -101,8 +107,8 @@ def train(name, model, split, train_rows, mean_std, args, checkpoint, *, record)
 
 
 def train_moco(model, key, splits, train_rows, mean_std, args, checkpoint):
-    """SC-DD, Sec. 2.4: make the model a classifier whose last layer alone has seen labels, in place: MoCo with `key`,
-    another model of its kind, and then `train_probe`. Either goes on from its checkpoint."""
+    """SC-DD, Sec. 2.4: make the model a classifier whose last layer alone has seen labels, in place: MoCo
+    with `key`, another model of its kind, and then `train_probe`. Either goes on from its checkpoint."""
     name = checkpoint.result.stem
     if checkpoint.read() is None:                                    # of the probe, which holds the features too
         moco = MoCo(as_encoder(model), as_encoder(key), size=args.queue).to(mean_std.device)
@@ -120,8 +126,8 @@ def train_moco(model, key, splits, train_rows, mean_std, args, checkpoint):
 
 
 def train_probe(model, split, train_rows, mean_std, args, checkpoint):
-    """Replace the model's last linear layer by one that is trained while all below stays as it is, in place (SC-DD,
-    Table 16)."""
+    """Replace the model's last linear layer by one that is trained while all below stays as it is, in place
+    (SC-DD, Table 16)."""
     probe, how = Probe(model, len(split.classes)), changed(
         args, epochs=args.probe_epochs, lr=args.probe_lr, momentum=0.9, weight_decay=args.probe_weight_decay,
         schedule="cosine", warmup_epochs=0, batch_size=256, crop="resized", remedy="use a smaller --probe-lr")
@@ -137,7 +143,8 @@ def changed(args, **values):
 
 
 def prune_teacher(name, model, args, paths):
-    """Teddy, supplement Sec. D.1: the trained weights, without random channels, in place.   -> channels left, {layer: number}"""
+    """Teddy, supplement Sec. D.1: the trained weights, without random channels, in place.
+    -> channels left, {layer: number}"""
     backbone = name.partition("@")[0]
     barrier()                                                   # until it is written
     try:
@@ -149,7 +156,8 @@ def prune_teacher(name, model, args, paths):
 
 
 def fine_tuning(name, args):
-    """How a pruned teacher is trained: 0 to PRUNED_EPOCHS epochs, more from one teacher to the next, at a rate of 0.1 that
+    """How a pruned teacher is trained: 0 to PRUNED_EPOCHS epochs, more from one teacher to the next, at a
+    rate of 0.1 that
     is 0.001 in the last one.   -> arguments"""
     epochs = (int(name.partition("@pruned")[2]) - 1) * (PRUNED_EPOCHS + 1) // args.pruned
     return changed(args, epochs=epochs, lr=0.1, batch_size=32, schedule="step", step_epochs=1,
@@ -158,7 +166,8 @@ def fine_tuning(name, args):
 
 
 def kept_rows(split, mean_std, args, paths, input_hashes, later):
-    """Which training images are trained on: of every class all but the --prune-ratio of largest losses.   -> sorted [n]
+    """Which training images are trained on: of every class all but the --prune-ratio of largest losses.
+    -> sorted [n]
     later: files that are made from them"""
     if not args.prune_ratio:
         return torch.arange(len(split))
@@ -263,7 +272,8 @@ def load_data(args, device):
 
 
 def make(todo, args, device, paths, accuracies, variances):
-    """Train teachers, test them and write their checkpoints; what they reach goes to accuracies and variances, {name: value}.
+    """Train teachers, test them and write their checkpoints; what they reach goes to accuracies and
+    variances, {name: value}.
     -> {name: what it took}"""
     splits, data = load_data(args, device)
     mean_std, split = torch.tensor([data["mean"], data["std"]], device=device), splits["train"]
@@ -322,7 +332,8 @@ def network(backbone, data):
 
 
 def initial_model(backbone, args, data):
-    """A backbone with the weights of --weights or --pretrained, or as it is trained from.   -> model, its name"""
+    """A backbone with the weights of --weights or --pretrained, or as it is trained from.
+    -> model, its name"""
     torch.manual_seed(generator("weights", args.seed, backbone).initial_seed())
     if args.weights and has_large_stem(network(backbone, data), args.weights_file):
         backbone += "_stem7"
@@ -422,8 +433,8 @@ def check_moco_data(split, kept, args):
 
 
 def first_bn_variance(name, weights):
-    """Variance over the channels of the first BatchNorm's running means (SC-DD, Table 2: the larger, the more a squeezed
-    backbone tells), of a state_dict; None without BatchNorm. It is told."""
+    """Variance over the channels of the first BatchNorm's running means (SC-DD, Table 2: the larger, the more
+    a squeezed backbone tells), of a state_dict; None without BatchNorm. It is told."""
     means = next((value for key, value in weights.items() if key.endswith("running_mean")), None)
     variance = None if means is None else means.float().var(correction=0).item()
     if means is not None:

@@ -1,7 +1,8 @@
-"""Train and evaluate: students from scratch on the distilled images (phase 5 of 5).   G-VBSM, arXiv:2311.17950, Eqs. 3, 11.
+"""Train and evaluate: students from scratch on the distilled images (phase 5 of 5).
+G-VBSM, arXiv:2311.17950, Eqs. 3, 11.
 
-Accuracy of the last epoch is the result; the best of the evaluated epochs stands beside it under its own name. Compare
-with --method random, real images under the same recipe, and with --labels hard.
+Accuracy of the last epoch is the result; the best of the evaluated epochs stands beside it under its own
+name. Compare with --method random, real images under the same recipe, and with --labels hard.
 
 reads   data/<dataset>/...                                       the test images
         runs/<dataset>/<run>/images/<class>/<id>.png             recover.py, or any ImageFolder (--images)
@@ -47,8 +48,10 @@ from utils.train import (Graphed, Record, channels_last, class_accuracies, fit, 
 
 
 class OnlineLabels:
-    """What relabel.py would draw, and the logits of the teachers, asked while training, for the classes `seen`, by default
-    all. Without teachers, for hard labels: the draws alone.   draw: function(epoch) -> what `draw_epoch` gives"""
+    """What relabel.py would draw, and the logits of the teachers, asked while training, for the classes
+    `seen`, by default
+    all. Without teachers, for hard labels: the draws alone.   draw: function(epoch) -> what `draw_epoch`
+    gives"""
 
     def __init__(self, draw, mix, teachers=(), logit_norm=True, seen=slice(None)):
         self.epoch, self.mix, self.teachers, self.logit_norm, self.seen = draw, mix, teachers, logit_norm, seen
@@ -82,7 +85,8 @@ def make_optimizer(model, args):
 
 
 def hard_loss(logits, labels, partner_labels, ratio):
-    """Cross-entropy with the classes of both images of a mixed sample, by their shares `ratio` [B] and 1 - ratio."""
+    """Cross-entropy with the classes of both images of a mixed sample, by their shares `ratio` [B] and 1 -
+    ratio."""
     base, partner = (F.cross_entropy(logits, y, reduction="none") for y in (labels, partner_labels))
     return (ratio * base + (1 - ratio) * partner).mean()
 
@@ -97,9 +101,10 @@ def student_loss(logits, y, soft, partner_y, ratio, *, kind, gamma, temperature)
 
 
 def learn(model, optimizer, train_data, loss_of, record, *, label_epochs, ema_decay=0.0, cuda_graphs=False):
-    """-> train_epoch of `fit`: a student on mixed samples of the distilled images; of its labels the epochs 0 ..
-    label_epochs - 1 again and again. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
-    train_data: of `load_distilled`; record["average"]: running averages of `floating(model)`, at ema_decay a step"""
+    """-> train_epoch of `fit`: a student on mixed samples of the distilled images; of its labels the epochs 0
+    .. label_epochs - 1 again and again. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
+    train_data: of `load_distilled`; record["average"]: running averages of `floating(model)`, at ema_decay a
+    step"""
     images, classes, labels = (train_data[key] for key in ("images", "classes", "labels"))
     mean_std, keys, weights = units(train_data, images.device), [], floating(model) if ema_decay else []
 
@@ -136,9 +141,11 @@ def units(train_data, device):
 
 
 def train_student(name, seed, train_data, args, checkpoint, piece, *, model=None, penalty=lambda: 0):
-    """One student from scratch, or a trained model further, in place; unfinished, it goes on from its piece of the checkpoint.
+    """One student from scratch, or a trained model further, in place; unfinished, it goes on from its piece
+    of the checkpoint.
     args: of `for_student`; penalty(): is added to the loss.
-    -> {"top1": in % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch}"""
+    -> {"top1": in % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last
+    epoch}"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
     data, count, device = train_data["data"], len(train_data["images"]), train_data["images"].device
     model = model or build_model(name, len(data["classes"]), data["image_size"]).to(device)
@@ -334,8 +341,8 @@ def summary_line(result, folder):
 
 
 def earlier_seeds(path, args, made_from):
-    """Of a finished result of some of the --student-seeds, all else the same: what `train_piece` gave for each piece, and
-    "seconds"; {} where there is none."""
+    """Of a finished result of some of the --student-seeds, all else the same: what `train_piece` gave for
+    each piece, and "seconds"; {} where there is none."""
     result = load_json(path, AGAIN, ("args", "made_from")) if path.exists() and not args.overwrite else {}
     seeds = result.get("seeds", args.student_seeds)
     if args.protocol != "standard" or not set(seeds) < set(args.student_seeds):
@@ -370,7 +377,8 @@ def load_starts(args, paths, device):
 
 
 def labels_of(args, size, labels, rows, seen):
-    """Labels of the images `rows` [N] booleans with logits of the classes `seen`.   -> the rows they are for, labels object"""
+    """Labels of the images `rows` [N] booleans with logits of the classes `seen`.
+    -> the rows they are for, labels object"""
     if args.labels == "stored":
         labels = SeenLabels(labels, min(args.epochs, args.label_epochs or args.epochs), rows, seen)
         return labels.rows, labels
@@ -405,7 +413,8 @@ def train_piece(name, piece, seed, make_data, checkpoint, args, start):
 
 
 def earlier_result(args, paths):
-    """The result of the phase before, relabel.py's or, without stored labels, recover.py's; {} for images of other origin.
+    """The result of the phase before, relabel.py's or, without stored labels, recover.py's; {} for images of
+    other origin.
     -> result, arguments of the earlier phases"""
     if args.labels != "stored" and args.images:
         return {}, {}

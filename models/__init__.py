@@ -1,4 +1,5 @@
-"""Backbones and students by name.  Up to 64 pixels with a stem for small images, above as torchvision defines them."""
+"""Backbones and students by name.  Up to 64 pixels with a stem for small images, above as torchvision defines
+them."""
 import re
 from functools import partial
 
@@ -76,7 +77,8 @@ def build_model(name: str, num_classes: int, image_size: int,
 def pretrained_weights(name: str) -> torchvision.models.WeightsEnum:
     """-> torchvision's WeightsEnum member of ImageNet weights, version 1; nothing is downloaded.
 
-    They load with strict=True into build_model(name, 1000, image_size > 64). ValueError if torchvision has none.
+    They load with strict=True into build_model(name, 1000, image_size > 64). ValueError if torchvision has
+    none.
     """
     if name not in PRETRAINED:
         raise ValueError(f"torchvision has no ImageNet weights for {name!r}; it has them for {', '.join(PRETRAINED)}")

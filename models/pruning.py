@@ -1,4 +1,5 @@
-"""Structured pruning: channels of convolutions removed, together with all that belongs to them.   Needs torch alone.
+"""Structured pruning: channels of convolutions removed, together with all that belongs to them.
+Needs torch alone.
 
     kept = random_channels(model, 0.66, generator)                     # {convolution: channels}; or largest_scales(model, 0.5)
     left = widths(shrink(model, kept), kept)                           # with model.state_dict() all there is to store
@@ -42,13 +43,13 @@ def _averages(node):
 
 
 def coupled(model: nn.Module) -> dict[str, tuple]:
-    """The channels that can be removed: those of a convolution, or, where outputs are added, as in the stream of a residual
-    stage, the same of all convolutions that are added. On their way to the next convolutions, or to the linear layer behind
-    a flatten or a mean over the pixels, every layer acts on each channel by itself. A concatenation, a grouped convolution
-    or a layer called twice on the way rules them out.
+    """The channels that can be removed: those of a convolution, or, where outputs are added, as in the stream
+    of a residual stage, the same of all convolutions that are added. On their way to the next convolutions,
+    or to the linear layer behind a flatten or a mean over the pixels, every layer acts on each channel by
+    itself. A concatenation, a grouped convolution or a layer called twice on the way rules them out.
 
-    -> {first convolution: (all convolutions, norms, consumers)}, tuples of names. An error of torch.fx where the flow of
-    the model depends on values.
+    -> {first convolution: (all convolutions, norms, consumers)}, tuples of names. An error of torch.fx where
+    the flow of the model depends on values.
     """
     return {convs[0]: (convs, norms, consumers) for convs, norms, consumers, _ in _channel_groups(model)}
 
@@ -60,7 +61,8 @@ def prunable(model: nn.Module) -> dict[str, tuple]:
 
 
 def _channel_groups(model):
-    """-> [(convolutions, norms, consumers, whether there is an addition), ...], each group in the order of the network."""
+    """-> [(convolutions, norms, consumers, whether there is an addition), ...], each group in the order of
+    the network."""
     layers, parent = dict(model.named_modules()), {}
     nodes = _Tracer().trace(model).nodes
     calls = Counter(node.target for node in nodes)
@@ -109,7 +111,8 @@ def _channel_groups(model):
 
 
 def _select(layer, index, dim, names):
-    """layer.<name> = its entries `index` along dim, for every name; parameters stay parameters, trainable or not."""
+    """layer.<name> = its entries `index` along dim, for every name; parameters stay parameters, trainable or
+    not."""
     for name in names:
         if (tensor := getattr(layer, name, None)) is not None:
             part = tensor.detach().index_select(dim, index.to(tensor.device))
@@ -117,10 +120,13 @@ def _select(layer, index, dim, names):
 
 
 def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
-    """Remove all output channels but `kept`, {name of a convolution: indices} as `coupled` names them, in place.   -> model
+    """Remove all output channels but `kept`, {name of a convolution: indices} as `coupled` names them, in
+    place.   -> model
 
-    What computes with them goes along: norms with their running statistics, inputs of the next layers. The parameters are
-    new ones: an optimiser is made afterwards. ValueError if a convolution is to lose all channels or is not prunable.
+    What computes with them goes along: norms with their running statistics, inputs of the next layers. The
+    parameters are
+    new ones: an optimiser is made afterwards. ValueError if a convolution is to lose all channels or is not
+    prunable.
     """
     layers, plan = dict(model.named_modules()), coupled(model)
     for name, index in kept.items():
@@ -148,7 +154,8 @@ def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def widths(model: nn.Module, kept: dict[str, torch.Tensor]) -> dict[str, int]:
-    """What a checkpoint of shrink(model, kept) needs beside its weights: {conv name: channels left}, see the module."""
+    """What a checkpoint of shrink(model, kept) needs beside its weights: {conv name: channels left}, see the
+    module."""
     layers = dict(model.named_modules())
     return {name: layers[name].out_channels for name in kept}
 
@@ -167,9 +174,10 @@ def _parameters_left(model, plan, channels):
 
 
 def random_channels(model: nn.Module, share: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Channels drawn at random, the same part of all that are `coupled` and at least one, such that about `share` of the
-    model's parameters are left: the smallest part with no fewer, so more where one channel each is still more. Teddy
-    (arXiv:2410.07579) keeps 7.72 of ResNet-18's 11.69 million and 1.2 of its 1.8 billion multiply-adds at 224 pixels, which
+    """Channels drawn at random, the same part of all that are `coupled` and at least one, such that about
+    `share` of the model's parameters are left: the smallest part with no fewer, so more where one channel
+    each is still more. Teddy (arXiv:2410.07579) keeps 7.72 of ResNet-18's 11.69 million and 1.2 of its 1.8
+    billion multiply-adds at 224 pixels, which
     this does too.   -> {conv name: sorted indices}, as `shrink` takes them; {} if nothing can be removed"""
     layers, plan = dict(model.named_modules()), coupled(model)
     target = share * sum(tensor.numel() for tensor in model.parameters())
@@ -186,16 +194,17 @@ def random_channels(model: nn.Module, share: float, generator: torch.Generator) 
 
 
 def channel_scales(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The BatchNorm scales that decide over channels in network slimming.   -> {prunable convolution: parameter [C]}, of
-    those with one BatchNorm and no other norm behind them"""
+    """The BatchNorm scales that decide over channels in network slimming.
+    -> {prunable convolution: parameter [C]}, of those with one BatchNorm and no other norm behind them"""
     layers = dict(model.named_modules())
     norms = {name: [layers[norm] for norm in found] for name, (found, _) in prunable(model).items()}
     return {name: found[0].weight for name, found in norms.items() if len(found) == 1 and isinstance(found[0], nn.BatchNorm2d)}
 
 
 def largest_scales(model: nn.Module, sparsity: float, least: float = 0.1) -> dict[str, torch.Tensor]:
-    """Network slimming (Liu et al., arXiv:1708.06519): all channels of `channel_scales` but the part `sparsity` of them (0 ..
-    below 1) with the smallest |scale| in the whole network. Each convolution keeps the part `least` of its own with the
+    """Network slimming (Liu et al., arXiv:1708.06519): all channels of `channel_scales` but the part
+    `sparsity` of them (0 .. below 1) with the smallest |scale| in the whole network. Each convolution keeps
+    the part `least` of its own with the
     largest: where all scales of a layer are small, one threshold alone cuts the network in two.
     -> {conv name: sorted indices}, as `shrink` takes them"""
     scales = {name: scale.detach().abs() for name, scale in channel_scales(model).items()}

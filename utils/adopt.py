@@ -1,4 +1,5 @@
-"""Weights that others trained, for squeeze.py: torchvision's, a classifier of one's own, a self-supervised encoder."""
+"""Weights that others trained, for squeeze.py: torchvision's, a classifier of one's own, a self-supervised
+encoder."""
 import argparse
 from pathlib import Path
 
@@ -49,14 +50,17 @@ def read_weights(path):
 
 
 def has_large_stem(model, path):
-    """Whether the file's first convolution is ResNet's of 7 pixels, in the place of the model's of 3 for small images."""
+    """Whether the file's first convolution is ResNet's of 7 pixels, in the place of the model's of 3 for
+    small images."""
     tensors = strip_prefix(read_weights(path), model.state_dict())
     return "conv1.weight" in tensors and tensors["conv1.weight"].shape == (64, 3, 7, 7) != model.conv1.weight.shape
 
 
 def strip_prefix(tensors, names):
-    """The tensors without what stands before the names of a network: "module.", "backbone.", "encoder_q." or any other.
-    Of several networks in a file (query and key encoder) the first that has most of the names.   -> {name: tensor}"""
+    """The tensors without what stands before the names of a network: "module.", "backbone.", "encoder_q." or
+    any other.
+    Of several networks in a file (query and key encoder) the first that has most of the names.
+    -> {name: tensor}"""
     first = next(iter(names))
     prefixes = [key[:-len(first)] for key in tensors if key == first or key.endswith(f".{first}")]
     if not prefixes:
@@ -66,8 +70,9 @@ def strip_prefix(tensors, names):
 
 
 def adopt(model, path, *, encoder=False):
-    """Load the weights of a file into a model, in place.   encoder: all but its last linear layer, whatever head the file
-    has. Ends in a line that names the first tensor that is missing, left over or of another shape."""
+    """Load the weights of a file into a model, in place.   encoder: all but its last linear layer, whatever
+    head the file has. Ends in a line that names the first tensor that is missing, left over or of another
+    shape."""
     classifier, expected = classifier_of(model), model.state_dict()
     if encoder:
         expected = {key: value for key, value in expected.items() if not key.startswith(f"{classifier}.")}
@@ -88,7 +93,8 @@ def adopt(model, path, *, encoder=False):
 
 
 def classifier_of(model):
-    """Name of the model's last linear layer, or of the last convolution where that makes the logits (SqueezeNet)."""
+    """Name of the model's last linear layer, or of the last convolution where that makes the logits
+    (SqueezeNet)."""
     return [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
 
 

@@ -1,4 +1,5 @@
-"""MoCo on small images, as the squeeze of SC-DD: contrast of two views, a monitor, and a linear probe.   SC-DD, Sec. 2.4.
+"""MoCo on small images, as the squeeze of SC-DD: contrast of two views, a monitor, and a linear probe.
+SC-DD, Sec. 2.4.
 
 MoCo v2's CIFAR-10 recipe: no MLP head, BatchNorm in splits instead of several GPUs, asymmetric loss.
 """
@@ -12,9 +13,10 @@ from utils.train import make_step
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d that in training normalises `splits` parts of the batch by their own statistics, as so many GPUs would.
-    Part j are the samples j, j + splits, j + 2 splits, ...: x [N, C, H, W] is read as [N / splits, splits * C, H, W].
-    The running statistics become the mean over the parts of what each would have made of them."""
+    """BatchNorm2d that in training normalises `splits` parts of the batch by their own statistics, as so many
+    GPUs would. Part j are the samples j, j + splits, j + 2 splits, ...: x [N, C, H, W] is read as [N /
+    splits, splits * C, H, W]. The running statistics become the mean over the parts of what each would have
+    made of them."""
     splits = 8
 
     def forward(self, x):
@@ -54,7 +56,8 @@ def last_linear(model):
 
 
 def as_encoder(model, dim=128):
-    """Make a classifier one of MoCo's encoders, in place: its last nn.Linear gives `dim` numbers, its BatchNorms are split.
+    """Make a classifier one of MoCo's encoders, in place: its last nn.Linear gives `dim` numbers, its
+    BatchNorms are split.
     -> the model"""
     name = last_linear(model)
     old = model.get_submodule(name)
@@ -65,9 +68,10 @@ def as_encoder(model, dim=128):
 class MoCo(nn.Module):
     """Momentum contrast of two encoders: images -> [N, dim], of any length.
 
-    query is trained; key, of the same architecture, starts as its copy, follows its parameters and keeps buffers of its
-    own. queue [dim, size]: unit columns, random at first; pointer: the column that is replaced next. The state_dict holds
-    all that a next step depends on.
+    query is trained; key, of the same architecture, starts as its copy, follows its parameters and keeps
+    buffers of its
+    own. queue [dim, size]: unit columns, random at first; pointer: the column that is replaced next. The
+    state_dict holds all that a next step depends on.
     """
 
     def __init__(self, query, key, dim=128, size=4096, momentum=0.99, temperature=0.1):
@@ -79,8 +83,9 @@ class MoCo(nn.Module):
         self.register_buffer("pointer", torch.tensor(0))
 
     def forward(self, query_images, key_images, order):
-        """InfoNCE of two views [N, 3, S, S] of the same images: the mean cross-entropy of (query . its key, query . queue) /
-        temperature against the former. The key encoder moves before, the queue takes the N keys after.
+        """InfoNCE of two views [N, 3, S, S] of the same images: the mean cross-entropy of (query . its key,
+        query . queue) / temperature against the former. The key encoder moves before, the queue takes the N
+        keys after.
         order: a permutation of the N keys, in which their encoder sees them (ShuffleBN)."""
         query = F.normalize(self.query(query_images))
         with torch.no_grad():
@@ -102,7 +107,8 @@ class MoCo(nn.Module):
 
 
 def contrast(moco, optimizer, split, mean_std):
-    """-> train_epoch of `fit`: MoCo on two views of each image of the split, without its label.   mean_std [2, 3]"""
+    """-> train_epoch of `fit`: MoCo on two views of each image of the split, without its label.
+    mean_std [2, 3]"""
     step = make_step(optimizer, lambda *views: (moco(*views),))
 
     def view(images, rng):
@@ -121,7 +127,8 @@ def contrast(moco, optimizer, split, mean_std):
 
 
 def neighbours_top1(model, splits, rows, mean_std):
-    """`knn_top1` of a model's outputs: the images `rows` of the training split are the bank, the test images the queries.
+    """`knn_top1` of a model's outputs: the images `rows` of the training split are the bank, the test images
+    the queries.
     splits: {"train", "test"}"""
     bank = outputs(model, splits["train"], rows, mean_std)
     queries = outputs(model, splits["test"], torch.arange(len(splits["test"])), mean_std)
@@ -130,7 +137,8 @@ def neighbours_top1(model, splits, rows, mean_std):
 
 @torch.inference_mode()
 def outputs(model, split, rows, mean_std):
-    """What the model in eval mode gives for the images `rows` [n] of a split, never augmented, and their labels."""
+    """What the model in eval mode gives for the images `rows` [n] of a split, never augmented, and their
+    labels."""
     model.eval()
     found = [(model(normalize(send(images, mean_std.device), *mean_std)), send(labels, mean_std.device))
              for images, labels in split.batches(rows.split(500))]
@@ -139,8 +147,8 @@ def outputs(model, split, rows, mean_std):
 
 @torch.inference_mode()
 def knn_top1(bank, bank_labels, queries, labels, classes, k=200, temperature=0.1, chunk=512):
-    """Top-1 in % of queries [M, D] by a vote of the k nearest of bank [N, D] in cosine similarity, each with the weight
-    exp(similarity / temperature)."""
+    """Top-1 in % of queries [M, D] by a vote of the k nearest of bank [N, D] in cosine similarity, each with
+    the weight exp(similarity / temperature)."""
     bank, queries, correct = F.normalize(bank), F.normalize(queries), 0
     for rows, truth in zip(queries.split(chunk), labels.split(chunk)):
         similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)))
@@ -150,8 +158,8 @@ def knn_top1(bank, bank_labels, queries, labels, classes, k=200, temperature=0.1
 
 
 class Probe(nn.Module):
-    """A linear classifier on the features of a model, which takes the place of its last nn.Linear. Only it is trained:
-    all below stays in eval mode and as it is."""
+    """A linear classifier on the features of a model, which takes the place of its last nn.Linear. Only it is
+    trained: all below stays in eval mode and as it is."""
 
     def __init__(self, model, classes):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Evaluations beyond one training on all images: class-incremental learning and data-free pruning, for train_eval.py."""
+"""Evaluations beyond one training on all images: class-incremental learning and data-free pruning, for
+train_eval.py."""
 import statistics
 from functools import partial
 from types import SimpleNamespace
@@ -29,8 +30,8 @@ def trainings(args, whole, label):
 
 
 def summary(args, runs):
-    """What the pieces of `trainings` gave, in their order.   -> accuracies by epoch of the trainings that end a run, further
-    metrics of the protocol"""
+    """What the pieces of `trainings` gave, in their order.   -> accuracies by epoch of the trainings that end
+    a run, further metrics of the protocol"""
     more = {}
     if args.protocol == "continual":
         runs = [runs[i:i + args.steps] for i in range(0, len(runs), args.steps)]
@@ -44,9 +45,10 @@ def summary(args, runs):
 
 
 def classes_so_far(count, steps, generator):
-    """Class-incremental learning, as in DM (arXiv:2110.04181): `count` classes arrive in random order, over steps as equal
-    as possible.   -> for each step a sorted LongTensor of the classes up to it. ValueError if there are more steps than
-    classes"""
+    """Class-incremental learning, as in DM (arXiv:2110.04181): `count` classes arrive in random order, over
+    steps as equal
+    as possible.   -> for each step a sorted LongTensor of the classes up to it. ValueError if there are more
+    steps than classes"""
     if steps > count:
         raise ValueError(f"{steps} steps for {count} classes; use at most one for each")
     arriving = torch.randperm(count, generator=generator).tensor_split(steps)
@@ -54,10 +56,11 @@ def classes_so_far(count, steps, generator):
 
 
 class SeenLabels:
-    """Stored labels (`StoredLabels` of train_eval.py) of some images alone: `rows` [N] booleans, with the logits of the
-    classes `seen`. A stored sample that shows, in part, an image outside of these would leak, and its label is right for the
-    whole mixture alone: instead, each image goes through those of its first `epochs` samples whose partner is among these
-    images, in turn and again from the first. An image without any is left out.
+    """Stored labels (`StoredLabels` of train_eval.py) of some images alone: `rows` [N] booleans, with the
+    logits of the classes `seen`. A stored sample that shows, in part, an image outside of these would leak,
+    and its label is right for the
+    whole mixture alone: instead, each image goes through those of its first `epochs` samples whose partner is
+    among these images, in turn and again from the first. An image without any is left out.
 
     rows: LongTensor [n], the images that are left. ValueError if none is
     """
@@ -87,8 +90,10 @@ class SeenLabels:
 
 
 def incremental_step(seen, label, images, classes, labels, test, data):
-    """What a student is trained and tested on when it has met the classes `seen`: their distilled and test images.
-    label: function(labels, rows, seen), rows [N] booleans -> images to train on (LongTensor), labels of these.
+    """What a student is trained and tested on when it has met the classes `seen`: their distilled and test
+    images.
+    label: function(labels, rows, seen), rows [N] booleans -> images to train on (LongTensor), labels of
+    these.
     -> train_data (train_eval.py) whose classes are numbered as in `seen`"""
     number = torch.full((len(data["classes"]),), -1).index_put((seen,), torch.arange(len(seen)))
     rows, labels = label(labels, number[classes.cpu()] >= 0, seen)
@@ -107,11 +112,12 @@ def curve(top1):
 
 
 def prune(model, train, test, sparsity, l1, sparse=None, keep=lambda weights: None):
-    """Data-free pruning by network slimming (Liu et al., arXiv:1708.06519), in place: training with `l1` times the sum of
-    the |BatchNorm scales| of `channel_scales`, the channels of `largest_scales` stay, training again.
+    """Data-free pruning by network slimming (Liu et al., arXiv:1708.06519), in place: training with `l1`
+    times the sum of the |BatchNorm scales| of `channel_scales`, the channels of `largest_scales` stay,
+    training again.
 
-    train: function(stage, model, penalty) in place, which gives the accuracies by epoch; test: of a model. sparse: weights
-    after the first training, which keep(weights) was given by an earlier process.
+    train: function(stage, model, penalty) in place, which gives the accuracies by epoch; test: of a model.
+    sparse: weights after the first training, which keep(weights) was given by an earlier process.
     -> {"top1": by epoch of the second training, "stages": {stage: {"top1", "parameters"}}}
     """
     stages, scales = {}, channel_scales(model).values()

@@ -1,4 +1,5 @@
-"""BiLP's preemptive pruning (arXiv:2305.18381, supplement Sec. 6.4): the training images of largest loss are left out.
+"""BiLP's preemptive pruning (arXiv:2305.18381, supplement Sec. 6.4): the training images of largest loss are
+left out.
 
     scores = score_images(split, mean_std, trials=50, epochs=100, lr=3e-3, batch_size=512, seed=0, checkpoint=checkpoint)
     rows = drop_largest(scores, labels, 0.3)                           # utils/selection.py
@@ -18,9 +19,11 @@ from utils.train import Record, fit, learning_rates, make_step, shuffled
 
 
 def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, checkpoint):
-    """The loss of every training image for a small ConvNet, smoothed along the epochs of a training (`last_epoch_weights`);
+    """The loss of every training image for a small ConvNet, smoothed along the epochs of a training
+    (`last_epoch_weights`);
     the mean over `trials` trainings, which the processes of torchrun share.   -> [N]
-    The paper does not say: SGD with momentum 0.9, no augmentation, and an image's loss is the one it is trained with.
+    The paper does not say: SGD with momentum 0.9, no augmentation, and an image's loss is the one it is
+    trained with.
 
     mean_std [2, 3] on the device; checkpoint: holds the unfinished work (utils/checkpoint.py)
     """
@@ -53,7 +56,8 @@ def score_network(num_classes, image_size):
 
 
 def add_losses(model, optimizer, record, split, mean_std, weights):
-    """-> train_epoch of `fit`: cross-entropy; record["scores"] [N] gains weights[epoch] times the loss of each image."""
+    """-> train_epoch of `fit`: cross-entropy; record["scores"] [N] gains weights[epoch] times the loss of
+    each image."""
     def loss_of(images, labels):
         losses = F.cross_entropy(model(normalize(images, *mean_std)), labels, reduction="none")
         return losses.mean(), losses.detach()

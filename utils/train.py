@@ -1,4 +1,5 @@
-"""One training loop for backbones, weak teachers, score networks, MoCo, probes and students; accuracy; layouts and graphs."""
+"""One training loop for backbones, weak teachers, score networks, MoCo, probes and students; accuracy;
+layouts and graphs."""
 import sys
 from collections import defaultdict
 from functools import partial
@@ -15,7 +16,8 @@ from utils.run import Progress, generator, send
 
 
 def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=None, remedy="use a smaller --lr"):
-    """Train, as a generator of the numbers of the epochs done, from 1: after each the caller may test, save or print.
+    """Train, as a generator of the numbers of the epochs done, from 1: after each the caller may test, save
+    or print.
 
     trained       (model, optimizer, schedule of the learning rate by epoch, ...): all that changes, with a state_dict
     draw_batches  function(epoch) -> torch.Generator, batches [LongTensor [B], ...]; called for every epoch in turn, from 0
@@ -57,8 +59,8 @@ def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=N
 
 
 def shuffled(rows, batch_size, *key, drop_last=False):
-    """-> draw_batches of `fit`: rows [N] in an order drawn from generator(*key, epoch). A last batch of one image, which
-    BatchNorm cannot normalise, joins the batch before; drop_last: only whole batches."""
+    """-> draw_batches of `fit`: rows [N] in an order drawn from generator(*key, epoch). A last batch of one
+    image, which BatchNorm cannot normalise, joins the batch before; drop_last: only whole batches."""
     def draw_batches(epoch):
         rng = generator(*key, epoch)
         return rng, split_batches(rows[torch.randperm(len(rows), generator=rng)], batch_size, drop_last)
@@ -76,8 +78,10 @@ def split_batches(rows, batch_size, drop_last=False):
 
 
 def make_step(optimizer, loss_of, cuda_graphs=False):
-    """-> step(*inputs): a step of the optimizer along the gradient of loss_of(*inputs) -> (loss, *others), detached.
-    cuda_graphs: forward and backward pass are replayed, a graph for each size of a batch (the last may differ)"""
+    """-> step(*inputs): a step of the optimizer along the gradient of loss_of(*inputs) -> (loss, *others),
+    detached.
+    cuda_graphs: forward and backward pass are replayed, a graph for each size of a batch (the last may
+    differ)"""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def loss_and_gradients(*inputs):
@@ -99,7 +103,8 @@ def make_step(optimizer, loss_of, cuda_graphs=False):
 
 
 class Record(dict):
-    """Tensors and plain values that change in training beside the networks, with the two methods `fit` needs."""
+    """Tensors and plain values that change in training beside the networks, with the two methods `fit`
+    needs."""
 
     def __init__(self, device, **values):
         super().__init__(values)
@@ -113,8 +118,8 @@ class Record(dict):
 
 
 def learning_rates(optimizer, schedule, epochs, *, warmup_epochs=0, step_epochs=30, step_factor=0.1):
-    """The schedule per epoch: constant, cosine to 0, or step (times step_factor after every step_epochs), behind
-    warmup_epochs that rise from a hundredth."""
+    """The schedule per epoch: constant, cosine to 0, or step (times step_factor after every step_epochs),
+    behind warmup_epochs that rise from a hundredth."""
     rest = epochs - warmup_epochs
     rates = (lr_scheduler.CosineAnnealingLR(optimizer, rest) if schedule == "cosine" else
              lr_scheduler.StepLR(optimizer, step_epochs, step_factor) if schedule == "step" else
@@ -172,17 +177,18 @@ def with_precision(model, device, precision):
 
 
 def channels_last(model):
-    """The model in the layout that convolutions are fastest in, unless it has GroupNorms: these are slower by more."""
+    """The model in the layout that convolutions are fastest in, unless it has GroupNorms: these are slower by
+    more."""
     if not any(isinstance(layer, nn.GroupNorm) for layer in model.modules()):
         model.to(memory_format=torch.channels_last)
     return model
 
 
 class Graphed:
-    """function(*tensors) -> tensors as a CUDA graph. The first two calls run as they are, the third is captured, and it and
-    all others are replayed. The function must not ask the device for a value, nor its tensors change their shapes. What a
-    replay returns is written over by the next. Graphs with one `pool` (torch.cuda.graph_pool_handle) share their memory,
-    and return copies."""
+    """function(*tensors) -> tensors as a CUDA graph. The first two calls run as they are, the third is
+    captured, and it and all others are replayed. The function must not ask the device for a value, nor its
+    tensors change their shapes. What a replay returns is written over by the next. Graphs with one `pool`
+    (torch.cuda.graph_pool_handle) share their memory, and return copies."""
 
     def __init__(self, function, pool=None):
         self.function, self.pool, self.graph, self.calls = function, pool, None, 0

@@ -254,7 +254,7 @@ def main(argv=None):
     summary = ", ".join(f"{name} {accuracies[name]:.1f} %" for name in names)
     return run.finish({"top1": {name: accuracies[name] for name in names},
                        "first_bn_variance": {name: variances[name] for name in names}, "costs": spent},
-                      f"{summary} of the test images",
+                      f"{summary} of the test images (chance {100 / args.data_set['classes']:.1f} %)",
                       seconds=sum(spent[name]["seconds"] for name in names if name in spent))
 
 

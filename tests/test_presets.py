@@ -40,7 +40,7 @@ PAPER = {
     "recover iterations":          (4000, 4000, 4000, 4000),
     "recover batch_size":          (50, 50, 50, 40),
     "recover crop":                ("resized", "resized", "resized", "resized"),
-    "recover flip":                (False, False, False, True),
+    "recover flip":                (False, False, False, False),
     "recover roll":                (0, 0, 0, 0),
     "recover alpha":               (0.8, 0.8, 0.8, 0.4),
     "recover drop_rate":           (0.4, 0.4, 0.4, 0.4),
@@ -237,7 +237,7 @@ def test_help_shows_what_would_run_and_needs_neither_data_nor_a_network(phase, c
 @pytest.mark.parametrize("phase, flag, words, value", [
     ("squeeze", "epochs", "--epochs 7", 7), ("squeeze", "pretrained", "--no-pretrained", False),
     ("collect_stats", "crop", "--crop none", "none"), ("recover", "drop_rate", "--drop-rate 0.2", 0.2),
-    ("recover", "flip", "--no-flip", False), ("relabel", "logit_norm", "--no-logit-norm", False),
+    ("recover", "flip", "--flip", True), ("relabel", "logit_norm", "--no-logit-norm", False),
     ("train_eval", "lr", "--lr 3", ["3"]), ("train_eval", "backbones", "--backbones vgg11_bn", ["vgg11_bn"])])
 def test_the_command_line_beats_the_preset(phase, flag, words, value, monkeypatch):
     preset = parsed(phase, monkeypatch, "--dataset", "imagenet", "--ipc", "10")

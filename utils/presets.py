@@ -40,7 +40,7 @@ PAPER = {
     ("recover", "loop"):            ("reorder",     "reorder",     "reorder",     "reorder",     "reorder",     "P"),
     ("recover", "choice"):          ("uniform",     "uniform",     "uniform",     "uniform",     "uniform",     "P, Eq. 7"),
     ("recover", "crop"):            ("resized",     "resized",     "resized",     "resized",     "resized",     "P"),
-    ("recover", "flip"):            (False,         False,         False,         True,          False,         "P; imagenet R"),
+    ("recover", "flip"):            (False,         False,         False,         False,         False,         "P"),
     ("recover", "roll"):            (0,             0,             0,             0,             0,             "P"),
     ("recover", "alpha"):           (0.8,           0.8,           0.8,           0.4,           0.8,           "R; 0.4 P, Table 1"),
     ("recover", "drop_rate"):       (0.4,           0.4,           0.4,           0.4,           0.4,           "P"),

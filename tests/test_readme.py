@@ -22,8 +22,6 @@ SIZES = {"README.md": 20_000, "utils/README.md": 30_000, "tests/README.md": 10_0
 PAGES = {name: (ROOT / name).read_text() for name in SIZES if (ROOT / name).exists()}
 README = PAGES["README.md"]
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
-# TODO: printed, and not here yet; goes when it is empty
-WAITING = ()
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
 FUNCTIONS = next(block for block in BLOCK.findall(README) if "distil()" in block)
 INLINE = re.compile(r"`((?:python |torchrun |for |set |id=|distil |label )[^`]+)`|`((?:%s)\.py --[^`…]+)`" % "|".join(PHASES))
@@ -62,8 +60,6 @@ def test_every_command_of_the_pages_is_understood(block, tmp_path, monkeypatch):
         for label in "ant", "bee":
             (tmp_path / "path/to/folder" / split / label).mkdir(parents=True)
             Image.new("RGB", (32, 32)).save(tmp_path / "path/to/folder" / split / label / "1.png")
-    if any(word in block for word in WAITING):
-        pytest.skip("waits")
     calls = [list(dropwhile(lambda word: word.startswith("--"), call)) for call in commands(block, tmp_path)]
     assert calls or block == FUNCTIONS
     for first, *words in calls:
@@ -101,7 +97,6 @@ def test_every_flag_that_a_page_names_exists():
     foreign = {"--index-url", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help"}
     for name in PAGES.keys() - {"tests/evidence/README.md"}:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[name]))
-        named -= set(WAITING)
         assert named <= known | foreign, (name, named - known - foreign)
 
 
@@ -130,8 +125,6 @@ def test_a_page_is_no_longer_than_agreed(name):
 def test_every_link_of_a_page_leads_to_a_file_and_a_heading(name):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[name]):
         path = (ROOT / name).parent / target if target else ROOT / name
-        if path.name in WAITING:
-            continue
         assert path.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)", path.read_text(), re.M)
@@ -158,8 +151,6 @@ def test_the_equation_map_names_functions_that_say_which_equation_they_are():
     assert [int(row[0]) for row in rows] == list(range(1, 16))
     for number, _, where in rows:
         for path, function in quoted(where, ROOT):
-            if function in WAITING or not path.exists():
-                continue
             source = path.read_text()
             node, = [node for node in ast.parse(source).body if getattr(node, "name", None) == function]
             assert re.search(rf"\bEq\. {number}\b(?!\.\d)", ast.get_source_segment(source, node)), (number, function)
@@ -176,8 +167,6 @@ def test_every_equation_has_a_test_that_exists():
 def test_every_function_that_the_pages_name_exists():
     for name, page in PAGES.items():
         for file, function in re.findall(r"`((?:utils/|models/)?\w+\.py): (\w+)", page):
-            if function in WAITING:
-                continue
             path = ROOT / "tests" / file if file.startswith("test_") else ROOT / file
             assert re.search(rf"^(def|class) {function}\b", path.read_text(), re.M), (name, file, function)
 
@@ -237,8 +226,6 @@ def python_block(page, word):
 
 def test_the_block_that_distils_from_python_runs_as_printed(capsys):
     block, space = python_block("README.md", "recover_batch"), {}
-    if "recover_batch" in WAITING:
-        pytest.skip("waits")
     assert len(block.splitlines()) <= 30
     torch.manual_seed(0)
     exec(block, space)
@@ -250,8 +237,6 @@ def test_the_block_that_distils_from_python_runs_as_printed(capsys):
 
 def test_the_block_that_trains_on_soft_labels_runs_as_printed(labelled):
     block, space = python_block("README.md", "DistilledDataset"), {}
-    if "utils.labels" in WAITING:
-        pytest.skip("waits")
     run = "runs/shapes/gvbsm-ipc10"
     assert run in block
     block = block.replace(run, str(labelled.run())).replace("num_classes=10, image_size=32", "num_classes=4, image_size=16")

@@ -218,7 +218,7 @@ def get_parser():
     pruning.add_argument("--score-batch-size", type=number(int, 1), default=512, help="images per step of each")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training images")
-    optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step")
+    optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step; a last one alone joins the batch before")
     optimization.add_argument("--lr", type=number(float, 0), default=0.05, help="SGD learning rate")
     optimization.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum, 0 = off")
     optimization.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="SGD weight decay, 0 = off")
@@ -434,7 +434,7 @@ def check_moco_data(split, kept, args):
 
 def first_bn_variance(name, weights):
     """Variance over the channels of the first BatchNorm's running means (SC-DD, Table 2: the larger, the more
-    a squeezed backbone tells), of a state_dict; None without BatchNorm. It is told."""
+    a squeezed backbone tells), of a state_dict; None without BatchNorm. Also printed."""
     means = next((value for key, value in weights.items() if key.endswith("running_mean")), None)
     variance = None if means is None else means.float().var(correction=0).item()
     if means is not None:

@@ -241,7 +241,7 @@ def get_parser():
     optimization.add_argument("--student-seeds", nargs="+", type=number(int, 0, 10 ** 18), default=[0], metavar="SEED",
                               help="one training of each student for each")
     optimization.add_argument("--epochs", type=number(int, 1), default=300, help="passes over the distilled images")
-    optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step")
+    optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step; a last one alone joins the batch before")
     optimization.add_argument("--whole-up-to", type=number(int, 0), default=100,
                               help="sets of up to so many images make one batch, 0 = never [||S||]")
     optimization.add_argument("--optimizer", nargs="+", default=["adamw"], metavar="NAME",

@@ -8,7 +8,7 @@ import torchvision
 import squeeze
 from models import build_model
 from tests.conftest import write_images
-from utils.adopt import adopt, read_weights, strip_prefix
+from utils.adopt import adopt, load_pretrained, read_weights, strip_prefix
 
 PROBE = "--objective probe --probe-epochs 2 --probe-lr 0.5 --backbones resnet18"
 
@@ -102,6 +102,17 @@ def test_a_file_that_does_not_fit_ends_in_a_line(stored, told, tmp_path, capsys)
         adopt(build_model("resnet18", 4, 72), path)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and str(path) in error and told in error
+
+
+def test_pretrained_weights_of_other_classes_name_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    file = build_model("shufflenetv2_05", 1000, 224).state_dict()
+    torch.save(file, tmp_path / "checkpoints/shufflenetv2_x0.5-f707e7126e.pth")
+    with pytest.raises(SystemExit):
+        load_pretrained("shufflenetv2_05", build_model("shufflenetv2_05", 3, 224), download=False)
+    error = capsys.readouterr().err
+    assert "are of 1000 classes, the data has 3; use --no-pretrained, or --weights FILE with --objective probe" in error
 
 
 class Harmful:

@@ -274,6 +274,11 @@ def test_no_student_of_a_folder_of_ones_own_trains_by_sgd(preset, column):
     assert preset_values(preset, column, "squeeze", own=10 ** 5)["epochs"] == 5
 
 
+def test_pretrained_weights_are_the_default_at_the_size_they_are_of(monkeypatch):
+    for size, expected in ([], True), (["--image-size", "128"], True), (["--image-size", "64"], False):
+        assert parsed("squeeze", monkeypatch, "--dataset", "imagenet", *size).pretrained is expected
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_flags_are_never_abbreviated(phase, capsys):
     last = f"--{list(actions(phase))[-1].replace('_', '-')[:-1]}"                        # one of the phase's own

@@ -51,7 +51,7 @@ def label_epoch(images, mean_std, draw, batch_size, models, mix, logit_norm, tog
 
 
 def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", logit_norm=True):
-    """Label each of `draws`, an iterable of (epoch, draw of `draw_epoch`).   models: {name: model in eval mode}
+    """Label each of `draws`, an iterable of (epoch, draw of `draw_epoch`).   models: {name: in eval mode}
     -> yields epoch, draw, logits float16 [N, classes] on the CPU.   ValueError where logits are not finite"""
     pixels = images[0, 0].numel() * batch_size
     together = 1 if images.device.type == "cpu" else max(1, SATURATING_PIXELS // pixels)
@@ -70,7 +70,7 @@ def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", l
 @torch.inference_mode()
 def logit_rms(images, mean_std, draw, batch_size, models, mix):
     """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}
-    A model whose logits are far larger than the others' sets the mean norm of Eq. 8 and so the scale of all labels."""
+    A model whose logits are far larger than the others' sets the mean norm of Eq. 8, the scale of all labels."""
     draw = send(draw, images.device)
     mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, mean_std)
     return {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}

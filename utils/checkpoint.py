@@ -78,7 +78,7 @@ def save_torch(path, value):
 
 
 def load_torch(path, remedy, keys=()):
-    """The dict of a checkpoint, which must have these keys. Only tensors and plain values: no code can run."""
+    """The dict of a checkpoint, which must have these keys. Tensors and plain values: no code runs."""
     try:
         return with_keys(torch.load(path, map_location="cpu", weights_only=True), keys)
     except FileNotFoundError:
@@ -122,12 +122,12 @@ class Checkpoint:
     with Checkpoint(result, args, inputs) as checkpoint:
         state = checkpoint.load()                    # as last saved, or None
         for ...:
-            checkpoint.save_if_due(lambda: state)    # every --checkpoint-minutes; saves and ends after a signal
+            checkpoint.save_if_due(lambda: state)    # every --checkpoint-minutes; ends after a signal
         # write the result
 
     torch's generators are saved with each state.
-    settings: compared instead of args; outputs: other files of the work, removed when it starts again; extends:
-    the result exists and stays until a larger one replaces it
+    settings: compared instead of args; outputs: other files, removed when the work starts again; extends: the
+    result exists and stays until a larger one replaces it
     """
 
     def __init__(self, result, args, inputs=None, settings=None, outputs=(), extends=False):

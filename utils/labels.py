@@ -33,7 +33,7 @@ DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32,
 class RowFile:
     """An .npy file of this shape whose rows are written in any order, by any process.
 
-    Not through a memory map: its pages count as the process's own, and its errors, such as a full disk, kill it.
+    Not through a memory map: its pages count as the process's own, and an error such as a full disk kills it.
     """
 
     def __init__(self, path, shape, dtype):

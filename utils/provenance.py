@@ -47,11 +47,11 @@ def with_data(inputs, args):
 
 
 def check_data(then, args, path):
-    """Stop where what lies at `path` was made of other data than there are now.   then: the data's fingerprint, or None"""
+    """Stop where what lies at `path` was made of other data.   then: a hash, or None"""
     now = getattr(args, "data_set", {}).get("fingerprint")
     if then and now and then != now:
-        fail(f"the images of --dataset {args.dataset} have changed since {path} was made; run all phases from squeeze.py on with "
-             "--overwrite, or name another --run-dir")
+        fail(f"the images of --dataset {args.dataset} have changed since {path} was made; run all phases from "
+             "squeeze.py on with --overwrite, or name another --run-dir")
 
 
 def relevant(args):
@@ -68,7 +68,7 @@ def check_same(stored, settings, path, begun=(), typed=()):
     """
     stored = {key: ASSUMED[key] for key in ASSUMED.keys() & settings.keys()} | stored
     changed = [key for key in settings if key in stored and stored[key] != settings[key] and not (
-        key == "image_size" and None in (stored[key], settings[key]) or          # None: found out, and compared as such
+        key == "image_size" and None in (stored[key], settings[key]) or        # None: found out
         key == "dataset" and Path(stored[key]).expanduser().resolve() == Path(settings[key]).resolve())]
     if not changed:
         return
@@ -86,7 +86,7 @@ def flag_name(key):
 
 
 def check_inputs(stored, now, path, remedy=AGAIN):
-    """Stop when the result at `path` was made from other files.   stored, now: {kind: hash, or {name: hash}}"""
+    """Stop when the result at `path` was made from other files.   stored, now: {kind: hash or {name: hash}}"""
     for kind, found in now.items():
         if kind == "data" and kind not in stored:                    # older than fingerprints of data sets
             continue
@@ -94,8 +94,8 @@ def check_inputs(stored, now, path, remedy=AGAIN):
         before, found = (value if isinstance(value, dict) else {"": value} for value in (before, found))
         changed = [name for name in before | found if before.get(name) != found.get(name)]
         if changed and kind == "data":
-            fail(f"the images of the data set have changed since {path} was made; run all phases from squeeze.py on "
-                 "with --overwrite, or name another --run-dir")
+            fail(f"the images of the data set have changed since {path} was made; run all phases from squeeze.py "
+                 "on with --overwrite, or name another --run-dir")
         if changed:
             names = f" ({' '.join(sorted(changed))})" if all(changed) else ""
             fail(f"{path} was made from other {kind}{names} than the present ones; {remedy}")

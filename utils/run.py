@@ -133,7 +133,7 @@ def generator(*key):
 
 
 def run_paths(args):
-    """The folders of a run: runs/<dataset>[-holdout]/teachers/<teachers> and, beside, <method>-ipc<k>[-<tag>]."""
+    """The folders of a run: runs/<dataset>/teachers/<teachers> and runs/<dataset>/<method>-ipc<k>[-<tag>]."""
     root = run_folder(args)
     run = root / f"{args.method}-ipc{args.ipc}{f'-{args.tag}' if args.tag else ''}"
     return SimpleNamespace(teachers=root / "teachers" / args.teachers, run=run, images=run / "images",
@@ -157,7 +157,8 @@ class Run:
     """
 
     def __init__(self, phase, args, result, inputs=None):
-        self.phase, self.args, self.result, self.inputs = phase, args, Path(result), with_data(inputs or {}, args)
+        self.phase, self.args, self.result = phase, args, Path(result)
+        self.inputs = with_data(inputs or {}, args)
         self.checkpoint = self.progress = None
 
     def finished(self):
@@ -208,7 +209,8 @@ class Run:
                   "method": args.method, "tag": args.tag, **metrics, "seconds": round(seconds, 1),
                   "processes": world_size(), "peak_memory": peak_memory(), "hardware": hardware(),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                  "args": relevant(args), "upstream": upstream or {}, "made_from": self.inputs, "data_set": args.data_set}
+                  "args": relevant(args), "upstream": upstream or {}, "made_from": self.inputs,
+                  "data_set": args.data_set}
         save_json(self.result, result)
         folder = self.result.absolute().parent
         picture = f", picture {folder / 'grid.png'}" * (self.phase == "recover")

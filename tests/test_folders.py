@@ -1,0 +1,155 @@
+"""Folders as people have them: each kind is read, counted or refused in one line."""
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.test_data import assert_fails, make_folder, noise, save
+from utils import cli
+from utils.data import check_count, class_numbers, describe, find_split, list_folder, load_folder, load_split, look
+from utils.folders import list_images, white_levels
+
+
+def test_hidden_and_foreign_names_are_passed_over_and_counted(tmp_path):
+    root = make_folder(tmp_path)
+    for split in "train", "val":
+        (root / split / ".ipynb_checkpoints").mkdir()
+        save(root / split / "cat/.ipynb_checkpoints/x.png", noise(8, 8, 3))
+        save(root / split / "cat/._0.png", noise(8, 8, 3))
+    (root / "train/cat/notes.txt").write_text("x")
+    split, found = load_split(str(root), "x", "train"), look(str(root), "x")
+    assert split.classes == ["cat", "dog"] and len(split) == 4
+    assert found["passed"]["hidden"][0] == 6 and found["passed"]["other"] == [1, str(root / "train/cat/notes.txt")]
+
+
+@pytest.mark.parametrize("kind", ["jfif", "gif", "webp", "tiff", "bmp"])
+def test_what_pillow_reads_is_read(tmp_path, kind):
+    save(tmp_path / f"cat/0.{kind}", np.full((8, 8, 3), 200, np.uint8), format={"jfif": "JPEG"}.get(kind))
+    assert abs(load_folder(tmp_path, 8)[0].int() - 200).max() <= 2
+
+
+@pytest.mark.parametrize("pixels, white, shown", [
+    (np.full((8, 8), 0.5, np.float32), 1, 128), (np.full((8, 8), 100, np.float32), 255, 100),
+    (np.full((8, 8), 100, np.int32), 255, 100), (np.full((8, 8), 2048, np.uint16), 4095, 128),
+    (np.full((8, 8), 100, np.uint16), 255, 100), (np.full((8, 8), 100 * 257, np.uint16), 65535, 100)])
+def test_more_than_eight_bits_are_scaled_by_the_range_of_the_data_set(tmp_path, pixels, white, shown):
+    save(tmp_path / "cat/0.tiff", pixels)
+    assert list(white_levels([tmp_path / "cat/0.tiff"]).values()) == [white]
+    assert (load_folder(tmp_path, 8)[0] == shown).all()
+
+
+def test_a_dark_image_keeps_its_place_in_the_range_of_the_others(tmp_path):
+    save(tmp_path / "cat/0.png", np.full((8, 8), 257, np.uint16))
+    save(tmp_path / "cat/1.png", np.full((8, 8), 65535, np.uint16))
+    assert load_folder(tmp_path, 8)[0][:, 0, 0, 0].tolist() == [1, 255]
+
+
+@pytest.mark.parametrize("value", [-3.0, 300.0])
+def test_floats_of_no_known_range_are_refused(tmp_path, capsys, value):
+    save(tmp_path / "cat/0.tiff", np.full((8, 8), value, np.float32))
+    assert_fails(capsys, ["cat/0.tiff", f"{value:g}", "0 .. 1"], load_folder, tmp_path, 8)
+
+
+def test_a_flat_channel_is_a_warning_that_names_a_file(tmp_path, capsys):
+    for split in "train", "val":
+        for name in "a", "b":
+            save(tmp_path / split / name / "0.png", np.dstack([noise(8, 8, 2), np.zeros((8, 8), np.uint8)]))
+    describe(str(tmp_path), "x")
+    assert capsys.readouterr().err.split(": ", 1)[1].startswith("blue is 0 of 255") and not capsys.readouterr().err
+
+
+def test_an_image_is_turned_as_its_orientation_says(tmp_path):
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "cat/0.png", half, exif=exif)
+    assert (load_folder(tmp_path, 8)[0][0, 0, :4] == 255).all() and (load_folder(tmp_path, 8)[0][0, 0, 4:] == 0).all()
+
+
+def test_class_folders_win_over_a_left_over_table(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "val/val_annotations.txt").write_text("00.png\tcat\n")
+    assert len(find_split(str(root), "x", "test")[0]) == 4
+
+
+def test_a_flat_val_is_read_by_a_table_of_names_and_classes_or_refused(tmp_path, capsys):
+    root = make_folder(tmp_path, ("train",))
+    for number in range(2):
+        save(root / f"val/{number}.png", noise(8, 8, 3))
+    assert_fails(capsys, ["val", "2 images", "val.txt", "<class>"], find_split, str(root), "x", "test")
+    (root / "val.txt").write_text("1.png cat\n0.png 1\n")
+    files, labels, classes = find_split(str(root), "x", "test")
+    assert [Path(file).name for file in files] == ["1.png", "0.png"] and labels == [0, 1] and classes == ["cat", "dog"]
+
+
+def test_accents_composed_and_decomposed_are_one_class(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "été") for form in ("NFC", "NFD"))
+    make_folder(tmp_path, ("train",), ("ant", composed))
+    make_folder(tmp_path, ("val",), ("ant", decomposed))
+    assert find_split(str(tmp_path), "x", "test")[1:] == ([0, 0, 1, 1], ["ant", composed])
+
+
+def test_folders_of_images_sort_as_classes_do_and_older_escapes_are_understood(tmp_path):
+    for name in "a:b", "a1", "c":
+        save(tmp_path / name / "0.png", noise(8, 8, 3))
+    assert list_folder(tmp_path, ["a1", "a:b", "c"])[0].tolist() == [0, 1, 2]
+    assert class_numbers(["a%3Ab", "a1", "c"], ["a1", "a:b", "c"], tmp_path) == [1, 0, 2]
+
+
+@pytest.mark.parametrize("found", [["0", "1", "10", *"23456789"], ["00000", "00001", "00010", *(f"0000{i}" for i in range(2, 10))]])
+def test_folders_that_are_numbers_are_classes_by_number(found, capsys):
+    classes = [f"class{letter}" for letter in "abcdefghijk"]
+    assert class_numbers(found, classes, "there") == [0, 1, 10, *range(2, 10)]
+    assert "folder 0" in capsys.readouterr().out
+
+
+def test_images_are_as_many_as_ipc_says(capsys):
+    check_count(torch.tensor([0, 0, 1]), 2, "there")
+    assert_fails(capsys, ["--ipc 5", "--ipc 2"], check_count, torch.tensor([0, 0, 1, 1]), 5, "there")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b""])
+@pytest.mark.parametrize("ext", ["png", "jpg"])
+def test_a_damaged_test_image_is_found_before_training(tmp_path, capsys, damage, ext):
+    victim = make_folder(tmp_path, ext=ext, shape=(80, 80, 3)) / f"val/dog/1.{ext}"
+    victim.write_bytes(damage(victim.read_bytes()))
+    assert_fails(capsys, [victim, "remove it"], look, str(tmp_path), "x")
+
+
+def test_one_folder_by_two_spellings_is_one_and_changed_files_are_told(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    first = look("mine", "x")
+    assert look("./mine/", "x") == look(str(root), "x") == first == look("mine", "x", [first])
+    save(root / "train/cat/0.png", noise(8, 8, 3, seed=99))
+    assert look("mine", "x", [first])["fingerprint"] != first["fingerprint"]
+
+
+def test_two_data_sets_of_one_name_do_not_share_a_folder(tmp_path, capsys):
+    args = cli.identity_flags(cli.Parser("")).parse_args(["--dataset", str(tmp_path / "a/mine"), "--run-dir", str(tmp_path)])
+    one, other = ({"path": path, "fingerprint": path} for path in ("/a/mine", "/b/mine"))
+    cli.check_data_set(args, one, {"x": {"data_set": one}})
+    assert_fails(capsys, ["/a/mine", "/b/mine", "--run-dir"], cli.check_data_set, args, one, {"x": {"data_set": other}})
+
+
+def test_home_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ant")
+    args = cli.identity_flags(cli.Parser("")).parse_args(["--run-dir=~/runs", "--data-dir", "~/data", "--dataset=~/mine"])
+    assert (args.run_dir, args.data_dir, args.dataset) == ("/home/ant/runs", "/home/ant/data", "/home/ant/mine")
+
+
+def test_a_long_tail_falls_from_the_first_class_to_the_last(tmp_path):
+    root = make_folder(tmp_path, classes=tuple("abcde"), count=16)
+    split = load_split(str(root), "x", "train", imbalance=16)
+    assert torch.bincount(split.labels).tolist() == [16, 8, 4, 2, 1]
+    assert len(load_split(str(root), "x", "test", imbalance=16)) == 80
+
+
+def test_a_class_folder_without_images_says_what_is_in_it(tmp_path, capsys):
+    (make_folder(tmp_path) / "train/emu").mkdir()
+    (tmp_path / "train/emu/readme.txt").write_text("x")
+    assert_fails(capsys, ["train/emu", "1 other"], list_images, tmp_path / "train")

@@ -124,7 +124,7 @@ FOLDER = {
     ("train_eval", "lr"):           ["0.001"],
     ("train_eval", "weight_decay"): ["0.0"],
 }
-FOLDER_STEPS = 300      # of squeeze on a folder, within 5 and 100 epochs
+FOLDER_STEPS = 200      # of squeeze on a folder, within 5 and 100 epochs
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER, BEST]}
 AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           # P, Appendix A
           # by --holdout at IPC 50, with two backbones: +4.6 after 200 epochs of the student, of which class statistics

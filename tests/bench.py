@@ -31,6 +31,7 @@ import squeeze
 import train_eval
 from models import build_model
 from tests.helpers import counted_operations, saved_bytes
+from tests.scale import bench_scale
 from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.checkpoint import Checkpoint
 from utils.closed_form import ClosedFormMatching, conv_stats, freeze
@@ -354,7 +355,7 @@ def label(images, units, models, size, classes, epochs, folder):
 
 
 BENCHES = {"recover": bench_recover, "passes": bench_passes, "keeping": bench_keeping, "relabel": bench_relabel,
-           "train_eval": bench_train_eval, "squeeze": bench_squeeze, "augment": bench_augment, "labels": bench_labels}
+           "train_eval": bench_train_eval, "squeeze": bench_squeeze, "augment": bench_augment, "labels": bench_labels, "scale": bench_scale}
 
 
 def main(argv=None):

@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"      # the same bytes in every process; thre
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))             # for pytest without "python -m" as well
@@ -150,6 +151,14 @@ def write_images(folder, count, size=16, classes=CLASSES):
             colour = 40 * np.array([label, 5 - label, (2 * label) % 5])
             pixels = (colour + rng.normal(20, 30, (size, size, 3))).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture
+def double():
+    """Networks and images in float64: Adam makes whole steps of what is mere rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

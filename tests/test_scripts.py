@@ -390,14 +390,6 @@ RECOVER = [
     "--flip --roll 4", "--backbones wrn10_1", "--backbones convnet_w8", "--backbones convnet_w8 --drop-rate 1"]
 
 
-@pytest.fixture
-def double():
-    """Networks and images in float64: Adam makes whole steps of what is mere rounding."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("flags", [pytest.param(flags, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, flags in enumerate(RECOVER)])
 def test_the_logged_terms_are_the_equations_and_both_gradients_give_the_same_images(flags, project, passes, double):
     scale = "--dd-scale mean"        # the sum's gradient outside the crop is mere rounding, of which Adam makes steps

@@ -380,8 +380,9 @@ def test_the_moments_of_a_mixture_are_those_of_all_its_values():
 
 
 @pytest.mark.parametrize("loop", ["reorder", "original"])
-def test_class_statistics_aim_each_batch_at_its_own_classes_in_both_gradients(loop, project, double):
+def test_class_statistics_aim_each_batch_at_its_own_classes_in_both_gradients(loop, project, request):
     project.call("collect_stats", "--class-statistics --overwrite")
+    request.getfixturevalue("double")
     flags = f"--class-statistics --loop {loop} --dd-weight 0 --drop-rate 0"
     project.call("recover", flags)
     project.call("recover", flags, "--statistics plain --tag plain")

@@ -118,8 +118,9 @@ def matching_gradient(matcher, labels, ce_weight, pixels, view, kept, state, dro
     """Eq. 2 without densification, for pixels [G, B, 3, S, S] under a view of each batch.
     -> gradient at the pixels, losses (classification, BatchNorm, convolutions), state"""
     pixels = pixels.detach().requires_grad_()
+    views = apply_views(pixels, view)
     with matcher.hooks(dropped) as inputs:
-        logits = matcher.model(apply_views(pixels, view))
+        logits = matcher.model(views)
     bn, conv, state = matcher.inject(inputs, state, kept)            # closed form: without a graph, their gradient comes
     ce = ce_weight * F.cross_entropy(logits, labels.flatten(), reduction="sum") / labels.shape[1]     # in at the layers'
     gradient, = torch.autograd.grad(ce + bn + conv, pixels)                                           # inputs

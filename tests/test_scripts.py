@@ -21,6 +21,7 @@ import squeeze
 import train_eval
 from models import build_model
 from tests.helpers import assert_near, faked_graphs
+from utils import recorder
 from utils import train
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
 from utils.labels import LabelWriter
@@ -245,11 +246,11 @@ def test_a_finished_phase_repeats_the_result_of_the_backbones_it_was_asked_for(p
         assert list(project.call(phase, "--backbones convnet_w8")[metric]) == ["convnet_w8"]
 
 
-@pytest.mark.parametrize("name, call", [("matching_gradient", 9), ("save_png", 6)])    # iterating, saving the second batch
-def test_an_interrupted_recovery_goes_on_as_if_nothing_had_happened(name, call, project, interrupt, monkeypatch):
+@pytest.mark.parametrize("module, name, call", [(recover, "matching_gradient", 9), (recorder, "save_png", 6)])   # the second batch
+def test_an_interrupted_recovery_goes_on_as_if_nothing_had_happened(module, name, call, project, interrupt, monkeypatch):
     project.call("recover", "--tag whole")
     with monkeypatch.context(), pytest.raises(Interrupted):
-        interrupt(recover, name, call)
+        interrupt(module, name, call)
         project.call("recover")
     monkeypatch.undo()
     first = {file: content for file, content in project.files().items() if "/10/" in file or "/9/" in file}

@@ -107,6 +107,8 @@ SETTINGS = {  # what the papers and releases print; a row: cifar10, cifar100, ti
     "scdd squeeze probe_weight_decay": ("-", "-", "-", 1e-4),
     "scdd squeeze probe_epochs":   ("-", "-", "-", 200),
     "scdd recover bn_weight":      ("-", 0.005, 0.1, 0.0005),
+    "scdd recover weight_decay":   (1e-4, 1e-4, 1e-4, 1e-4),
+    "teddy recover weight_decay":  ("-", "-", 1e-4, 1e-4),
     "scdd recover lr":             ("-", 0.4, 0.6, 0.25),
     "scdd recover iterations":     ("-", 1000, 1000, 1000),
     "scdd train_eval lr":          ("-", ["0.005"], ["0.2"], ["0.001"]),

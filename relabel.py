@@ -70,7 +70,8 @@ def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", l
 @torch.inference_mode()
 def logit_rms(images, mean_std, draw, batch_size, models, mix):
     """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}
-    A model whose logits are far larger than the others' sets the mean norm of Eq. 8, the scale of all labels."""
+    A model whose logits are far larger than the others' sets the mean norm of Eq. 8, the scale of all
+    labels."""
     draw = send(draw, images.device)
     mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, mean_std)
     return {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}

@@ -47,7 +47,8 @@ from utils.train import Record, channels_last, fit, learning_rates, make_step, s
 
 PROBE = ["probe_epochs", "probe_lr", "probe_weight_decay"]
 SCORES = ["score_trials", "score_epochs", "score_lr", "score_batch_size"]
-PRUNED_SHARE, PRUNED_EPOCHS = 0.66, 2   # Teddy, supplement Sec. D.1: parameters a pruned teacher keeps; epochs of its last
+# Teddy, supplement Sec. D.1: parameters a pruned teacher keeps; epochs of its last
+PRUNED_SHARE, PRUNED_EPOCHS = 0.66, 2
 
 
 def classify(model, optimizer, record, split, mean_std, *, crop, cuda_graphs=False):
@@ -68,7 +69,8 @@ def classify(model, optimizer, record, split, mean_std, *, crop, cuda_graphs=Fal
 
     def train_epoch(epoch, batches, rng):
         nonlocal batch, view
-        for batch, (images, labels) in zip(batches, split.batches([share(rows) for rows in batches], crop_seed=epoch)):
+        for batch, (images, labels) in zip(batches,
+                                           split.batches([share(rows) for rows in batches], crop_seed=epoch)):
             view = {} if split.streamed else draw_view(len(batch), split.image_size, crop, True, 0, rng)
             loss, correct = step(*send([images, labels, *map(share, view.values())], mean_std.device))
             record["correct"][send(batch, mean_std.device)] = gathered(correct, len(batch))
@@ -83,14 +85,15 @@ def classify(model, optimizer, record, split, mean_std, *, crop, cuda_graphs=Fal
 def forgetting_record(count, device):
     """Of each of `count` images: forgetting events, whether ever learned, whether correct in this epoch and
     the one before."""
-    flags = {key: torch.zeros(count, dtype=torch.bool, device=device) for key in ("learned", "correct", "prev_correct")}
+    flags = {key: torch.zeros(count, dtype=torch.bool, device=device)
+             for key in ("learned", "correct", "prev_correct")}
     return Record(device, events=torch.zeros(count, dtype=torch.int16, device=device), **flags)
 
 
 def sgd(model, args):
     """-> optimizer, the schedule of its learning rate"""
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-                                fused=next(model.parameters()).is_cuda)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum,
+                                weight_decay=args.weight_decay, fused=next(model.parameters()).is_cuda)
     return optimizer, learning_rates(optimizer, args.schedule, args.epochs, warmup_epochs=args.warmup_epochs,
                                      step_epochs=args.step_epochs, step_factor=args.step_factor)
 
@@ -100,27 +103,31 @@ def train(name, model, split, train_rows, mean_std, args, checkpoint, *, record)
     -> generator of `fit`; args: of the training,
     args.remedy: printed where it does not converge"""
     optimizer, schedule = sgd(model, args)
-    return fit((model, optimizer, schedule, record), shuffled(train_rows, args.batch_size, "squeeze", args.seed),
-               classify(model, optimizer, record, split, mean_std, crop=args.crop, cuda_graphs=args.cuda_graphs),
+    return fit((model, optimizer, schedule, record),
+               shuffled(train_rows, args.batch_size, "squeeze", args.seed),
+               classify(model, optimizer, record, split, mean_std, crop=args.crop,
+                        cuda_graphs=args.cuda_graphs),
                epochs=args.epochs, name=name, resume=checkpoint.load(), remedy=args.remedy,
-               save=checkpoint.save_if_due if rank() == 0 else None)                             # the state is everybody's
+               save=checkpoint.save_if_due if rank() == 0 else None)  # the state is everybody's
 
 
 def train_moco(model, key, splits, train_rows, mean_std, args, checkpoint):
     """SC-DD, Sec. 2.4: make the model a classifier whose last layer alone has seen labels, in place: MoCo
     with `key`, another model of its kind, and then `train_probe`. Either goes on from its checkpoint."""
     name = checkpoint.result.stem
-    if checkpoint.read() is None:                                    # of the probe, which holds the features too
+    if checkpoint.read() is None:  # of the probe, which holds the features too
         moco = MoCo(as_encoder(model), as_encoder(key), size=args.queue).to(mean_std.device)
         optimizer, schedule = sgd(moco.query, args)
         schedule.step()                                              # MoCo counts epochs from 1
         for epoch in fit((moco, optimizer, schedule),
                          shuffled(train_rows, args.batch_size, "moco", args.seed, drop_last=True),
-                         contrast(moco, optimizer, splits["train"], mean_std), epochs=args.epochs, name=f"moco {name}",
+                         contrast(moco, optimizer, splits["train"], mean_std), epochs=args.epochs,
+                         name=f"moco {name}",
                          resume=checkpoint.load("moco"), save=partial(checkpoint.save_if_due, piece="moco")):
             if epoch % max(1, args.epochs // 10) == 0 or epoch == args.epochs:
                 top1 = neighbours_top1(moco.query, splits, train_rows, mean_std)
-                print_rank0(f"moco {name}  epoch {epoch}: {top1:.2f} % of the test images by their nearest neighbours")
+                print_rank0(f"moco {name}  epoch {epoch}: {top1:.2f} % of the test images by their nearest "
+                            f"neighbours")
         join_norms(model)
     train_probe(model, splits["train"], train_rows, mean_std, args, checkpoint)
 
@@ -148,7 +155,8 @@ def prune_teacher(name, model, args, paths):
     backbone = name.partition("@")[0]
     barrier()                                                   # until it is written
     try:
-        model.load_state_dict(load_torch(path := paths.teachers / f"{backbone}.pt", AGAIN, TEACHER)["weights"])
+        model.load_state_dict(load_torch(path := paths.teachers / f"{backbone}.pt", AGAIN,
+                                         TEACHER)["weights"])
     except RuntimeError as error:
         fail(f"{path} does not hold weights of {backbone} ({reason(error)}); {AGAIN}")
     chosen = random_channels(model, PRUNED_SHARE, generator("pruned", args.seed, name))
@@ -161,8 +169,8 @@ def fine_tuning(name, args):
     is 0.001 in the last one.   -> arguments"""
     epochs = (int(name.partition("@pruned")[2]) - 1) * (PRUNED_EPOCHS + 1) // args.pruned
     return changed(args, epochs=epochs, lr=0.1, batch_size=32, schedule="step", step_epochs=1,
-                   step_factor=0.01 ** (1 / max(1, epochs - 1)), warmup_epochs=0, weight_decay=1e-4, momentum=0.9,
-                   remedy="leave out --pruned")
+                   step_factor=0.01 ** (1 / max(1, epochs - 1)), warmup_epochs=0, weight_decay=1e-4,
+                   momentum=0.9, remedy="leave out --pruned")
 
 
 def kept_rows(split, mean_std, args, paths, input_hashes, later):
@@ -177,7 +185,8 @@ def kept_rows(split, mean_std, args, paths, input_hashes, later):
             fail(f"{path} holds {len(scores)} losses, of {len(split)} training images; {AGAIN}")
     else:
         with Checkpoint(path, args, input_hashes, own, later) as checkpoint:
-            scores = score_images(split, mean_std, trials=args.score_trials, epochs=args.score_epochs, lr=args.score_lr,
+            scores = score_images(split, mean_std, trials=args.score_trials, epochs=args.score_epochs,
+                                  lr=args.score_lr,
                                   batch_size=args.score_batch_size, seed=args.seed, checkpoint=checkpoint)
             if rank() == 0:
                 save_torch(path, {"scores": scores, "args": own, "made_from": input_hashes})
@@ -196,37 +205,50 @@ def get_parser():
     method.add_argument("--download", action="store_true",
                         help="fetch a named data set or pretrained weights when missing")
     method.add_argument("--weights", type=Path, metavar="FILE",
-                        help="a state dict for the one --backbones: a classifier's, or with --objective probe an encoder's")
+                        help="a state dict for the one --backbones: a classifier's, or with --objective "
+                        "probe an encoder's")
     method.add_argument("--objective", choices=["supervised", "moco", "probe"], default="supervised",
-                        help="moco trains without labels, then a linear probe with them; probe: that alone [SC-DD]")
+                        help="moco trains without labels, then a linear probe with them; probe: that alone "
+                        "[SC-DD]")
     moco = parser.add_argument_group("MoCo [SC-DD]")
     moco.add_argument("--queue", type=number(int, 1), default=4096, help="keys that MoCo contrasts with [K]")
     moco.add_argument("--probe-epochs", type=number(int, 1), default=100, help="of the linear probe")
-    moco.add_argument("--probe-lr", type=number(float, 0), default=30.0, help="SGD learning rate of the probe, cosine")
-    moco.add_argument("--probe-weight-decay", type=number(float, 0), default=0.0, help="of the probe, 0 = off")
+    moco.add_argument("--probe-lr", type=number(float, 0), default=30.0,
+                      help="SGD learning rate of the probe, cosine")
+    moco.add_argument("--probe-weight-decay", type=number(float, 0), default=0.0,
+                      help="of the probe, 0 = off")
     pool = parser.add_argument_group("weak teachers [Teddy]")
     pool.add_argument("--save-epochs", type=epoch_range, default="none", metavar="FIRST:LAST:STEP",
                       help="also keep the weights after these epochs, as <backbone>@<epoch>, or none")
     pool.add_argument("--pruned", type=number(int, 0, 1000), default=0,
-                      help="also make so many, <backbone>@pruned<i>: without random channels, fine-tuned a little")
+                      help="also make so many, <backbone>@pruned<i>: without random channels, fine-tuned a "
+                      "little")
     pruning = parser.add_argument_group("pruning of the training images [BiLP]")
     pruning.add_argument("--prune-ratio", type=number(float, 0, 0.999), default=0.0,
                          help="of each class's images, those of largest loss, not trained on [alpha]")
-    pruning.add_argument("--score-trials", type=number(int, 1), default=50, help="trainings that an image's loss is averaged over")
+    pruning.add_argument("--score-trials", type=number(int, 1), default=50,
+                         help="trainings that an image's loss is averaged over")
     pruning.add_argument("--score-epochs", type=number(int, 1), default=100, help="of each")
     pruning.add_argument("--score-lr", type=number(float, 0), default=3e-3, help="SGD learning rate of each")
-    pruning.add_argument("--score-batch-size", type=number(int, 1), default=512, help="images per step of each")
+    pruning.add_argument("--score-batch-size", type=number(int, 1), default=512,
+                         help="images per step of each")
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--epochs", type=number(int, 1), default=50, help="passes over the training images")
-    optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step; a last one alone joins the batch before")
+    optimization.add_argument("--epochs", type=number(int, 1), default=50,
+                              help="passes over the training images")
+    optimization.add_argument("--batch-size", type=number(int, 1), default=64,
+                              help="images per step; a last one alone joins the batch before")
     optimization.add_argument("--lr", type=number(float, 0), default=0.05, help="SGD learning rate")
-    optimization.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum, 0 = off")
-    optimization.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="SGD weight decay, 0 = off")
+    optimization.add_argument("--momentum", type=number(float, 0, 1), default=0.9,
+                              help="SGD momentum, 0 = off")
+    optimization.add_argument("--weight-decay", type=number(float, 0), default=0.0,
+                              help="SGD weight decay, 0 = off")
     optimization.add_argument("--schedule", choices=["constant", "cosine", "step"], default="constant",
                               help="of the learning rate")
-    optimization.add_argument("--warmup-epochs", type=number(int, 0), default=0, help="of a rising learning rate first, 0 = off")
+    optimization.add_argument("--warmup-epochs", type=number(int, 0), default=0,
+                              help="of a rising learning rate first, 0 = off")
     optimization.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
-                              help="replay a step of supervised training as one launch; for GPUs that wait for the host")
+                              help="replay a step of supervised training as one launch; for GPUs that wait "
+                              "for the host")
     return parser
 
 
@@ -236,21 +258,24 @@ def main(argv=None):
     if args.weights:
         if not args.weights.is_file():
             fail(f"--weights {args.weights}: no such file; name a checkpoint")
-        args.weights, args.pretrained = f"sha256:{fingerprint(args.weights)[:16]}", False     # whatever its path
+        args.weights, args.pretrained = f"sha256:{fingerprint(args.weights)[:16]}", False  # whatever its path
     device, paths = begin(args)
-    if device.type == "cuda" and (gpus := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        fail(f"--nproc-per-node is more than the {gpus} GPUs of this machine; squeeze.py takes one for each process")
+    if device.type == "cuda" and (gpus := torch.cuda.device_count()) < int(os.environ.get("LOCAL_WORLD_SIZE",
+                                                                                          1)):
+        fail(f"--nproc-per-node is more than the {gpus} GPUs of this machine; squeeze.py takes one for each "
+             f"process")
     if args.cuda_graphs and (device.type != "cuda" or world_size() > 1):
         fail("--cuda-graphs needs a GPU (--device cuda) and a single process; leave it out")
     check_backbones(args)
-    names, result = [one for name in args.backbones for one in teachers_of(name, args)], paths.teachers / "squeeze.json"
+    names, result = [one for name in args.backbones
+                     for one in teachers_of(name, args)], paths.teachers / "squeeze.json"
     accuracies, variances = already_there(names, args, paths)
     todo = [name for name in names if name not in accuracies]
     run = Run("squeeze", args, result)
     if not todo and run.unchanged(settings(args) | {"backbones": args.backbones}, top1=accuracies):
         return None
     made = make(todo, args, device, paths, accuracies, variances) if todo else {}
-    spent = costs(result) | made                                     # now, for it may be another process's too
+    spent = costs(result) | made  # now, for it may be another process's too
     summary = ", ".join(f"{name} {accuracies[name]:.1f} %" for name in names)
     return run.finish({"top1": {name: accuracies[name] for name in names},
                        "first_bn_variance": {name: variances[name] for name in names}, "costs": spent},
@@ -262,7 +287,8 @@ def load_data(args, device):
     """-> {split: images}, what teachers remember of the data (`describe`)"""
     with rank0_first():
         splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
-                                    args.download, args.holdout, args.imbalance).to(device) for split in ("train", "test")}
+                                    args.download, args.holdout, args.imbalance).to(device)
+                  for split in ("train", "test")}
     data = describe(args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
     check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
     if args.objective == "supervised":
@@ -309,7 +335,8 @@ def make(todo, args, device, paths, accuracies, variances):
         if kind:
             how, more["widths"] = fine_tuning(name, args), prune_teacher(name, model, args, paths)
         model = place(model)
-        identity = settings(args, name) | {"objective": args.objective, "backbone": name, "save_epochs": args.save_epochs}
+        identity = settings(args, name) | {"objective": args.objective, "backbone": name,
+                                           "save_epochs": args.save_epochs}
         with Checkpoint(files[i], args, input_hashes, identity, files[i + 1:]) as checkpoint:
             if args.objective == "moco":
                 train_moco(model, place(network(backbone, data)), splits, rows, mean_std, how, checkpoint)
@@ -317,7 +344,8 @@ def make(todo, args, device, paths, accuracies, variances):
                 train_probe(model, split, rows, mean_std, how, checkpoint)
             elif kind or not (args.pretrained or args.weights):
                 record = forgetting_record(len(split), device)
-                for epoch in train(f"squeeze {name}", model, split, rows, mean_std, how, checkpoint, record=record):
+                for epoch in train(f"squeeze {name}", model, split, rows, mean_std, how, checkpoint,
+                                   record=record):
                     if epoch in saved_epochs(args) and not kind:
                         save(f"{name}@{epoch}", model, backbone, **more)
                 if not kind:
@@ -358,7 +386,8 @@ def already_there(names, args, paths):
     for name in names:
         backbone, _, kind = name.partition("@")
         if name not in accuracies and kind.isdigit() and backbone in accuracies:
-            fail(f"{paths.teachers / name}.pt is missing, and could be saved while {backbone}.pt was trained alone; {AGAIN}, "
+            fail(f"{paths.teachers / name}.pt is missing, and could be saved while {backbone}.pt was trained "
+                 f"alone; {AGAIN}, "
                  "or name another --teachers")
     return accuracies, variances
 
@@ -366,35 +395,42 @@ def already_there(names, args, paths):
 def check_backbones(args):
     """Stop where those that are asked for cannot be made, whatever the data."""
     if weak := [name for name in args.backbones if "@" in name]:
-        fail(f"--backbones {weak[0]}: squeeze.py makes it of {weak[0].partition('@')[0]}; name that, and --save-epochs or --pruned")
+        fail(f"--backbones {weak[0]}: squeeze.py makes it of {weak[0].partition('@')[0]}; name that, and "
+             f"--save-epochs or --pruned")
     check_models("--backbones", args.backbones, build_model)
     if args.objective == "moco":
         check_moco(args)
     if args.objective == "probe" and not args.weights:
-        fail("--objective probe trains a classifier on an encoder: name its checkpoint (MoCo, SwAV, DINO) with "
+        fail("--objective probe trains a classifier on an encoder: name its checkpoint (MoCo, SwAV, DINO) "
+             "with "
              "--weights FILE and its network with --backbones, or use --objective moco up to 64 pixels")
     if args.weights and len(args.backbones) > 1:
-        fail(f"--weights {args.weights_file} is of one network, and --backbones names {len(args.backbones)}; name one, and call "
+        fail(f"--weights {args.weights_file} is of one network, and --backbones names {len(args.backbones)}; "
+             f"name one, and call "
              "squeeze.py again for each other")
     if args.weights and args.objective == "moco":
         fail("--objective moco trains the weights; leave out --weights, or use --objective probe")
     if args.weights and (saved_epochs(args) or args.pruned):
-        fail("--weights: adopted weights have no epochs and make no weak teachers; leave out --save-epochs and --pruned")
+        fail("--weights: adopted weights have no epochs and make no weak teachers; leave out --save-epochs "
+             "and --pruned")
     if max(saved_epochs(args), default=1) > args.epochs:
         fail(f"--epochs {args.epochs} is too few for --save-epochs {args.save_epochs}; use more")
     if args.warmup_epochs >= args.epochs:
         fail(f"--epochs {args.epochs} is too few for --warmup-epochs {args.warmup_epochs}; use more")
     if args.pretrained and saved_epochs(args):
-        fail(f"--save-epochs {args.save_epochs}: pretrained weights have no epochs; use --save-epochs none or --no-pretrained")
+        fail(f"--save-epochs {args.save_epochs}: pretrained weights have no epochs; use --save-epochs none "
+             f"or --no-pretrained")
     for name in args.backbones if args.pruned else ():
         with torch.device("meta"):
             if not coupled(build_model(name, 10, 224)):
-                fail(f"--pruned {args.pruned}: {name} has no channels that can be removed; name other --backbones")
+                fail(f"--pruned {args.pruned}: {name} has no channels that can be removed; name other "
+                     f"--backbones")
 
 
 def teachers_of(name, args):
     """The names of a backbone and of the weak teachers made with it."""
-    return [name, *(f"{name}@{epoch}" for epoch in saved_epochs(args)), *(f"{name}@pruned{i + 1}" for i in range(args.pruned))]
+    return [name, *(f"{name}@{epoch}" for epoch in saved_epochs(args)),
+            *(f"{name}@pruned{i + 1}" for i in range(args.pruned))]
 
 
 def saved_epochs(args):
@@ -406,29 +442,35 @@ def saved_epochs(args):
 def check_moco(args):
     """Stop where MoCo cannot be trained, whatever the data."""
     if args.pretrained:
-        fail("--objective moco trains the weights that --pretrained would take from torchvision; add --no-pretrained")
+        fail("--objective moco trains the weights that --pretrained would take from torchvision; add "
+             "--no-pretrained")
     if saved_epochs(args) or args.pruned:
         fail("--objective moco makes no weak teachers; leave out --save-epochs and --pruned")
     if args.epochs < 2:
-        fail(f"--epochs {args.epochs}: MoCo counts its cosine's epochs from 1, so that the last has the rate 0; use at least 2")
+        fail(f"--epochs {args.epochs}: MoCo counts its cosine's epochs from 1, so that the last has the rate "
+             f"0; use at least 2")
     if world_size() > 1:
         fail("--objective moco trains in one process; run it without torchrun")
     if args.batch_size % 8 or args.batch_size < 16:
-        fail(f"--batch-size {args.batch_size}: MoCo normalises 8 parts of a batch, each of at least 2 images; "
+        fail(f"--batch-size {args.batch_size}: MoCo normalises 8 parts of a batch, each of at least 2 "
+             f"images; "
              "use a multiple of 8 from 16 on")
     for name in args.backbones:
         with torch.device("meta"):
             if not any(isinstance(layer, nn.Linear) for layer in build_model(name, 10, 224).modules()):
-                fail(f"--backbones {name}: MoCo's outputs take the place of a linear layer, and it has none; name others")
+                fail(f"--backbones {name}: MoCo's outputs take the place of a linear layer, and it has none; "
+                     f"name others")
 
 
 def check_moco_data(split, kept, args):
     """The same, for these training images."""
     if split.streamed:
-        fail(f"--objective moco is for images of at most 64 pixels, not {split.image_size}; use a smaller --image-size, or "
+        fail(f"--objective moco is for images of at most 64 pixels, not {split.image_size}; use a smaller "
+             f"--image-size, or "
              "--objective probe --weights FILE with an encoder that was trained elsewhere")
     if len(kept) < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is more than the {len(kept)} training images, and MoCo takes whole batches "
+        fail(f"--batch-size {args.batch_size} is more than the {len(kept)} training images, and MoCo takes "
+             f"whole batches "
              "alone; use a smaller one")
 
 
@@ -438,13 +480,15 @@ def first_bn_variance(name, weights):
     means = next((value for key, value in weights.items() if key.endswith("running_mean")), None)
     variance = None if means is None else means.float().var(correction=0).item()
     if means is not None:
-        print_rank0(f"{name}: the running means of its first BatchNorm vary by {variance:.5f} over the channels")
+        print_rank0(f"{name}: the running means of its first BatchNorm vary by {variance:.5f} over the "
+                    f"channels")
     return variance
 
 
 def settings(args, name=""):
     """The arguments that decide a backbone's weights."""
-    names = ["dataset", "holdout", "imbalance", "image_size", "seed", "precision", "pretrained", "weights", "prune_ratio"]
+    names = ["dataset", "holdout", "imbalance", "image_size", "seed", "precision", "pretrained", "weights",
+             "prune_ratio"]
     names += SCORES * (args.prune_ratio > 0) + ["objective"] * (args.objective != "supervised")
     if args.objective == "probe":
         names += PROBE

@@ -8,8 +8,10 @@ reads   data/<dataset>/...                                       the test images
         runs/<dataset>/<run>/images/<class>/<id>.png             recover.py, or any ImageFolder (--images)
         runs/<dataset>/<run>/labels/...                          relabel.py; not with --labels online or hard
         runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py; --labels online, --protocol prune
-writes  runs/<dataset>/<run>/eval/<student>[-online|-hard].json  top1 of the last epoch, per seed, mean, deviation
-        runs/<dataset>/<run>/eval/<student>...-<protocol>.json   of --protocol continual and prune (utils/protocols.py)
+writes  runs/<dataset>/<run>/eval/<student>[-online|-hard].json  top1 of the last epoch, per seed, mean,
+deviation
+        runs/<dataset>/<run>/eval/<student>...-<protocol>.json   of --protocol continual and prune
+        (utils/protocols.py)
 
 python train_eval.py --dataset cifar100 --ipc 10                                   # paper setting, Table 9
 python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20        # ablation, Fig. 6; --overwrite or a --tag
@@ -38,13 +40,13 @@ from utils.labels import StoredLabels
 from utils.losses import ensemble_logits, kl_loss, mse_gt_loss
 from utils.processes import barrier, rank, rank0_first, shard, warn, world_size
 from utils.protocols import SeenLabels, prune, summary, trainings
-from utils.provenance import (AGAIN, check_classes, check_data, check_inputs, check_recovered, check_same, fingerprint, fingerprints,
-                              image_set, relevant)
+from utils.provenance import (AGAIN, check_classes, check_data, check_inputs, check_recovered, check_same,
+                              fingerprint, fingerprints, image_set, relevant)
 from utils.report import beside
 from utils.run import Run, begin, generator, script, send
 from utils.teachers import at_chance, check_models, load_teachers
-from utils.train import (Graphed, Record, channels_last, class_accuracies, fit, learning_rates, make_step, network_inputs,
-                         split_accuracy, split_batches, with_precision)
+from utils.train import (Graphed, Record, channels_last, class_accuracies, fit, learning_rates, make_step,
+                         network_inputs, split_accuracy, split_batches, with_precision)
 
 
 class OnlineLabels:
@@ -78,7 +80,8 @@ def parameter_groups(model, weight_decay):
 
 def make_optimizer(model, args):
     """args: of `for_student`   -> optimizer, schedule of its learning rate by epoch"""
-    groups, lr, fused = parameter_groups(model, args.weight_decay), float(args.lr[0]), next(model.parameters()).is_cuda
+    groups, lr, fused = parameter_groups(model,
+                                         args.weight_decay), float(args.lr[0]), next(model.parameters()).is_cuda
     optimizer = (torch.optim.AdamW(groups, lr=lr, fused=fused) if args.optimizer == "adamw" else
                  torch.optim.SGD(groups, lr=lr, momentum=args.momentum, fused=fused))
     return optimizer, learning_rates(optimizer, args.schedule, args.epochs * args.lr_stretch)
@@ -114,7 +117,7 @@ def learn(model, optimizer, train_data, loss_of, record, *, label_epochs, ema_de
         return mixed, classes[batch], classes[params["partner"][batch]], params["ratio"][batch]
 
     step = make_step(optimizer, lambda mixed, *targets: (loss_of(model(mixed), *targets),), cuda_graphs)
-    graphs = defaultdict(partial(Graphed, mixed_samples))            # by the size of a batch: the last may differ
+    graphs = defaultdict(partial(Graphed, mixed_samples))  # by the size of a batch: the last may differ
 
     def train_epoch(epoch, batches, rng):
         labelled = epoch % label_epochs
@@ -161,7 +164,8 @@ def train_student(name, seed, train_data, args, checkpoint, piece, *, model=None
         return order, split_batches(torch.randperm(count, generator=order), full_batch(args, count))
 
     train_epoch = learn(model, optimizer, train_data, lambda *targets: loss(*targets) + penalty(), record,
-                        label_epochs=args.label_epochs or args.epochs, ema_decay=args.ema_decay, cuda_graphs=args.cuda_graphs)
+                        label_epochs=args.label_epochs or args.epochs, ema_decay=args.ema_decay,
+                        cuda_graphs=args.cuda_graphs)
     for epoch in fit((model, optimizer, schedule, record), draw_batches, train_epoch, epochs=args.epochs,
                      name=f"train_eval {name} seed {seed}", resume=checkpoint.load(piece),
                      save=partial(checkpoint.save_if_due, piece=piece)):
@@ -189,9 +193,10 @@ def swapped(weights, others):
     swap()
 
 
-OWN = {     # flags that take exceptions for single students, and how a word is read; a rate stays as it was written
-    "optimizer": {"adamw": "adamw", "sgd": "sgd"}.__getitem__, "lr": lambda text: [text] if number(float, 1e-30)(text) else None,
-    "weight_decay": number(float, 0)}
+# flags that take exceptions for single students, and how a word is read; a rate stays as it was written
+OWN = {
+    "optimizer": {"adamw": "adamw", "sgd": "sgd"}.__getitem__,
+    "lr": lambda text: [text] if number(float, 1e-30)(text) else None, "weight_decay": number(float, 0)}
 
 
 def for_student(args, name):
@@ -221,12 +226,14 @@ def get_parser():
     method.add_argument("--labels", choices=["stored", "online", "hard"], default="stored",
                         help="of relabel.py, asked of the teachers while training, or the class alone")
     method.add_argument("--label-epochs", type=number(int, 1),
-                        help="use the labels of so many epochs again and again, which is all that need be stored; default all")
+                        help="use the labels of so many epochs again and again, which is all that need be "
+                        "stored; default all")
     method.add_argument("--loss", choices=["mse_gt", "kl", "kl_t2"], default="mse_gt",
                         help="Eq. 11, or SRe2L's divergence, or that times the squared temperature")
     method.add_argument("--gamma", type=number(float, 0), default=0.1,
                         help="weight of the class in mse_gt, 0 = off [gamma]")
-    method.add_argument("--temperature", type=number(float, 1e-3), default=20.0, help="of kl and kl_t2 [tau, Eq. 3]")
+    method.add_argument("--temperature", type=number(float, 1e-3), default=20.0,
+                        help="of kl and kl_t2 [tau, Eq. 3]")
     method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
                         help="with --labels online [LN, Eq. 8]")
     method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",
@@ -234,14 +241,17 @@ def get_parser():
     method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
                         help="with --labels online or hard: mirror half of the views")
     method.add_argument("--crop-floor", type=number(float, 0.01, 1), default=0.08,
-                        help="with --labels online or hard: smallest share of the area that a random crop takes, 1 = off")
+                        help="with --labels online or hard: smallest share of the area that a random crop "
+                        "takes, 1 = off")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--students", nargs="+", default=["convnet_w128"], metavar="NAME",
                               help="networks to train [f_eval]")
-    optimization.add_argument("--student-seeds", nargs="+", type=number(int, 0, 10 ** 18), default=[0], metavar="SEED",
-                              help="one training of each student for each")
-    optimization.add_argument("--epochs", type=number(int, 1), default=300, help="passes over the distilled images")
-    optimization.add_argument("--batch-size", type=number(int, 1), default=64, help="images per step; a last one alone joins the batch before")
+    optimization.add_argument("--student-seeds", nargs="+", type=number(int, 0, 10 ** 18), default=[0],
+                              metavar="SEED", help="one training of each student for each")
+    optimization.add_argument("--epochs", type=number(int, 1), default=300,
+                              help="passes over the distilled images")
+    optimization.add_argument("--batch-size", type=number(int, 1), default=64,
+                              help="images per step; a last one alone joins the batch before")
     optimization.add_argument("--whole-up-to", type=number(int, 0), default=100,
                               help="sets of up to so many images make one batch, 0 = never [||S||]")
     optimization.add_argument("--optimizer", nargs="+", default=["adamw"], metavar="NAME",
@@ -250,27 +260,35 @@ def get_parser():
                               help="learning rate, and exceptions after it: 0.1 resnet18=0.2")
     optimization.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd, 0 = off")
     optimization.add_argument("--weight-decay", nargs="+", default=["0.0"], metavar="WEIGHT",
-                              help="on tensors of 2 or more dimensions, 0 = off, and exceptions after it: 0.0005 swin_t=0.01")
+                              help="on tensors of 2 or more dimensions, 0 = off, and exceptions after it: "
+                              "0.0005 swin_t=0.01")
     optimization.add_argument("--schedule", choices=["constant", "cosine"], default="cosine",
                               help="of the learning rate, per epoch")
     optimization.add_argument("--lr-stretch", type=number(float, 1), default=1.0,
-                              help="the cosine is that of so many times the epochs: at 2 it ends at half [zeta of EDC]")
+                              help="the cosine is that of so many times the epochs: at 2 it ends at half "
+                              "[zeta of EDC]")
     optimization.add_argument("--ema-decay", type=number(float, 0, 0.99999), default=0.0,
-                              help="per step, of a running average of the weights, which is what is tested; 0 = off")
+                              help="per step, of a running average of the weights, which is what is tested; "
+                              "0 = off")
     optimization.add_argument("--evaluations", type=number(int, 1), default=5,
                               help="evenly spaced over the epochs, the last is the result")
     optimization.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
                               help="replay a step as one launch; for GPUs that wait for the host")
-    optimization.add_argument("--download", action="store_true", help="fetch a named data set when it is missing")
+    optimization.add_argument("--download", action="store_true",
+                              help="fetch a named data set when it is missing")
     protocol = parser.add_argument_group("protocol")
     protocol.add_argument("--protocol", choices=["standard", "continual", "prune"], default="standard",
-                          help="all classes at once, or in steps, or teachers of the students' names are pruned")
-    protocol.add_argument("--steps", type=number(int, 1), default=5, help="of continual: in so many the classes arrive")
-    protocol.add_argument("--orders", type=number(int, 1), default=5, help="of continual: random orders of the classes, of --seed")
+                          help="all classes at once, or in steps, or teachers of the students' names are "
+                          "pruned")
+    protocol.add_argument("--steps", type=number(int, 1), default=5,
+                          help="of continual: in so many the classes arrive")
+    protocol.add_argument("--orders", type=number(int, 1), default=5,
+                          help="of continual: random orders of the classes, of --seed")
     protocol.add_argument("--sparsity", type=number(float, 0, 0.99), default=0.5,
                           help="of prune: the part of the channels that goes")
     protocol.add_argument("--l1", type=number(float, 0), default=1e-4,
-                          help="of prune: weight of the BatchNorm scales' L1 norm, 0 = off [lambda of network slimming]")
+                          help="of prune: weight of the BatchNorm scales' L1 norm, 0 = off [lambda of "
+                          "network slimming]")
     return parser
 
 
@@ -280,21 +298,25 @@ def main(argv=None):
     check_models("--students", args.students, build_model)
     if args.cuda_graphs and device.type != "cuda":
         fail("--cuda-graphs needs a GPU (--device cuda); leave it out")
-    alone = {name: for_student(args, name) for name in args.students}                # a result for each student
+    alone = {name: for_student(args, name) for name in args.students}  # a result for each student
     before, upstream = earlier_result(args, paths)
     teachers, records, starts, data = {}, {}, {}, before.get("data")
     if args.labels == "online":
         teachers, records, data = load_teachers(args, paths.teachers, build_model, device)
-        upstream["squeeze"] = upstream.get("squeeze", {}) | {name: record["args"] for name, record in records.items()}
+        upstream["squeeze"] = upstream.get("squeeze", {}) | {name: record["args"] for name,
+                                                             record in records.items()}
     if args.labels == "online" and before:
         check_recovered(before, args, paths, data, records)
     made_from = dict.fromkeys(args.students, origin(args, paths, before, records))
     if args.protocol == "prune":
         starts, origins, start_data = load_starts(args, paths, device)
-        upstream["squeeze"] = upstream.get("squeeze", {}) | {name: record["args"] for name, record in origins.items()}
-        made_from = {name: made_from[name] | {"teacher": origins[name]["fingerprint"]} for name in args.students}
+        upstream["squeeze"] = upstream.get("squeeze", {}) | {name: record["args"] for name,
+                                                             record in origins.items()}
+        made_from = {name: made_from[name] | {"teacher": origins[name]["fingerprint"]}
+                     for name in args.students}
     kind = ("" if args.labels == "stored" else f"-{args.labels}") + {
-        "standard": "", "continual": f"-continual{args.steps}", "prune": f"-prune{100 * args.sparsity:g}"}[args.protocol]
+        "standard": "", "continual": f"-continual{args.steps}",
+        "prune": f"-prune{100 * args.sparsity:g}"}[args.protocol]
     results = {name: paths.eval / f"{name}{kind}.json" for name in args.students}
     earlier = {name: earlier_seeds(results[name], alone[name], made_from[name]) for name in results}
     runs = {name: Run("train_eval", alone[name], results[name], made_from[name]) for name in results}
@@ -302,35 +324,43 @@ def main(argv=None):
     if not todo:
         return
     if args.labels == "hard":
-        data = describe(args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
+        data = describe(args.dataset, args.data_dir, args.image_size, args.workers,
+                        args.data_set["fingerprint"])
     if args.labels == "hard" and before:
         check_recovered(before, args, paths, data, {})
-    images, classes, labels = load_distilled(args, paths, before, data, made_from[todo[0]], list(teachers.values()), device)
+    images, classes, labels = load_distilled(args, paths, before, data, made_from[todo[0]],
+                                             list(teachers.values()), device)
     check_models("--students", todo, build_model, len(data["classes"]), data["image_size"])
     if starts and (key := next((key for key in data if start_data.get(key) != data[key]), None)):
-        fail(f"{paths.teachers / todo[0]}.pt and the labels' data differ in {key}; train it again with squeeze.py --overwrite")
+        fail(f"{paths.teachers / todo[0]}.pt and the labels' data differ in {key}; train it again with "
+             f"squeeze.py --overwrite")
     with rank0_first():
-        test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers, args.download,
-                          args.holdout).to(device)
+        test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers,
+                          args.download, args.holdout).to(device)
     check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
     whole = {"images": images, "classes": classes, "labels": labels, "test": test, "data": data}
     pieces = trainings(args, whole, partial(labels_of, args, data["image_size"]))
-    for names in [todo] if world_size() > 1 else [[name] for name in todo]:                # torchrun deals all trainings at once
+    # torchrun deals all trainings at once
+    for names in [todo] if world_size() > 1 else [[name] for name in todo]:
         with ExitStack() as stack:
-            works = {name: stack.enter_context(runs[name].work(extends=bool(earlier[name]))) for name in names}
-            for name, piece in shard([(name, piece) for name in names for piece in pieces if piece not in earlier[name]]):
+            works = {name: stack.enter_context(runs[name].work(extends=bool(earlier[name])))
+                     for name in names}
+            for name, piece in shard([(name, piece) for name in names for piece in pieces
+                                      if piece not in earlier[name]]):
                 if (works[name].read(piece) or {}).get("epoch") != args.epochs:
-                    done = train_piece(name, piece, *pieces[piece], works[name], alone[name], starts.get(name))
+                    done = train_piece(name, piece, *pieces[piece], works[name], alone[name],
+                                       starts.get(name))
                     works[name].save({"epoch": args.epochs, **done}, piece)
             barrier()
             for name in names if rank() == 0 else ():
                 done = [earlier[name].get(piece) or works[name].read(piece) for piece in pieces]
-                metrics = {"student": name, "labels": args.labels, **accuracies(args, done), "images": len(images),
-                           "classes": data["classes"]}
+                metrics = {"student": name, "labels": args.labels, **accuracies(args, done),
+                           "images": len(images), "classes": data["classes"]}
                 seconds = works[name].seconds() + earlier[name].get("seconds", 0)
                 runs[name].finish(metrics, partial(summary_line, folder=paths.run.parent), upstream, seconds)
                 if at_chance(metrics["top1"], len(data["classes"]), len(test)):
-                    warn(f"{name} is right on {metrics['top1']:.1f} % of the test images, no better than chance; "
+                    warn(f"{name} is right on {metrics['top1']:.1f} % of the test images, no better than "
+                         f"chance; "
                          "look at the images, or name more --epochs, another --lr or other --backbones")
 
 
@@ -351,7 +381,8 @@ def earlier_seeds(path, args, made_from):
     check_inputs(result["made_from"], made_from, path)
     by_class = result.get("top1_by_class", [None] * len(seeds))
     return {"seconds": result["seconds"]} | {
-        f"seed{seed}": {"top1": {int(epoch): value for epoch, value in top1.items()}, "top1_by_class": classes}
+        f"seed{seed}": {"top1": {int(epoch): value for epoch, value in top1.items()},
+                        "top1_by_class": classes}
         for seed, top1, classes in zip(seeds, result["top1_by_epoch"], by_class)}
 
 
@@ -359,7 +390,7 @@ def accuracies(args, done):
     """What a RESULT tells of what `train_piece` gave for all pieces; the last epochs count."""
     runs, more = summary(args, done)
     if args.protocol == "standard" and all(by_class := [piece.get("top1_by_class") for piece in done]):
-        more["top1_by_class"] = by_class                             # for each seed, in the order of "classes"
+        more["top1_by_class"] = by_class  # for each seed, in the order of "classes"
     last = [list(top1.values())[-1] for top1 in runs]
     return {"top1": statistics.fmean(last), "top1_std": statistics.stdev(last) if len(last) > 1 else 0.0,
             "top1_best": statistics.fmean(max(top1.values()) for top1 in runs), "seeds": args.student_seeds,
@@ -367,12 +398,15 @@ def accuracies(args, done):
 
 
 def load_starts(args, paths, device):
-    """The teachers that --protocol prune begins with, by the names of the students.   -> as of `load_teachers`"""
-    named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})   # train_student sets its own
+    """The teachers that --protocol prune begins with, by the names of the students.   -> as of
+    `load_teachers`"""
+    # train_student sets its own
+    named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})
     loaded = load_teachers(named, paths.teachers, build_model, device)
     for name, model in loaded[0].items():
         if not channel_scales(model):
-            fail(f"--students {name}: no BatchNorm scale decides over a channel of it; prune one such as vgg11_bn or resnet18")
+            fail(f"--students {name}: no BatchNorm scale decides over a channel of it; prune one such as "
+                 f"vgg11_bn or resnet18")
     return loaded
 
 
@@ -389,8 +423,8 @@ def labels_of(args, size, labels, rows, seen):
 def online_labels(args, count, size, teachers, seen=slice(None)):
     """`OnlineLabels` of `count` images of `size` pixels, drawn as relabel.py would by these arguments."""
     def draw(epoch):
-        return draw_epoch(count, size, full_batch(args, count), args.mix, generator("relabel", args.seed, epoch),
-                          (args.crop_floor, 1.0), args.flip)
+        return draw_epoch(count, size, full_batch(args, count), args.mix,
+                          generator("relabel", args.seed, epoch), (args.crop_floor, 1.0), args.flip)
     return OnlineLabels(draw, args.mix, teachers, args.logit_norm, seen)
 
 
@@ -401,15 +435,17 @@ def train_piece(name, piece, seed, make_data, checkpoint, args, start):
     train = partial(train_student, name, seed, train_data, args, checkpoint)
     if args.protocol != "prune":
         record = train(piece)
-        return {"top1": record["top1"], "top1_by_class": record["top1_by_class"], "images": len(train_data["images"])}
+        return {"top1": record["top1"], "top1_by_class": record["top1_by_class"],
+                "images": len(train_data["images"])}
 
     def train_stage(stage, model, penalty):
         return train(piece + "-sparse" * (stage == "sparse"), model=model, penalty=penalty)["top1"]
 
-    test = partial(split_accuracy, split=train_data["test"], mean_std=units(train_data, train_data["images"].device))
+    test = partial(split_accuracy, split=train_data["test"],
+                   mean_std=units(train_data, train_data["images"].device))
     sparse = (checkpoint.read(f"{piece}-sparse") or {}).get("weights")
-    return prune(channels_last(deepcopy(start).requires_grad_()), train_stage, test, args.sparsity, args.l1, sparse,
-                 lambda weights: checkpoint.save({"weights": weights}, f"{piece}-sparse"))
+    return prune(channels_last(deepcopy(start).requires_grad_()), train_stage, test, args.sparsity, args.l1,
+                 sparse, lambda weights: checkpoint.save({"weights": weights}, f"{piece}-sparse"))
 
 
 def earlier_result(args, paths):
@@ -430,7 +466,8 @@ def origin(args, paths, before, records):
         if set(args.backbones) != set(before["made_from"]["weights"]):
             fail(f"--backbones {' '.join(args.backbones)}: {paths.labels} was made with "
                  f"{' '.join(before['made_from']['weights'])}; name the same")
-        return before["made_from"] | {"labels": fingerprint(json.dumps([before["args"], before["made_from"]]))}
+        return before["made_from"] | {"labels": fingerprint(json.dumps([before["args"],
+                                                                        before["made_from"]]))}
     folder = args.images or paths.images
     images = {"images": before["image_set"] if before else image_set(folder, list_folder(folder)[2])}
     return images | fingerprints(records) if args.labels == "online" else images
@@ -446,17 +483,21 @@ def load_distilled(args, paths, before, data, made_from, teachers, device):
     if args.images:
         check_count(classes, args.ipc, folder)
     if image_set(folder, files) != made_from["images"]:
-        fail(f"{paths.labels} was made for other images than {folder}; run relabel.py --overwrite" if args.labels == "stored" else
-             f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them with --images")
+        fail(f"{paths.labels} was made for other images than {folder}; run relabel.py --overwrite"
+             if args.labels == "stored" else
+             f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them "
+             f"with --images")
     if args.labels == "stored":
         labels = StoredLabels(paths.labels, before["args"]["mix"])
         wanted = min(args.epochs, args.label_epochs or args.epochs)
         if wanted > len(labels.logits):
             flag = f"--epochs {wanted}" if wanted == args.epochs else f"--label-epochs {wanted}"
-            fail(f"{flag} is more than the {len(labels.logits)} in {paths.labels}; use --label-epochs {len(labels.logits)}, "
+            fail(f"{flag} is more than the {len(labels.logits)} in {paths.labels}; use --label-epochs "
+                 f"{len(labels.logits)}, "
                  f"or run relabel.py --epochs {wanted} --overwrite")
     else:
-        labels = online_labels(args, len(raw), data["image_size"], [channels_last(teacher) for teacher in teachers])
+        labels = online_labels(args, len(raw), data["image_size"],
+                               [channels_last(teacher) for teacher in teachers])
     return raw.to(device), classes.to(device), labels
 
 

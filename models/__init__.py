@@ -39,7 +39,8 @@ PATTERNS = ("convnet_w<width>[_d<depth>]", "wrn<depth>_<width>", "resnet<depth>_
 # depth of a convnet: 3 if not named, of a wrn: 6n + 4; stem7: for large images, at any size
 PRETRAINED = {  # torchvision's names
     "resnet18": "resnet18", "resnet50": "resnet50", "resnet101": "resnet101", "vgg11_bn": "vgg11_bn",
-    "mobilenetv2": "mobilenet_v2", "shufflenetv2_05": "shufflenet_v2_x0_5", "efficientnet_b0": "efficientnet_b0",
+    "mobilenetv2": "mobilenet_v2", "shufflenetv2_05": "shufflenet_v2_x0_5",
+    "efficientnet_b0": "efficientnet_b0",
     "regnet_x_8gf": "regnet_x_8gf", "squeezenet": "squeezenet1_0", "swin_t": "swin_t",
 }
 
@@ -81,5 +82,6 @@ def pretrained_weights(name: str) -> torchvision.models.WeightsEnum:
     none.
     """
     if name not in PRETRAINED:
-        raise ValueError(f"torchvision has no ImageNet weights for {name!r}; it has them for {', '.join(PRETRAINED)}")
+        raise ValueError(f"torchvision has no ImageNet weights for {name!r}; it has them for "
+                         f"{', '.join(PRETRAINED)}")
     return torchvision.models.get_model_weights(PRETRAINED[name]).IMAGENET1K_V1

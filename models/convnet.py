@@ -1,4 +1,5 @@
-"""ConvNet: the small instance-normalised network of the dataset distillation literature (Gidaris & Komodakis, 2018)."""
+"""ConvNet: the small instance-normalised network of the dataset distillation literature (Gidaris & Komodakis,
+2018)."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,16 +14,17 @@ class Halve(nn.AvgPool2d):
     def forward(self, x):
         if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
             return super().forward(x)
-        with torch.autocast("cpu", enabled=False):                   # in bfloat16 its gradient takes ten times as long
+        with torch.autocast("cpu", enabled=False):  # in bfloat16 its gradient takes ten times as long
             return F.conv2d(x.float(), x.new_full((x.shape[1], 1, 2, 2), 0.25, dtype=torch.float32), stride=2,
                             groups=x.shape[1]).to(x.dtype)
 
 
 class ConvNet(nn.Sequential):
-    """[B, 3, S, S] -> logits [B, num_classes]: `depth` times (3x3 convolution, instance norm, ReLU, halving), linear.
+    """[B, 3, S, S] -> logits [B, num_classes]: `depth` times (3x3 convolution, instance norm, ReLU, halving),
+    linear.
 
-    There is no BatchNorm: only the inputs of its convolutions (S, S/2, S/4, ... pixels wide) have statistics to match.
-    ValueError if the poolings leave less than one pixel.
+    There is no BatchNorm: only the inputs of its convolutions (S, S/2, S/4, ... pixels wide) have statistics
+    to match. ValueError if the poolings leave less than one pixel.
     """
 
     def __init__(self, width: int, depth: int, num_classes: int, image_size: int):

@@ -1,4 +1,5 @@
-"""DeiT-Tiny (Touvron et al., arXiv:2012.12877), without the distillation token: torchvision's vision transformer."""
+"""DeiT-Tiny (Touvron et al., arXiv:2012.12877), without the distillation token: torchvision's vision
+transformer."""
 import torchvision
 from torch import nn
 
@@ -14,5 +15,6 @@ def deit_tiny(num_classes: int, image_size: int) -> nn.Module:
                          f"{image_size}x{image_size}")
     net = torchvision.models.VisionTransformer(image_size, patch, num_layers=12, num_heads=3, hidden_dim=192,
                                                mlp_dim=768, num_classes=num_classes)
-    nn.init.trunc_normal_(net.heads.head.weight, std=0.02)  # torchvision's zeros would make all first logits equal
+    # torchvision's zeros would make all first logits equal
+    nn.init.trunc_normal_(net.heads.head.weight, std=0.02)
     return net

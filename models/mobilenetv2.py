@@ -8,7 +8,8 @@ SMALL = [  # expansion t, channels c, blocks n, stride s; torchvision's but for 
 
 
 class Block(nn.Module):
-    """Inverted residual.  Unlike torchvision's it keeps the 1x1 expansion at ratio 1, and has ReLU, not ReLU6."""
+    """Inverted residual.  Unlike torchvision's it keeps the 1x1 expansion at ratio 1, and has ReLU, not
+    ReLU6."""
 
     def __init__(self, inp, out, stride, expand_ratio, norm_layer):
         super().__init__()
@@ -26,12 +27,13 @@ class Block(nn.Module):
 def mobilenetv2(width_mult: float, num_classes: int, image_size: int) -> torchvision.models.MobileNetV2:
     """[B, 3, S, S] -> logits [B, num_classes].
 
-    Up to 64 pixels the last map is S/16 wide instead of S/32, widths are not rounded to multiples of 8 (0.5 * 24 = 12),
-    and there is no dropout.
+    Up to 64 pixels the last map is S/16 wide instead of S/32, widths are not rounded to multiples of 8 (0.5 *
+    24 = 12), and there is no dropout.
     """
     if image_size > 64:
         return torchvision.models.mobilenet_v2(width_mult=width_mult, num_classes=num_classes)
-    net = torchvision.models.MobileNetV2(num_classes, width_mult, SMALL, round_nearest=1, block=Block, dropout=0.0)
+    net = torchvision.models.MobileNetV2(num_classes, width_mult, SMALL, round_nearest=1, block=Block,
+                                         dropout=0.0)
     for layer in net.features[0], net.features[-1]:
         layer[2] = nn.ReLU(inplace=True)
     return net

@@ -15,17 +15,20 @@ import torch.nn.functional as F
 from torch import nn
 
 CHANNELWISE = (  # modules without parameters
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.Dropout,
-    nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Tanh,
+    nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
 CHANNELWISE_CALLS = (  # functions, and methods by name
-    F.relu, F.relu6, F.leaky_relu, F.gelu, F.silu, F.dropout, F.max_pool2d, F.avg_pool2d, F.adaptive_max_pool2d,
-    F.adaptive_avg_pool2d, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh")
+    F.relu, F.relu6, F.leaky_relu, F.gelu, F.silu, F.dropout, F.max_pool2d, F.avg_pool2d,
+    F.adaptive_max_pool2d,
+    F.adaptive_avg_pool2d, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid",
+    "tanh")
 ADDITIONS = operator.add, operator.iadd, torch.add, "add", "add_"
 
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, module, name):
-        return isinstance(module, nn.AvgPool2d) or super().is_leaf_module(module, name)        # ConvNet's own pooling
+        # ConvNet's own pooling
+        return isinstance(module, nn.AvgPool2d) or super().is_leaf_module(module, name)
 
 
 def _flattens(node, layers):
@@ -34,12 +37,14 @@ def _flattens(node, layers):
         layer = layers[node.target]
         return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
     bounds = dict(zip(("start_dim", "end_dim"), node.args[1:])) | node.kwargs
-    return node.target in (torch.flatten, "flatten") and bounds in ({"start_dim": 1}, {"start_dim": 1, "end_dim": -1})
+    return node.target in (torch.flatten, "flatten") and bounds in ({"start_dim": 1},
+                                                                    {"start_dim": 1, "end_dim": -1})
 
 
 def _averages(node):
     """Whether a torch.fx node is the mean over the pixels of its input: [N, C, H, W] -> [N, C]."""
-    return node.target in (torch.mean, "mean") and not node.kwargs and [*node.args[1:]] in ([(2, 3)], [[2, 3]])
+    return node.target in (torch.mean, "mean") and not node.kwargs and [*node.args[1:]] in ([(2, 3)],
+                                                                                            [[2, 3]])
 
 
 def coupled(model: nn.Module) -> dict[str, tuple]:
@@ -57,7 +62,8 @@ def coupled(model: nn.Module) -> dict[str, tuple]:
 def prunable(model: nn.Module) -> dict[str, tuple]:
     """Those of `coupled` that are of one convolution and added to nothing.
     -> {convolution: (names of the norms behind it, names of the consumers)}"""
-    return {convs[0]: (norms, consumers) for convs, norms, consumers, added in _channel_groups(model) if not added}
+    return {convs[0]: (norms, consumers) for convs, norms, consumers,
+            added in _channel_groups(model) if not added}
 
 
 def _channel_groups(model):
@@ -66,7 +72,8 @@ def _channel_groups(model):
     layers, parent = dict(model.named_modules()), {}
     nodes = _Tracer().trace(model).nodes
     calls = Counter(node.target for node in nodes)
-    found = {kind: [] for kind in ("convs", "norms", "consumers", "added", "fixed")}         # (node of the channels, name)
+    # (node of the channels, name)
+    found = {kind: [] for kind in ("convs", "norms", "consumers", "added", "fixed")}
     flat = set()                                                     # nodes [N, C*H*W]
 
     def root(node):
@@ -87,7 +94,8 @@ def _channel_groups(model):
             found["fixed"].append((node, None))
             continue
         norm = once and not is_flat and (isinstance(layer, nn.BatchNorm2d)
-                                         or isinstance(layer, nn.GroupNorm) and layer.num_groups == layer.num_channels)
+                                         or isinstance(layer, nn.GroupNorm) and layer.num_groups
+                                         == layer.num_channels)
         add = not is_flat and not node.kwargs and node.target in ADDITIONS and len(inputs) == 2
         flattens = not is_flat and (_flattens(node, layers) or _averages(node))
         for other in inputs:
@@ -116,7 +124,8 @@ def _select(layer, index, dim, names):
     for name in names:
         if (tensor := getattr(layer, name, None)) is not None:
             part = tensor.detach().index_select(dim, index.to(tensor.device))
-            setattr(layer, name, nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part)
+            setattr(layer, name, nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter)
+                    else part)
 
 
 def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
@@ -188,7 +197,8 @@ def random_channels(model: nn.Module, share: float, generator: torch.Generator) 
     low, high = 0.0, 1.0
     for _ in range(20):                                     # to a millionth: finer than one channel
         middle = (low + high) / 2
-        low, high = (low, middle) if _parameters_left(model, plan, channels(middle)) >= target else (middle, high)
+        low, high = (low, middle) if _parameters_left(model, plan, channels(middle)) >= target else (middle,
+                                                                                                     high)
     return {name: torch.randperm(layers[name].out_channels, generator=generator)[:number].sort().values
             for name, number in channels(high).items()}
 
@@ -198,7 +208,8 @@ def channel_scales(model: nn.Module) -> dict[str, nn.Parameter]:
     -> {prunable convolution: parameter [C]}, of those with one BatchNorm and no other norm behind them"""
     layers = dict(model.named_modules())
     norms = {name: [layers[norm] for norm in found] for name, (found, _) in prunable(model).items()}
-    return {name: found[0].weight for name, found in norms.items() if len(found) == 1 and isinstance(found[0], nn.BatchNorm2d)}
+    return {name: found[0].weight for name, found in norms.items() if len(found) == 1
+            and isinstance(found[0], nn.BatchNorm2d)}
 
 
 def largest_scales(model: nn.Module, sparsity: float, least: float = 0.1) -> dict[str, torch.Tensor]:

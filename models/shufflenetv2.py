@@ -6,7 +6,8 @@ from torchvision.models.shufflenetv2 import InvertedResidual, ShuffleNetV2
 
 
 class Unit(InvertedResidual):
-    """torchvision's, but for a shuffle that leaves the maps' layout in memory as it is: several times faster."""
+    """torchvision's, but for a shuffle that leaves the maps' layout in memory as it is: several times
+    faster."""
 
     def forward(self, x):
         left, right = x.chunk(2, dim=1) if self.stride == 1 else (self.branch1(x), x)
@@ -16,7 +17,8 @@ class Unit(InvertedResidual):
 def shufflenetv2_05(num_classes: int, image_size: int) -> ShuffleNetV2:
     """[B, 3, S, S] -> logits [B, num_classes].
 
-    Up to 64 pixels a 1x1 stem of stride 1 and no max-pooling, so that the last map is S/8 wide instead of S/32.
+    Up to 64 pixels a 1x1 stem of stride 1 and no max-pooling, so that the last map is S/8 wide instead of
+    S/32.
     """
     net = ShuffleNetV2([4, 8, 4], [24, 48, 96, 192, 1024], num_classes, Unit)
     if image_size <= 64:

@@ -1,4 +1,5 @@
-"""VGG-11 with BatchNorm (Simonyan & Zisserman, arXiv:1409.1556): torchvision's, with a classifier for small images."""
+"""VGG-11 with BatchNorm (Simonyan & Zisserman, arXiv:1409.1556): torchvision's, with a classifier for small
+images."""
 import torchvision
 from torch import nn
 

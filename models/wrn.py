@@ -4,7 +4,8 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """Twice BN-ReLU-conv, plus the input or, where widths differ, a 1x1 convolution (no BN) of the activated input."""
+    """Twice BN-ReLU-conv, plus the input or, where widths differ, a 1x1 convolution (no BN) of the activated
+    input."""
 
     def __init__(self, inp, out, stride):
         super().__init__()
@@ -21,16 +22,19 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """[B, 3, S, S] -> logits [B, num_classes], any S.  WRN-depth-width, depth = 6n + 4: three groups of n blocks."""
+    """[B, 3, S, S] -> logits [B, num_classes], any S.  WRN-depth-width, depth = 6n + 4: three groups of n
+    blocks."""
 
     def __init__(self, depth: int, width: int, num_classes: int):
         super().__init__()
         if depth < 10 or depth % 6 != 4:
-            raise ValueError(f"the depth of a wide residual network is 6n + 4 (10, 16, 22, 28, ...), not {depth}")
+            raise ValueError(f"the depth of a wide residual network is 6n + 4 (10, 16, 22, 28, ...), not "
+                             f"{depth}")
         n, channels = depth // 6, [16, 16 * width, 32 * width, 64 * width]
         self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.blocks = nn.Sequential(*(Block(channels[g] if i == 0 else channels[g + 1], channels[g + 1],
-                                            2 if g > 0 and i == 0 else 1) for g in range(3) for i in range(n)))
+                                            2 if g > 0 and i == 0 else 1) for g in range(3)
+                                      for i in range(n)))
         self.bn = nn.BatchNorm2d(channels[-1])
         self.fc = nn.Linear(channels[-1], num_classes)
         for module in self.modules():

@@ -10,7 +10,8 @@ from models import pretrained_weights
 from utils import fail
 from utils.checkpoint import load_torch, reason
 
-WRAPPERS = "state_dict", "model", "teacher", "model_state_dict", "network"   # keys under which others store a state dict
+# keys under which others store a state dict
+WRAPPERS = "state_dict", "model", "teacher", "model_state_dict", "network"
 PLAIN = "save the state dict alone, torch.save(model.state_dict(), FILE)"
 
 
@@ -27,17 +28,20 @@ def load_pretrained(name, model, download):
     state_dict = load_torch(cached, remedy)
     classes = len(weights.meta["categories"])
     if (mine := len(model.get_submodule(classifier_of(model)).weight)) != classes:
-        fail(f"--pretrained: the weights of {name} are of {classes} classes, the data has {mine}; use --no-pretrained, "
+        fail(f"--pretrained: the weights of {name} are of {classes} classes, the data has {mine}; use "
+             f"--no-pretrained, "
              "or --weights FILE with --objective probe")
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
-        fail(f"{cached} does not hold weights of {name} for these images ({reason(error)}); use --no-pretrained, or {remedy}")
+        fail(f"{cached} does not hold weights of {name} for these images ({reason(error)}); use "
+             f"--no-pretrained, or {remedy}")
 
 
 def read_weights(path):
     """The state dict of a checkpoint: plain, or under one of WRAPPERS.   -> {name: tensor}"""
-    with torch.serialization.safe_globals([argparse.Namespace]):     # many store their arguments so; it runs nothing
+    # many store their arguments so; it runs nothing
+    with torch.serialization.safe_globals([argparse.Namespace]):
         stored = load_torch(path, f"name another --weights, or {PLAIN}")
     for key in WRAPPERS:
         if isinstance(stored.get(key), dict):
@@ -53,7 +57,8 @@ def has_large_stem(model, path):
     """Whether the file's first convolution is ResNet's of 7 pixels, in the place of the model's of 3 for
     small images."""
     tensors = strip_prefix(read_weights(path), model.state_dict())
-    return "conv1.weight" in tensors and tensors["conv1.weight"].shape == (64, 3, 7, 7) != model.conv1.weight.shape
+    return "conv1.weight" in tensors and tensors["conv1.weight"].shape == (64, 3, 7,
+                                                                           7) != model.conv1.weight.shape
 
 
 def strip_prefix(tensors, names):
@@ -82,11 +87,13 @@ def adopt(model, path, *, encoder=False):
     left = [key for key in tensors if key not in expected and (not encoder or key.partition(".")[0] in parts)]
     if missing or left:
         found = [f"{key} is missing" for key in missing[:1]] + [f"{key} is left over" for key in left[:1]]
-        hint = ", or --objective probe for an encoder" * (not encoder and missing[:1] == [f"{classifier}.weight"])
+        hint = ", or --objective probe for an encoder" * (not encoder and missing[:1]
+                                                          == [f"{classifier}.weight"])
         fail(f"--weights {path}: {' and '.join(found)}; name the --backbones that it is of{hint}")
     for key, value in expected.items():
         if key in tensors and tensors[key].shape != value.shape:
-            fail(f"--weights {path}: {key} is {shape(tensors[key])}, not {shape(value)}{other_shape(key, classifier)}")
+            fail(f"--weights {path}: {key} is {shape(tensors[key])}, not "
+                 f"{shape(value)}{other_shape(key, classifier)}")
         if key in tensors and not tensors[key].isfinite().all():
             fail(f"--weights {path}: {key} is not finite; name another file")
     model.load_state_dict({key: tensors[key] for key in expected if key in tensors}, strict=False)

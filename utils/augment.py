@@ -1,7 +1,8 @@
-"""Augmentation in two steps: `draw_*` takes what is random from a generator, `apply_*` uses it on a batch of tensors.
+"""Augmentation in two steps: `draw_*` takes what is random from a generator, `apply_*` uses it on a batch of
+tensors.
 
-Needs torch alone. A draw is a tensor or a dict of tensors with one row a sample, so it can be stored, cut and replayed.
-Images are [N, C, S, S], square; boxes are [N, 4] integers: top, left, height, width.
+Needs torch alone. A draw is a tensor or a dict of tensors with one row a sample, so it can be stored, cut and
+replayed. Images are [N, C, S, S], square; boxes are [N, 4] integers: top, left, height, width.
 """
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale=(0.08
         return torch.empty(*shape).uniform_(low, high, generator=generator)
 
     low, high = scale
-    area = (uniform(0, 1, n, 10) * (high - low) + low if torch.is_tensor(low) else uniform(low, high, n, 10)) * size * size
+    area = (uniform(0, 1, n, 10) * (high - low) + low if torch.is_tensor(low)
+            else uniform(low, high, n, 10)) * size * size
     aspect = uniform(*torch.tensor(ratio).log().tolist(), n, 10).exp()
     height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     place = uniform(0, 1, n, 2)
@@ -29,31 +31,36 @@ def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale=(0.08
 
 
 def apply_resized_crop(images: torch.Tensor, boxes: torch.Tensor, size: int | None = None) -> torch.Tensor:
-    """Cut each box and resize it bilinearly to `size` (default: that of the images), as torchvision's resized_crop with
-    antialiasing, differentiably: a pixel of a shrunk box averages all that it covers, and nothing outside the box is seen.
+    """Cut each box and resize it bilinearly to `size` (default: that of the images), as torchvision's
+    resized_crop with antialiasing, differentiably: a pixel of a shrunk box averages all that it covers, and
+    nothing outside the box is seen.
     """
     H, W = images.shape[2:]
     size = size or W
     top, left, height, width = boxes.to(images).unbind(1)
-    if size < max(H, W):                                             # some box may shrink; which, only the device knows
-        rows, columns = (triangles(*box, size, side)[:, None] for box, side in (((top, height), H), ((left, width), W)))
-        return (rows @ images.double() @ columns.mT).to(images)      # float64: a GPU may take float32 factors as TF32
+    if size < max(H, W):  # some box may shrink; which, only the device knows
+        rows, columns = (triangles(*box, size, side)[:, None] for box,
+                         side in (((top, height), H), ((left, width), W)))
+        # float64: a GPU may take float32 factors as TF32
+        return (rows @ images.double() @ columns.mT).to(images)
     centres = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size
 
-    def coordinates(start, length, side):                            # of the pixels to read, -1 .. 1 over the image
+    def coordinates(start, length, side):  # of the pixels to read, -1 .. 1 over the image
         pixel = (centres * length[:, None] - 0.5).clamp_(min=0).minimum(length[:, None] - 1) + start[:, None]
         return (2 * pixel + 1) / side - 1
 
     rows, columns = coordinates(top, height, H), coordinates(left, width, W)
-    grid = torch.stack([columns[:, None, :].expand(-1, size, -1), rows[:, :, None].expand(-1, -1, size)], dim=-1)
+    grid = torch.stack([columns[:, None, :].expand(-1, size, -1), rows[:, :, None].expand(-1, -1, size)],
+                       dim=-1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def triangles(start, length, size, side):
-    """The weight of each of `side` pixels in each of the `size` pixels that a stretch [B] of them becomes: bilinear
-    interpolation, as wide as a new pixel where that is wider than an old one.   -> [B, size, side], float64"""
+    """The weight of each of `side` pixels in each of the `size` pixels that a stretch [B] of them becomes:
+    bilinear interpolation, as wide as a new pixel where that is wider than an old one.   -> [B, size, side],
+    float64"""
     start, length = start.double()[:, None, None], length.double()[:, None, None]
-    new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size + start           # the centres
+    new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size + start  # the centres
     old = torch.arange(side, device=start.device) + 0.5
     weight = (1 - (old - new).abs() / (length / size).clamp(min=1)).clamp(min=0)
     weight = weight * ((old > start) & (old < start + length))
@@ -76,13 +83,14 @@ def draw_shift(n: int, low: int, high: int, generator: torch.Generator) -> torch
 
 
 def apply_shift(images: torch.Tensor, shift: torch.Tensor, wrap: bool = False) -> torch.Tensor:
-    """Move each image down and right by shift [N, 2] pixels. What enters is 0 (RandomCrop with padding), or, with
-    `wrap`, what left on the other side (circular)."""
+    """Move each image down and right by shift [N, 2] pixels. What enters is 0 (RandomCrop with padding), or,
+    with `wrap`, what left on the other side (circular)."""
     H, W = images.shape[2:]
     down, right = shift.to(images.device).unbind(1)
-    rows = torch.arange(H, device=images.device) - down[:, None]                                       # [N, H], source
+    rows = torch.arange(H, device=images.device) - down[:, None]  # [N, H], source
     columns = torch.arange(W, device=images.device) - right[:, None]
-    moved = images.take_along_dim((rows % H)[:, None, :, None], 2).take_along_dim((columns % W)[:, None, None, :], 3)
+    moved = images.take_along_dim((rows % H)[:, None, :, None],
+                                  2).take_along_dim((columns % W)[:, None, None, :], 3)
     if wrap:
         return moved
     inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[:, None, None, :]
@@ -91,8 +99,9 @@ def apply_shift(images: torch.Tensor, shift: torch.Tensor, wrap: bool = False) -
 
 def draw_view(n: int, size: int, crop: str, flip: bool, roll: int, generator: torch.Generator,
               smallest: float = 0.08) -> dict[str, torch.Tensor]:
-    """One view of each of n images: crop none, resized (RandomResizedCrop, of `smallest` .. 1 of the area) or pad<pixels>
-    (RandomCrop with padding), then flip (bool: half of them), then roll (a circular shift of 0 .. roll pixels on both
+    """One view of each of n images: crop none, resized (RandomResizedCrop, of `smallest` .. 1 of the area) or
+    pad<pixels> (RandomCrop with padding), then flip (bool: half of them), then roll (a circular shift of 0 ..
+    roll pixels on both
     axes).   -> dict"""
     draw = {}
     if crop == "resized":
@@ -128,7 +137,8 @@ def draw_beta(alpha: float, generator: torch.Generator) -> float:
 
 
 def draw_cutmix_box(size: int, generator: torch.Generator, alpha: float = 1.0) -> torch.Tensor:
-    """The box CutMix pastes: sides size * sqrt(1 - lambda), lambda of Beta(alpha, alpha), uniform centre, clipped.
+    """The box CutMix pastes: sides size * sqrt(1 - lambda), lambda of Beta(alpha, alpha), uniform centre,
+    clipped.
     -> [4]"""
     side = int(size * (1 - draw_beta(alpha, generator)) ** 0.5)
     centre = torch.randint(size, (2,), generator=generator)
@@ -138,13 +148,14 @@ def draw_cutmix_box(size: int, generator: torch.Generator, alpha: float = 1.0) -
 
 def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Generator, scale=(0.08, 1.0),
                flip: bool = True) -> dict[str, torch.Tensor]:
-    """What is random in one pass over n images of `size` pixels: crop, flip, and the mixing of batches of `batch_size`
-    in random order; partners are a permutation of the batch, lambda or box one for the batch.
+    """What is random in one pass over n images of `size` pixels: crop, flip, and the mixing of batches of
+    `batch_size` in random order; partners are a permutation of the batch, lambda or box one for the batch.
 
-    mix: "cutmix", "mixup" (lambda of Beta(0.8, 0.8)) or "none"; flip: whether half of the images are mirrored, which
-    changes nothing else that is drawn.
-    -> dict, a row for each *mixed sample*, named by its base image: crop [n, 4], flip [n], partner [n], box [n, 4] (empty
-    for mixup), ratio [n] (the share of the base image); order [n], the batches' images one after another.
+    mix: "cutmix", "mixup" (lambda of Beta(0.8, 0.8)) or "none"; flip: whether half of the images are
+    mirrored, which changes nothing else that is drawn.
+    -> dict, a row for each *mixed sample*, named by its base image: crop [n, 4], flip [n], partner [n], box
+    [n, 4] (empty for mixup), ratio [n] (the share of the base image); order [n], the batches' images one
+    after another.
     """
     draw = {"crop": draw_resized_crop(n, size, generator, scale), "flip": draw_flip(n, generator) & flip,
             "order": torch.randperm(n, generator=generator), "partner": torch.arange(n),
@@ -161,9 +172,9 @@ def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Ge
 
 def apply_epoch(images: torch.Tensor, draw: dict[str, torch.Tensor], index: torch.Tensor, mix: str,
                 units: torch.Tensor | None = None) -> torch.Tensor:
-    """The mixed samples `index` [B] of a draw of `draw_epoch`, for images [N, C, S, S] (all of them), with units (mean,
-    std) uint8 ones that `normalize` brings into them.   -> [B, C, S, S].  The bytes do not depend on which samples make a
-    batch."""
+    """The mixed samples `index` [B] of a draw of `draw_epoch`, for images [N, C, S, S] (all of them), with
+    units (mean, std) uint8 ones that `normalize` brings into them.   -> [B, C, S, S].  The bytes do not
+    depend on which samples make a batch."""
     def augmented(chosen):
         view = images[chosen] if units is None else normalize(images[chosen], *units)
         return apply_flip(apply_resized_crop(view, draw["crop"][chosen]), draw["flip"][chosen])
@@ -182,12 +193,14 @@ def apply_epoch(images: torch.Tensor, draw: dict[str, torch.Tensor], index: torc
 
 
 def draw_colour(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """MoCo's change of colours for each of n images: with probability 0.8 torchvision's ColorJitter(0.4, 0.4, 0.4, 0.1),
-    then with 0.2 its Grayscale.   -> dict: jitter, gray [n] booleans; order [n, 4], a permutation of the four operations;
-    factor [n, 4] of brightness, contrast and saturation (0.6 .. 1.4), and the turn of the hue (-0.1 .. 0.1)"""
+    """MoCo's change of colours for each of n images: with probability 0.8 torchvision's ColorJitter(0.4, 0.4,
+    0.4, 0.1), then with 0.2 its Grayscale.   -> dict: jitter, gray [n] booleans; order [n, 4], a permutation
+    of the four operations; factor [n, 4] of brightness, contrast and saturation (0.6 .. 1.4), and the turn of
+    the hue (-0.1 .. 0.1)"""
     jitter, gray = torch.rand(2, n, generator=generator)
     spread = (2 * torch.rand(n, 4, generator=generator) - 1) * torch.tensor([0.4, 0.4, 0.4, 0.1])
-    return {"jitter": jitter < 0.8, "gray": gray < 0.2, "order": torch.rand(n, 4, generator=generator).argsort(1),
+    return {"jitter": jitter < 0.8, "gray": gray < 0.2,
+            "order": torch.rand(n, 4, generator=generator).argsort(1),
             "factor": torch.tensor([1.0, 1.0, 1.0, 0.0]) + spread}
 
 
@@ -198,7 +211,8 @@ def apply_colour(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.T
     for operation in draw["order"][:, :, None, None, None].unbind(1):
         factor = draw["factor"].gather(1, operation[:, :, 0, 0]).to(images)[:, :, None, None]
         grey = luma(changed)
-        other = torch.where(operation == 1, grey.mean((2, 3), keepdim=True), grey * (operation == 2))      # 0: black
+        # 0: black
+        other = torch.where(operation == 1, grey.mean((2, 3), keepdim=True), grey * (operation == 2))
         blend = (factor * changed + (1 - factor) * other).clamp(0, 1)
         changed = torch.where(operation == 3, turn_hue(changed, factor), blend)
     changed = torch.where(draw["jitter"][:, None, None, None], changed, images)
@@ -212,27 +226,30 @@ def luma(images: torch.Tensor) -> torch.Tensor:
 
 
 def turn_hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Turn the hue of RGB images of 0 .. 1 by `turn` [N, 1, 1, 1] of the circle; HSV's saturation and value stay."""
+    """Turn the hue of RGB images of 0 .. 1 by `turn` [N, 1, 1, 1] of the circle; HSV's saturation and value
+    stay."""
     red, green, blue = images.split(1, 1)
     value = images.amax(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
     safe = torch.where(chroma == 0, 1, chroma)
     sixths = torch.where(value == red, (green - blue) / safe,
                          torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
-    place = (torch.tensor([5, 3, 1], device=images.device)[:, None, None] + sixths + 6 * turn) % 6   # of each channel
+    # of each channel
+    place = (torch.tensor([5, 3, 1], device=images.device)[:, None, None] + sixths + 6 * turn) % 6
     return value - chroma * place.minimum(4 - place).clamp(0, 1)
 
 
 def normalize(images: torch.Tensor, mean, std) -> torch.Tensor:
-    """uint8 images [N, 3, S, S] -> float32 in the units the networks see.   mean, std: three numbers each; as tensors on
-    the images' device they cost no transfer."""
+    """uint8 images [N, 3, S, S] -> float32 in the units the networks see.   mean, std: three numbers each; as
+    tensors on the images' device they cost no transfer."""
     return (images.float() / 255 - _channel(mean, images)) / _channel(std, images)
 
 
 def to_uint8(images: torch.Tensor, mean, std) -> torch.Tensor:
     """The inverse of `normalize`, clamped to 0 .. 255 and rounded (the release truncates)."""
     images = images.detach().float()
-    return ((images * _channel(std, images) + _channel(mean, images)) * 255).clamp(0, 255).round().to(torch.uint8)
+    return ((images * _channel(std, images) + _channel(mean, images))
+            * 255).clamp(0, 255).round().to(torch.uint8)
 
 
 def _channel(values, images):
@@ -243,13 +260,15 @@ SIAMESE = "colour", "crop", "cutout", "flip", "scale", "rotate"
 
 
 def draw_siamese(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One of the families of differentiable siamese augmentation (DSA, arXiv:2102.08259; one strategy at a time),
-    and its parameters at the strengths of the authors' code: brightness 1, saturation 2, contrast 0.5, crop 1/8, cutout 1/2,
-    flip 1/2, scale 1.2, rotate 15 degrees.   -> dict of one entry, a tensor, for all images alike"""
+    """One of the families of differentiable siamese augmentation (DSA, arXiv:2102.08259; one strategy at a
+    time), and its parameters at the strengths of the authors' code: brightness 1, saturation 2, contrast 0.5,
+    crop 1/8, cutout 1/2, flip 1/2, scale 1.2, rotate 15 degrees.   -> dict of one entry, a tensor, for all
+    images alike"""
     family = SIAMESE[torch.randint(len(SIAMESE), (), generator=generator)]
     u = torch.rand(3, generator=generator)
     if family == "colour":
-        draw = torch.stack([u[0] - 0.5, 2 * u[1], u[2] + 0.5])       # added to pixels, factors of saturation and contrast
+        # added to pixels, factors of saturation and contrast
+        draw = torch.stack([u[0] - 0.5, 2 * u[1], u[2] + 0.5])
     elif family == "crop":
         reach = int(size / 8 + 0.5)
         draw = draw_shift(1, -reach, reach, generator)
@@ -268,8 +287,8 @@ def draw_siamese(size: int, generator: torch.Generator) -> dict[str, torch.Tenso
 
 
 def apply_siamese(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Images [N, C, S, S] in normalised units, all with the parameters of a draw of `draw_siamese`; differentiable twice.
-    What enters is 0, the mean."""
+    """Images [N, C, S, S] in normalised units, all with the parameters of a draw of `draw_siamese`;
+    differentiable twice. What enters is 0, the mean."""
     (family, draw), = draw.items()
     if family == "crop":
         return apply_shift(images, draw)
@@ -291,11 +310,11 @@ def apply_siamese(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.
 
 
 def apply_linear_map(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Each pixel reads, bilinearly and 0 outside, at matrix [2, 2] times its place (x, y) from the centre: what grid_sample
-    gives on affine_grid's grid, with derivatives of every order."""
+    """Each pixel reads, bilinearly and 0 outside, at matrix [2, 2] times its place (x, y) from the centre:
+    what grid_sample gives on affine_grid's grid, with derivatives of every order."""
     S = images.shape[-1]
     place = torch.arange(S, device=images.device, dtype=images.dtype) - (S - 1) / 2
-    grid = torch.stack(torch.meshgrid(place, place, indexing="xy"))                                  # x, y: [2, S, S]
+    grid = torch.stack(torch.meshgrid(place, place, indexing="xy"))  # x, y: [2, S, S]
     columns, rows = torch.einsum("ij,jyx->iyx", matrix.to(images), grid) + (S - 1) / 2
     moved = torch.zeros_like(images)
     for row in rows.floor(), rows.floor() + 1:

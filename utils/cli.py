@@ -1,7 +1,7 @@
 """The command line: the flags that all phases share, the types of their values, and where defaults come from.
 
-Precedence: parser default < preset (utils/presets.py) < command line; relabel.py and train_eval.py take --recipe, where it is
-given, in the place of --method.
+Precedence: parser default < preset (utils/presets.py) < command line; relabel.py and train_eval.py take
+--recipe, where it is given, in the place of --method.
 """
 import argparse
 import json
@@ -17,8 +17,9 @@ from utils import fail
 from utils.data import DATASETS, SMALL, folder_column, look
 from utils.presets import METHODS, PRESETS, SELECTIONS, preset_values
 
-SHARED = {"dataset", "ipc", "method", "recipe", "tag", "teachers", "backbones", "preset", "data_dir", "holdout", "imbalance",
-          "image_size", "run_dir"}                                              # flags that a chain of phases has in common
+SHARED = {"dataset", "ipc", "method", "recipe", "tag", "teachers", "backbones", "preset", "data_dir",
+          "holdout", "imbalance",
+          "image_size", "run_dir"}  # flags that a chain of phases has in common
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)
-        for flag, value in vars(found).items():                      # every path: a shell expands ~ only where a word begins
+        for flag, value in vars(found).items():  # every path: a shell expands ~ only where a word begins
             if isinstance(value, (str, Path)) and str(value).startswith("~"):
                 setattr(found, flag, type(value)(os.path.expanduser(value)))
         return found, rest
@@ -42,15 +43,18 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """One line a flag where it fits; in parentheses the value that would run."""
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=27, width=max(60, min(shutil.get_terminal_size((110, 24)).columns - 2, 110)))
+        super().__init__(prog, max_help_position=27,
+                         width=max(60, min(shutil.get_terminal_size((110, 24)).columns - 2, 110)))
 
     def _get_help_string(self, action):
         value, words = action.default, action.help or ""
         if action.choices and self._get_default_metavar_for_optional(action) == "NAME":
             words += f": {' '.join(map(str, action.choices))}"
-        if value in (None, argparse.SUPPRESS) or isinstance(value, bool) and action.nargs == 0 and len(action.option_strings) == 1:
+        if value in (None, argparse.SUPPRESS) or isinstance(value,
+                                                            bool) and action.nargs == 0 and len(action.option_strings) == 1:
             return words
-        shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else " ".join(map(str, value)) if isinstance(
+        shown = {True: "on",
+                 False: "off"}[value] if isinstance(value, bool) else " ".join(map(str, value)) if isinstance(
             value, list) else value
         return words + f" ({shown})".replace("%", "%%")
 
@@ -71,30 +75,40 @@ def identity_flags(parser):
     parser.usage = "python %(prog)s [--dataset NAME|FOLDER] [--ipc N] [--method NAME] [flag ...]     (in parentheses: what would run)"
     group = parser.add_argument_group("data and identity, the same in every phase")
     group.add_argument("--dataset", default="shapes", metavar="NAME|FOLDER",
-                       help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or test/")
+                       help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or "
+                       "test/")
     group.add_argument("--ipc", type=number(int, 1), default=10, help="distilled images per class [IPC]")
     group.add_argument("--method", choices=METHODS, default="gvbsm",
                        help=f"how images are made, {', '.join(SELECTIONS)} choose real ones")
     group.add_argument("--recipe", choices=METHODS, metavar="METHOD",
-                       help="in relabel.py and train_eval.py: take defaults and teachers from this method instead")
+                       help="in relabel.py and train_eval.py: take defaults and teachers from this method "
+                       "instead")
     group.add_argument("--tag", type=plain_name, help="a name for this variant, for ablations")
-    group.add_argument("--teachers", type=plain_name, default="supervised", help="name of a set of squeezed backbones")
-    group.add_argument("--backbones", nargs="+", metavar="NAME", help="networks to match and to label with [S, Eq. 7]")
+    group.add_argument("--teachers", type=plain_name, default="supervised",
+                       help="name of a set of squeezed backbones")
+    group.add_argument("--backbones", nargs="+", metavar="NAME",
+                       help="networks to match and to label with [S, Eq. 7]")
     group.add_argument("--preset", choices=sorted(PRESETS), default="paper", help="where defaults come from")
     group.add_argument("--data-dir", default="data", metavar="DIR", help="folder of named data sets")
     group.add_argument("--holdout", action="store_true",
-                       help="test on every tenth training image of a class, and train on the others; to choose settings by")
+                       help="test on every tenth training image of a class, and train on the others; to "
+                       "choose settings by")
     group.add_argument("--imbalance", type=number(float, 1), default=1.0,
-                       help="long-tailed training images: the first class has so many times those of the last, 1 = off")
-    group.add_argument("--image-size", type=number(int, 8, 4096), help="pixels of a side; of a folder found out by default")
+                       help="long-tailed training images: the first class has so many times those of the "
+                       "last, 1 = off")
+    group.add_argument("--image-size", type=number(int, 8, 4096),
+                       help="pixels of a side; of a folder found out by default")
     run = parser.add_argument_group("run")
     run.add_argument("--run-dir", default="runs", metavar="DIR", help="where results go")
-    run.add_argument("--seed", type=number(int, 0, 10 ** 18), default=0, help="of all that is random, but for --student-seeds")
+    run.add_argument("--seed", type=number(int, 0, 10 ** 18), default=0,
+                     help="of all that is random, but for --student-seeds")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
     run.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="tf32",
-                     help="of matrix products: tf32 is fp32 except on a GPU; auto is bf16 where the device has it natively, and "
+                     help="of matrix products: tf32 is fp32 except on a GPU; auto is bf16 where the device "
+                     "has it natively, and "
                      "tf32 in collect_stats.py and recover.py")
-    run.add_argument("--workers", type=number(int, 0), default=2, help="processes or threads that read images")
+    run.add_argument("--workers", type=number(int, 0), default=2,
+                     help="processes or threads that read images")
     run.add_argument("--overwrite", action="store_true",
                      help="start again; without it, a finished phase returns and unfinished work goes on")
     run.add_argument("--checkpoint-minutes", type=number(float, 0), default=5.0,
@@ -103,8 +117,9 @@ def identity_flags(parser):
 
 
 def parse_args(parser, phase, argv=None, find=look):
-    """Arguments of a phase with the preset's values as defaults, so that --help shows what would run; for a folder, and for
-    teachers that squeeze.py has made, also what it found and chose. args.data_set: what is known of the data, as `find` gives it."""
+    """Arguments of a phase with the preset's values as defaults, so that --help shows what would run; for a
+    folder, and for teachers that squeeze.py has made, also what it found and chose. args.data_set: what is
+    known of the data, as `find` gives it."""
     argv = sys.argv[1:] if argv is None else argv
     early = Parser("")
     early.prog = parser.prog
@@ -119,21 +134,26 @@ def parse_args(parser, phase, argv=None, find=look):
         own = known.dataset not in DATASETS and data_set["image_size"] <= SMALL
         data_set["column"] = known.dataset if known.dataset in DATASETS else folder_column(
             data_set["image_size"], data_set["classes"])
-        return preset_values(known.preset, data_set["column"], phase, known.ipc, recipe or known.method, data_set["train"] if own else None)
+        return preset_values(known.preset, data_set["column"], phase, known.ipc, recipe or known.method,
+                             data_set["train"] if own else None)
 
     data_set["image_size"] = known.image_size or data_set["image_size"]
     defaults = values()
     typed = known.teachers != early.get_default("teachers")
-    path = run_folder(known) / "teachers" / (known.teachers if typed else defaults.get("teachers", known.teachers)) / "squeeze.json"
-    decided = earlier.get(path, {}).get("data_set", {}) if not (phase == "squeeze" and known.overwrite) else {}
+    path = run_folder(known) / "teachers" / (known.teachers if typed
+                                             else defaults.get("teachers", known.teachers)) / "squeeze.json"
+    decided = earlier.get(path, {}).get("data_set",
+                                        {}) if not (phase == "squeeze" and known.overwrite) else {}
     if known.image_size and decided.get("image_size", known.image_size) != known.image_size:
-        fail(f"--image-size {known.image_size}: squeeze.py chose {decided['image_size']} ({path}); leave it out, or squeeze again "
+        fail(f"--image-size {known.image_size}: squeeze.py chose {decided['image_size']} ({path}); leave it "
+             f"out, or squeeze again "
              "with --overwrite or under another --teachers")
     if decided:
         data_set["image_size"] = decided["image_size"]
-        defaults = values() | ({"backbones": decided["backbones"]} if decided.get("backbones") and phase != "squeeze" else {})
+        defaults = values() | ({"backbones": decided["backbones"]} if decided.get("backbones") and phase
+                               != "squeeze" else {})
     if defaults.get("pretrained") and (known.dataset != "imagenet" or data_set["image_size"] <= SMALL):
-        defaults["pretrained"] = False        # the weights are of ImageNet's classes, at sizes above 64 pixels
+        defaults["pretrained"] = False  # the weights are of ImageNet's classes, at sizes above 64 pixels
     unread = set(defaults) - {action.dest for action in parser._actions}
     if unread:
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
@@ -143,7 +163,8 @@ def parse_args(parser, phase, argv=None, find=look):
         args.precision = "tf32"               # statistics and pixels are float32
     args.recipe = recipe if recipe != args.method else None
     args.typed = ["python", f"{phase}.py", *argv]
-    args.given = {flag: value for flag, value in vars(known).items() if flag in SHARED and value != early.get_default(flag)}
+    args.given = {flag: value for flag, value in vars(known).items() if flag in SHARED and value
+                  != early.get_default(flag)}
     if args.dataset not in DATASETS or "image_size" in decided:
         args.image_size = data_set["image_size"]
     weak = getattr(args, "save_epochs", "none") != "none" or getattr(args, "pruned", 0)
@@ -177,8 +198,10 @@ def check_data_set(args, data_set, earlier):
     """Two data sets of one name do not share a folder."""
     for path, result in earlier.items():
         other = result["data_set"]
-        if other.get("path") and data_set["path"] not in (None, other["path"]) and other["fingerprint"] != data_set["fingerprint"]:
-            fail(f"{run_folder(args)} is of another data set of that name, {other['path']}; name another --run-dir for "
+        if other.get("path") and data_set["path"] not in (None,
+                                                          other["path"]) and other["fingerprint"] != data_set["fingerprint"]:
+            fail(f"{run_folder(args)} is of another data set of that name, {other['path']}; name another "
+                 f"--run-dir for "
                  f"{data_set['path']}, or rename its folder")
 
 
@@ -208,7 +231,7 @@ def number(kind, low, high=None):
         if not low <= value <= high:                                                    # also refuses nan
             raise argparse.ArgumentTypeError(f"{text} is not in {low} .. {high}")
         return value
-    parse.__name__ = kind.__name__                                                       # argparse: invalid int value
+    parse.__name__ = kind.__name__  # argparse: invalid int value
     return parse
 
 
@@ -232,7 +255,8 @@ def epoch_range(text):
     if text != "none" and not re.fullmatch(r"[1-9]\d{0,5}:\d{1,6}:[1-9]\d{0,5}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form first:last:step, such as 11:46:5")
     if text != "none" and int(text.split(":")[0]) > int(text.split(":")[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} ends before it begins; use first:last:step, such as 11:46:5, or none")
+        raise argparse.ArgumentTypeError(f"{text!r} ends before it begins; use first:last:step, such as "
+                                         f"11:46:5, or none")
     return text
 
 
@@ -240,14 +264,17 @@ def plain_name(text):
     """argparse type: a word that is safe as part of a folder's name."""
     if not 0 < len(text) <= 100 or text.strip(".") != text or set(text) - set(
             "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use up to 100 letters, digits, '.', '_' and '-'")
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use up to 100 letters, digits, '.', "
+                                         f"'_' and '-'")
     return text
 
 
 def call(script, args, **instead):
-    """The command of another phase with the flags that this call gave and all phases share, but for those `instead`."""
+    """The command of another phase with the flags that this call gave and all phases share, but for those
+    `instead`."""
     words = ["python", *script.split()]
     for flag, value in (args.given | instead).items():
         if value not in (None, False):
-            words += [f"--{flag.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value] * (value is not True))]
+            words += [f"--{flag.replace('_', '-')}",
+                      *map(str, value if isinstance(value, list) else [value] * (value is not True))]
     return shlex.join(words)

@@ -1,8 +1,8 @@
-"""Eq. 6 and Eq. 10 in closed form: the gradient that App. B derives is added at the layers' inputs, and no graph leads
-through any statistic.   G-VBSM, arXiv:2311.17950, App. B, Eq. 12 and Eq. 15.
+"""Eq. 6 and Eq. 10 in closed form: the gradient that App. B derives is added at the layers' inputs, and no
+graph leads through any statistic.   G-VBSM, arXiv:2311.17950, App. B, Eq. 12 and Eq. 15.
 
-tests/test_recover_math.py: test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written shows that losses and
-gradients equal those of utils/stats.py: Matching. `freeze` makes a backbone fast to match.
+tests/test_recover_math.py: test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written shows that
+losses and gradients equal those of utils/stats.py: Matching. `freeze` makes a backbone fast to match.
 """
 import operator
 from collections import Counter
@@ -17,11 +17,13 @@ from utils.stats import _float32, check_input, checked_targets, layer_inputs, re
 
 
 def _batch_moments(x, groups):
-    """x [groups*B, C, H, W] -> mean, biased variance over B of every pixel of every channel, each [groups, C, H, W]."""
-    order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2         # as they lie in memory
+    """x [groups*B, C, H, W] -> mean, biased variance over B of every pixel of every channel, each [groups, C,
+    H, W]."""
+    # as they lie in memory
+    order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2
     x = x.permute(order)
     rows, shape = _float32(x).flatten(1), (groups, *x.shape[1:])
-    if x.device.type == "cpu":                              # as many channels: a tenth of the time of var_mean
+    if x.device.type == "cpu":  # as many channels: a tenth of the time of var_mean
         moments = [torch.batch_norm_update_stats(group, None, None, 0.0) for group in rows.chunk(groups)]
         mean, var = map(torch.stack, zip(*moments)) if groups > 1 else moments[0]
     else:
@@ -44,7 +46,7 @@ def conv_stats(x, patch, groups=1):
     whole = whole_patches(x, patch)
     if whole is not x:                                      # resizing changes the moments of a channel
         moments = _batch_moments(whole, groups)
-    pixels = _joined(*moments, (1,))                                                                # [groups, H, W]
+    pixels = _joined(*moments, (1,))  # [groups, H, W]
     cells = (m.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)) for m in pixels)
     return *channel, *(m.flatten(1) for m in _joined(*cells, (2, 4)))
 
@@ -56,9 +58,10 @@ def bn_stats(x, groups=1):
 
 
 class Inject(torch.autograd.Function):
-    """Identity on x whose backward pass adds the gradient of the statistics at x. terms, a dict filled after the forward
-    pass: `affine_terms` of the channels under 0, [2, groups, C], of the patches under 2, [2, groups, patches]; backward
-    raises ValueError while it is empty, or the statistics would be left out of the gradient without a word."""
+    """Identity on x whose backward pass adds the gradient of the statistics at x. terms, a dict filled after
+    the forward pass: `affine_terms` of the channels under 0, [2, groups, C], of the patches under 2, [2,
+    groups, patches]; backward raises ValueError while it is empty, or the statistics would be left out of the
+    gradient without a word."""
 
     @staticmethod
     def forward(ctx, x, terms, patch):
@@ -69,52 +72,61 @@ class Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if not ctx.terms:
-            raise ValueError("backward() came before inject(); call bn, conv, state = matching.inject(inputs, state) first")
+            raise ValueError("backward() came before inject(); call bn, conv, state = "
+                             "matching.inject(inputs, state) first")
         x, = ctx.saved_tensors
-        if 0 not in ctx.terms:                                       # of a layer called twice, the input before the last
+        if 0 not in ctx.terms:  # of a layer called twice, the input before the last
             return grad, None, None
         channels, patches, patch = ctx.terms[0], ctx.terms.get(2), ctx.patch
-        if patches is not None and (x.shape[2] % patch or x.shape[3] % patch):      # of the resized map: pulled back
+        # of the resized map: pulled back
+        if patches is not None and (x.shape[2] % patch or x.shape[3] % patch):
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
                 whole = whole_patches(leaf, patch)
-            pulled = _add_affine(torch.zeros_like(whole), whole.detach(), torch.zeros_like(channels), patches, patch)
+            pulled = _add_affine(torch.zeros_like(whole), whole.detach(), torch.zeros_like(channels), patches,
+                                 patch)
             grad, patches = grad + torch.autograd.grad(whole, leaf, pulled)[0], None
         return _add_affine(grad, x, channels, patches, patch), None, None
 
 
 def _add_affine(grad, x, channels, patches, patch):
-    """grad + (scale * x + shift) / n for the channels, of n = B*H*W values, and the patches, of n = B*C*patch*patch.
-    channels, patches (or None): scale and shift, [2, groups, C] and [2, groups, number of patches]"""
+    """grad + (scale * x + shift) / n for the channels, of n = B*H*W values, and the patches, of n =
+    B*C*patch*patch. channels, patches (or None): scale and shift, [2, groups, C] and [2, groups, number of
+    patches]"""
     (C, H, W), groups = x.shape[1:], channels.shape[1]
     layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    spread = torch.empty(2 * groups, C, H, W, dtype=channels.dtype, device=x.device, memory_format=layout)  # as x lies
+    # as x lies
+    spread = torch.empty(2 * groups, C, H, W, dtype=channels.dtype, device=x.device, memory_format=layout)
     both = spread.unflatten(0, (2, groups))
     if patches is None:
         both.copy_(channels[..., None, None])
     else:
-        cells = patches.view(2, groups, 1, H // patch, 1, W // patch, 1).expand(-1, -1, -1, -1, patch, -1, patch)
-        torch.add(channels[..., None, None], cells.reshape(2, groups, 1, H, W), alpha=H * W / (C * patch ** 2), out=both)
+        cells = patches.view(2, groups, 1, H // patch, 1, W // patch, 1).expand(-1, -1, -1, -1, patch, -1,
+                                                                                patch)
+        torch.add(channels[..., None, None], cells.reshape(2, groups, 1, H, W),
+                  alpha=H * W / (C * patch ** 2), out=both)
     n, (scale, shift) = x.numel() / (groups * C), both.unsqueeze(2)
     grad, x = grad.unflatten(0, (groups, -1)), x.unflatten(0, (groups, -1))
     return torch.addcmul(grad, x, scale, value=1 / n).add_(shift, alpha=1 / n).flatten(0, 1)
 
 
 def affine_terms(mean, mean_slope, var_slope):
-    """Eq. 12 and Eq. 15 (App. B): a loss whose gradients at the mean and variance of n values are mean_slope and var_slope has at a
-    value x, since d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n, the gradient (scale * x + shift) / n.
+    """Eq. 12 and Eq. 15 (App. B): a loss whose gradients at the mean and variance of n values are mean_slope
+    and var_slope has at a value x, since d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n, the gradient
+    (scale * x + shift) / n.
     -> scale, shift as one tensor [2, ...]"""
     scale = 2 * var_slope
     return torch.stack([scale, torch.addcmul(mean_slope, scale, mean, value=-1)])
 
 
 class FrozenNorm(nn.BatchNorm2d):
-    """A BatchNorm2d in eval mode as the affine map gain * x + offset, gain and offset [C]. `folded`: the convolution
-    before it has taken the map into its weights, and x comes mapped already; `overwritten`: so may be what it returns."""
+    """A BatchNorm2d in eval mode as the affine map gain * x + offset, gain and offset [C]. `folded`: the
+    convolution before it has taken the map into its weights, and x comes mapped already; `overwritten`: so
+    may be what it returns."""
 
     def __init__(self, layer):
-        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, True, layer.running_var.device,
-                         layer.running_var.dtype)
+        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, True,
+                         layer.running_var.device, layer.running_var.dtype)
         self.load_state_dict(layer.state_dict())
         self.eval().requires_grad_(False)
         weight, bias = (self.weight, self.bias) if layer.affine else (1, 0)
@@ -135,7 +147,8 @@ class FrozenNorm(nn.BatchNorm2d):
 
 
 def _leaves_alone(user, node, layers):
-    """Whether a torch.fx node that reads another surely does not overwrite it; += looks like + to torch.fx."""
+    """Whether a torch.fx node that reads another surely does not overwrite it; += looks like + to
+    torch.fx."""
     if user.op == "call_module":
         layer = layers[user.target]
         return isinstance(layer, nn.Conv2d) or type(layer).__module__ == nn.ReLU.__module__
@@ -144,12 +157,12 @@ def _leaves_alone(user, node, layers):
 
 
 def freeze(model):
-    """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding, and nothing in it
-    is trainable any more. Every BatchNorm2d becomes a `FrozenNorm`, and a convolution takes it into its weights where
-    torch.fx can tell that nobody else reads what the convolution gives, and where no gain is so small that the norm's input
-    could not be told from its output. Maps lie in memory with their channels last, except between GroupNorms, whose backward
-    pass is several times slower so. A frozen model is returned as it is; its weights fit no other model.
-    ValueError in train mode."""
+    """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding, and
+    nothing in it is trainable any more. Every BatchNorm2d becomes a `FrozenNorm`, and a convolution takes it
+    into its weights where torch.fx can tell that nobody else reads what the convolution gives, and where no
+    gain is so small that the norm's input could not be told from its output. Maps lie in memory with their
+    channels last, except between GroupNorms, whose backward pass is several times slower so. A frozen model
+    is returned as it is; its weights fit no other model. ValueError in train mode."""
     require_eval(model)
     model.requires_grad_(False)
     layers = dict(model.named_modules())
@@ -167,21 +180,22 @@ def freeze(model):
     for node in nodes:
         if node.target in norms:
             norm, source, convolution = norms[node.target], node.args[0], layers.get(node.args[0].target)
-            if (isinstance(convolution, nn.Conv2d) and len(source.users) == calls[source.target] == calls[node.target] == 1
+            if (isinstance(convolution, nn.Conv2d) and len(source.users) == calls[source.target]
+                == calls[node.target] == 1
                     and norm.affine and (norm.weight.abs() > 0.01 * norm.bias.abs()).all()):
                 norm.fold_into(convolution, not all(_leaves_alone(user, node, layers) for user in node.users))
     for layer in layers.values():
         if hasattr(layer, "inplace") and norms:
-            layer.inplace = False                           # it would overwrite what a folded norm still needs
+            layer.inplace = False  # it would overwrite what a folded norm still needs
     if not any(isinstance(layer, nn.GroupNorm) for layer in layers.values()):
         model.to(memory_format=torch.channels_last)
     return model
 
 
 class ClosedFormMatching:
-    """Eq. 6 and Eq. 10 as `utils.stats.Matching`, with the same arguments, errors and calls, but without a graph through any
-    statistic: the losses that `inject` returns are values, and any backward pass through the model adds their gradient.
-    model: perhaps of `freeze`.
+    """Eq. 6 and Eq. 10 as `utils.stats.Matching`, with the same arguments, errors and calls, but without a
+    graph through any statistic: the losses that `inject` returns are values, and any backward pass through
+    the model adds their gradient. model: perhaps of `freeze`.
 
         state = matching.start(groups)                             # once for each image batch
         with matching.hooks(dropped) as inputs:
@@ -193,18 +207,21 @@ class ClosedFormMatching:
     def __init__(self, model, targets, weights, *, alpha=0.8, patch=4):
         self.model, self.alpha, self.patch = model, alpha, patch
         layers, self.targets = dict(model.named_modules()), checked_targets(model, targets, weights)
-        # All statistics stand in a row, segment after segment, a layer's channels (kind 0) or its patches (kind 2); there is
-        # a row of means and one of variances.
-        self.segments = [(name, kind) for name, target in self.targets.items() for kind in range(0, len(target), 2)]
+        # All statistics stand in a row, segment after segment, a layer's channels (kind 0) or its patches
+        # (kind 2); there is a row of means and one of variances.
+        self.segments = [(name, kind) for name, target in self.targets.items()
+                         for kind in range(0, len(target), 2)]
         pairs = [torch.stack(self.targets[name][kind:kind + 2]) for name, kind in self.segments]
-        pairs = [pair if pair.dim() == 3 else pair[:, None] for pair in pairs]                      # [2, groups or 1, n]
+        pairs = [pair if pair.dim() == 3 else pair[:, None] for pair in pairs]  # [2, groups or 1, n]
         self.sizes, names = [pair.shape[2] for pair in pairs], list(self.targets)
         nothing = next(model.parameters()).new_zeros(2, pairs[0].shape[1] if pairs else 1, 0)
         self.target = torch.cat([nothing, *pairs], dim=2)
         self.weight = nothing.new_tensor([weights[name] for name, _ in self.segments])
         device, segments = nothing.device, torch.arange(len(self.segments))
-        self.segment = torch.repeat_interleave(segments, torch.tensor(self.sizes, dtype=torch.long)).to(device)
-        self.owner = torch.tensor([names.index(name) for name, _ in self.segments], dtype=torch.long, device=device)
+        self.segment = torch.repeat_interleave(segments,
+                                               torch.tensor(self.sizes, dtype=torch.long)).to(device)
+        self.owner = torch.tensor([names.index(name) for name, _ in self.segments], dtype=torch.long,
+                                  device=device)
         self.is_bn = torch.tensor([len(self.targets[name]) == 2 for name, _ in self.segments], device=device)
         # a folded norm's input comes mapped: (input - offset) * unit is what it was
         self.offset, self.unit = torch.zeros_like(self.target[:, :1]), torch.ones_like(self.target[:, :1])
@@ -212,7 +229,8 @@ class ClosedFormMatching:
             if getattr(layers[name], "folded", False):
                 here = slice(sum(self.sizes[:i]), sum(self.sizes[:i + 1]))
                 self.offset[0, :, here] = layers[name].offset
-                self.unit[0, :, here], self.unit[1, :, here] = 1 / layers[name].gain, 1 / layers[name].gain ** 2
+                self.unit[0, :, here], self.unit[1, :,
+                                                 here] = 1 / layers[name].gain, 1 / layers[name].gain ** 2
 
     def start(self, groups):
         """Before the first batch: moving averages [2, groups, statistics], layers that have one [layers]."""
@@ -242,11 +260,12 @@ class ClosedFormMatching:
         for name, x in inputs.items():
             check_input(name, x, self.targets[name], self.patch, ema.shape[1])
         statistics, patched = {}, {id(x) for name, x in inputs.items() if len(self.targets[name]) == 4}
-        for x in inputs.values():                           # a tensor that several layers share is reduced once
+        for x in inputs.values():  # a tensor that several layers share is reduced once
             if id(x) not in statistics:
                 groups = ema.shape[1]
-                statistics[id(x)] = conv_stats(x, self.patch, groups) if id(x) in patched else bn_stats(x, groups)
-        pairs = [statistics[id(inputs[name])][kind:kind + 2] if name in inputs else past                # dropped: as it was
+                statistics[id(x)] = conv_stats(x, self.patch,
+                                               groups) if id(x) in patched else bn_stats(x, groups)
+        pairs = [statistics[id(inputs[name])][kind:kind + 2] if name in inputs else past  # dropped: as it was
                  for (name, kind), past in zip(self.segments, ema.split(self.sizes, dim=2))]
         measured = torch.stack([torch.cat(row, dim=1) for row in zip(*pairs)])
         momentum = torch.where(kept, self.alpha * seen.to(ema), 1)[self.owner][self.segment]
@@ -266,9 +285,10 @@ class ClosedFormMatching:
 
 
 def segment_norms(difference, segment, count, weight):
-    """difference [groups, n] made of `count` vectors, segment [n] the vector each entry belongs to, weight [count].
-    -> norms [groups, count], gradient [groups, n] of the weighted sum of the norms: weight * difference / norm, 0 where
-    the norm is 0."""
+    """difference [groups, n] made of `count` vectors, segment [n] the vector each entry belongs to, weight
+    [count].
+    -> norms [groups, count], gradient [groups, n] of the weighted sum of the norms: weight * difference /
+    norm, 0 where the norm is 0."""
     squares = difference.new_zeros(len(difference), count).index_add_(1, segment, difference.square())
     norms = squares.sqrt()
     return norms, difference * (weight / norms).nan_to_num_(0, 0, 0)[:, segment]

@@ -1,4 +1,5 @@
-"""The data sets: one table, and loading into uint8 tensors.  Up to 64 pixels in memory, above streamed from the files.
+"""The data sets: one table, and loading into uint8 tensors.  Up to 64 pixels in memory, above streamed from
+the files.
 
 Layouts, in the order they are looked for (nothing is downloaded unless asked):
     shapes                               drawn here, no file
@@ -25,11 +26,13 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from utils import fail
-from utils.folders import (UnreadableImage, class_folders, fit_image, list_images, opened, read_images, rgb_image, same_letters,
+from utils.folders import (UnreadableImage, class_folders, fit_image, list_images, opened, read_images,
+                           rgb_image, same_letters,
                            sampled, stamp, survey, unreadable_fails, walk, white_levels)
 from utils.shapes import SHAPES, draw_shapes
 
-DATASETS = {  # mean and std of the training pixels on the 0..1 scale; patch: side of the patches of Eq. 9, in pixels
+# mean and std of the training pixels on the 0..1 scale; patch: side of the patches of Eq. 9, in pixels
+DATASETS = {
     "shapes": dict(num_classes=10, image_size=32, patch=4,
                    mean=(0.3476, 0.3482, 0.3474), std=(0.2316, 0.2320, 0.2323)),
     "cifar10": dict(num_classes=10, image_size=32, patch=4,
@@ -49,22 +52,26 @@ ARCHIVES = {"cifar10": CIFAR10.base_folder, "cifar100": CIFAR100.base_folder, "t
 TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 
 def end_later(worker):
-    """Signals often go to all processes of a group; those that read images end ten seconds after the one that asked for
-    them, which is to end its step first."""
+    """Signals often go to all processes of a group; those that read images end ten seconds after the one that
+    asked for them, which is to end its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 class Split:
-    """Images and labels: `classes`, `labels` [N], `image_size` S, `streamed`, `images` uint8 [N, 3, S, S] (or None)."""
+    """Images and labels: `classes`, `labels` [N], `image_size` S, `streamed`, `images` uint8 [N, 3, S, S] (or
+    None)."""
 
     def __init__(self, sources, labels, classes, image_size, workers=0, white=None):
         self.classes, self.labels, self.image_size, self.workers = classes, torch.as_tensor(labels), image_size, workers
         self.streamed = image_size > SMALL
-        self.files, self.white = None if isinstance(sources, np.ndarray) and not self.streamed else sources, white
+        self.files, self.white = None if isinstance(sources,
+                                                    np.ndarray) and not self.streamed else sources, white
         self.images = None if self.streamed else read_images(sources, image_size, image_size, workers, white)
-        self.shorter = image_size * 256 // 224      # ImageNet's customary margin: 256 pixels, of which 224 are cut out
-        self.random_crop = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.08, 1)), v2.RandomHorizontalFlip()])
+        # ImageNet's customary margin: 256 pixels, of which 224 are cut out
+        self.shorter = image_size * 256 // 224
+        self.random_crop = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.08, 1)),
+                                       v2.RandomHorizontalFlip()])
 
     def __len__(self):
         return len(self.labels)
@@ -84,26 +91,30 @@ class Split:
         """uint8 [n, 3, S, S] of the images at index (LongTensor [n]), never augmented."""
         if not self.streamed:
             return self.images[index]
-        return read_images([self.files[i] for i in index.tolist()], self.shorter, self.image_size, self.workers, self.white)
+        return read_images([self.files[i] for i in index.tolist()], self.shorter, self.image_size,
+                           self.workers, self.white)
 
     def batches(self, index, crop_seed=None):
-        """Yields images uint8 [B, 3, S, S], labels [B].   index: a LongTensor [B] for each batch, or one number, the size
-        of batches of all images in their order.
+        """Yields images uint8 [B, 3, S, S], labels [B].   index: a LongTensor [B] for each batch, or one
+        number, the size of batches of all images in their order.
 
-        crop_seed (0, 1, ...): streamed images go through RandomResizedCrop and a flip drawn from (crop_seed, index)
-        alone, whatever the workers; torch's generators stay as they were. Images in memory come as they are.
+        crop_seed (0, 1, ...): streamed images go through RandomResizedCrop and a flip drawn from (crop_seed,
+        index) alone, whatever the workers; torch's generators stay as they were. Images in memory come as
+        they are.
         """
         index = torch.arange(len(self)).split(index) if isinstance(index, int) else index
         if not self.streamed:
-            rows = torch.cat([torch.empty(0, dtype=torch.long), *index]).to(self.labels.device)           # a GPU waits once
-            yield from ((self.images[batch], self.labels[batch]) for batch in rows.split([len(batch) for batch in index]))
+            # a GPU waits once
+            rows = torch.cat([torch.empty(0, dtype=torch.long), *index]).to(self.labels.device)
+            yield from ((self.images[batch], self.labels[batch])
+                        for batch in rows.split([len(batch) for batch in index]))
             return
         loader = DataLoader(index, batch_size=None, num_workers=self.workers, generator=torch.Generator(),
-                            collate_fn=partial(self._load, crop_seed),      # generator: not torch's global one
+                            collate_fn=partial(self._load, crop_seed),  # generator: not torch's global one
                             worker_init_fn=end_later)
         for images, labels in loader:
             if labels is None:
-                break               # leaving the loop ends the workers; an exception would hold them for seconds
+                break  # leaving the loop ends the workers; an exception would hold them for seconds
             yield images, labels
         else:
             return
@@ -119,8 +130,10 @@ class Split:
         image = rgb_image(self.files[i], self.white)
         if crop_seed is None:
             return fit_image(image, self.shorter, self.image_size)
-        with torch.random.fork_rng(devices=[]):     # torchvision's transforms draw from torch's global CPU generator
-            torch.default_generator.manual_seed(int(np.random.SeedSequence((crop_seed, i)).generate_state(1)[0]))
+        # torchvision's transforms draw from torch's global CPU generator
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(np.random.SeedSequence((crop_seed,
+                                                                            i)).generate_state(1)[0]))
             return TF.pil_to_tensor(self.random_crop(image))
 
 
@@ -133,7 +146,8 @@ def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
         fail(f"--dataset {dataset}: no such data set or folder; name one of {', '.join(DATASETS)}, "
              f"or a folder that has train/<class>/<image> and val/")
     if dataset not in ARCHIVES:
-        fail(f"--dataset {dataset}: there is no {root}/train/<class>/<image>; lay it out so or name another --data-dir")
+        fail(f"--dataset {dataset}: there is no {root}/train/<class>/<image>; lay it out so or name another "
+             f"--data-dir")
     archive = Path(data_dir, ARCHIVES[dataset])
     if not (archive.is_dir() or download):
         fail(f"--dataset {dataset}: there is neither {root}/train/<class>/<image> nor {archive}; "
@@ -161,7 +175,8 @@ def find_split(dataset: str, data_dir: str, split: str, download: bool = False) 
         if not root.is_dir():
             fetch_tiny(root)
     except (OSError, RuntimeError) as error:    # no network, or other bytes than the authors'
-        fail(f"--dataset {dataset}: {root} is damaged or cannot be fetched ({error}); remove it and use --download")
+        fail(f"--dataset {dataset}: {root} is damaged or cannot be fetched ({error}); remove it and use "
+             f"--download")
     files, labels, classes, _ = list_split(root, split)
     return files, labels, classes
 
@@ -181,51 +196,59 @@ def list_split(root, split):
     folder = test_folder(root)
     classes, there = class_folders(root / "train"), set(class_folders(folder))
     tables = [path for path in (
-        folder / "val_annotations.txt", folder / "val.txt", root / f"{folder.name}.txt", root / "meta.bin") if path.is_file()]
+        folder / "val_annotations.txt", folder / "val.txt", root / f"{folder.name}.txt", root / "meta.bin")
+              if path.is_file()]
     if there <= {"images"} and tables:
         return list_annotated(folder, tables[0], classes)
     if not there and (loose := walk(folder)[0]):
-        fail(f"{folder} holds {len(loose)} images, such as {Path(loose[0]).name}, and no folder for each class; sort them into "
-             f"{folder.name}/<class>/, or write lines of a file's name and its class to {root / folder.name}.txt")
+        fail(f"{folder} holds {len(loose)} images, such as {Path(loose[0]).name}, and no folder for each "
+             f"class; sort them into "
+             f"{folder.name}/<class>/, or write lines of a file's name and its class to "
+             f"{root / folder.name}.txt")
     if differing := set(map(same_letters, classes)) ^ set(map(same_letters, there)):
         fail(f"{root}: class {min(differing)} is in only one of train/ and {folder.name}/: add or remove it")
     return list_images(folder, classes)
 
 
 def list_annotated(folder, table, classes):
-    """The same of images without class folders, from a table with file and class in each line, as Tiny-ImageNet has it; the
-    class by its name or by its number."""
+    """The same of images without class folders, from a table with file and class in each line, as
+    Tiny-ImageNet has it; the class by its name or by its number."""
     rows = devkit_rows(folder, table) if table.suffix == ".bin" else [
-        re.split(r"\t" if "\t" in line else r"\s+", line.strip())[:2] for line in table.read_text().splitlines() if line.strip()]
-    number = {str(i): i for i in range(len(classes))} | {same_letters(name): i for i, name in enumerate(classes)}
+        re.split(r"\t" if "\t" in line else r"\s+", line.strip())[:2]
+        for line in table.read_text().splitlines() if line.strip()]
+    number = {str(i): i for i in range(len(classes))} | {same_letters(name): i for i,
+                                                         name in enumerate(classes)}
     if short := [row for row in rows if len(row) < 2]:
         fail(f"{table}: {short[0][0]!r} does not name a file and a class: mend or remove it")
     named = {same_letters(name) for _, name in rows}
     if differing := named - number.keys() or set(range(len(classes))) - {number[name] for name in named}:
         name = next(iter(differing))
-        fail(f"{table}: class {name if isinstance(name, str) else classes[name]} is in only one of train/ and {folder.name}/: "
+        fail(f"{table}: class {name if isinstance(name, str) else classes[name]} is in only one of train/ "
+             f"and {folder.name}/: "
              "add or remove it")
     rows.sort(key=lambda row: (number[same_letters(row[1])], row[0]))
     place = folder / "images" if (folder / "images").is_dir() else folder
-    return ([str(place / file) for file, _ in rows], [number[same_letters(name)] for _, name in rows], classes,
-            {"hidden": [], "other": []})
+    return ([str(place / file) for file, _ in rows], [number[same_letters(name)] for _, name in rows],
+            classes, {"hidden": [], "other": []})
 
 
 def devkit_rows(folder, table):
-    """[file, class] of the images in a folder by the meta.bin that torchvision.datasets.ImageNet makes of ImageNet's devkit: names
-    of classes, and the class of each validation image, sorted by name."""
+    """[file, class] of the images in a folder by the meta.bin that torchvision.datasets.ImageNet makes of
+    ImageNet's devkit: names of classes, and the class of each validation image, sorted by name."""
     files = [os.path.basename(path) for path in walk(folder)[0]]
     try:
         wnids = torch.load(table, weights_only=True)[1]
         return [list(row) for row in zip(files, wnids, strict=True)]
     except Exception as error:                                       # a damaged pickle may raise anything
-        fail(f"{table} does not give the classes of the {len(files)} images in {folder} ({type(error).__name__}); remove it, and write "
+        fail(f"{table} does not give the classes of the {len(files)} images in {folder} "
+             f"({type(error).__name__}); remove it, and write "
              f"lines of a file's name and its class to {folder}.txt")
 
 
 def fitting_size(sizes):
-    """The side to which images of these (width, height) are cut: their own where all are one square of up to SMALL pixels;
-    else what half of them have at least, up to SMALL where that is at most 96, up to 224 above."""
+    """The side to which images of these (width, height) are cut: their own where all are one square of up to
+    SMALL pixels; else what half of them have at least, up to SMALL where that is at most 96, up to 224
+    above."""
     if len(set(sizes)) == 1 and sizes[0][0] == sizes[0][1] <= SMALL:
         return sizes[0][0]
     median = sorted(map(min, sizes))[len(sizes) // 2]
@@ -233,8 +256,9 @@ def fitting_size(sizes):
 
 
 def look(dataset, data_dir, known=()):
-    """What a data set is, fit for JSON: path, fingerprint, classes and images counted, pixels of its sides, image_size that
-    fits; all but image_size and classes are None of a named one that is no folder of images, or is not here.
+    """What a data set is, fit for JSON: path, fingerprint, classes and images counted, pixels of its sides,
+    image_size that fits; all but image_size and classes are None of a named one that is no folder of images,
+    or is not here.
 
     known: what earlier calls gave; the one whose files have the same names, sizes and times is given back.
     """
@@ -243,16 +267,21 @@ def look(dataset, data_dir, known=()):
     root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
     if named and not (root / "train").is_dir():
         return nothing | dict(classes=named["num_classes"], image_size=named["image_size"])
-    (files, _, classes, passed), (tests, _, _, others) = (list_split(root, split) for split in ("train", "test"))
+    (files, _, classes, passed), (tests, _, _, others) = (list_split(root, split)
+                                                          for split in ("train", "test"))
     mark = stamp(files + tests, root)
     for one in known:
         if one.get("stamp") == mark:
             return one | dict(path=str(root.resolve()))
     sizes, fingerprint = survey(files + tests, root)
-    sides, passed = [side for size in sizes for side in size], {kind: passed[kind] + others[kind] for kind in passed}
-    return dict(path=str(root.resolve()), fingerprint=fingerprint, train=len(files), test=len(tests), classes=len(classes),
-                pixels=[min(sides), max(sides)], stamp=mark, passed={kind: [len(paths), *paths[:1]] for kind, paths in passed.items()},
-                image_size=named["image_size"] if named else fitting_size(sizes[:len(files) if len(sizes) > len(files) else None]))
+    sides, passed = [side for size in sizes for side in size], {kind: passed[kind] + others[kind]
+                                                                for kind in passed}
+    return dict(path=str(root.resolve()), fingerprint=fingerprint, train=len(files), test=len(tests),
+                classes=len(classes),
+                pixels=[min(sides), max(sides)], stamp=mark,
+                passed={kind: [len(paths), *paths[:1]] for kind, paths in passed.items()},
+                image_size=named["image_size"] if named
+                else fitting_size(sizes[:len(files) if len(sizes) > len(files) else None]))
 
 
 def folder_column(size, classes):
@@ -261,7 +290,8 @@ def folder_column(size, classes):
 
 
 def find_size(dataset: str, data_dir: str) -> int:
-    """The image size if none is asked for: a folder's is `fitting_size` of (a sample of) its training images."""
+    """The image size if none is asked for: a folder's is `fitting_size` of (a sample of) its training
+    images."""
     if dataset in DATASETS:
         return DATASETS[dataset]["image_size"]
     sizes = []
@@ -286,10 +316,12 @@ def subset(labels, classes, split, holdout, imbalance):
     for row, label in enumerate(labels):
         members[label].append(row)
     if holdout:
-        members = [[row for i, row in enumerate(rows, 1) if (i % 10 == 0) == (split == "test")] for rows in members]
+        members = [[row for i, row in enumerate(rows, 1) if (i % 10 == 0) == (split == "test")]
+                   for rows in members]
     if split == "train":
         largest = max(map(len, members))
-        members = [rows[:max(1, round(largest * imbalance ** (-label / max(1, classes - 1))))] if imbalance > 1 else rows
+        members = [rows[:max(1, round(largest * imbalance ** (-label / max(1, classes - 1))))] if imbalance
+                   > 1 else rows
                    for label, rows in enumerate(members)]
     return sorted(row for rows in members for row in rows)
 
@@ -297,9 +329,10 @@ def subset(labels, classes, split, holdout, imbalance):
 def load_split(dataset: str, data_dir: str, split: str, image_size: int | None = None, workers: int = 0,
                download: bool = False, holdout: bool = False, imbalance: float = 1.0) -> Split:
     """Split "train" or "test" of a named data set or of a folder, at image_size (default: find_size) pixels.
-    holdout: every tenth training image of a class is "test", the others are "train", and the test set stays unread.
-    imbalance: of the training images the first n_max * imbalance^(-k / (K - 1)) of class k are taken (long-tailed CIFAR:
-    Cui et al., arXiv:1901.05555), so that the first class has `imbalance` times the images of the last; 1 = all."""
+    holdout: every tenth training image of a class is "test", the others are "train", and the test set stays
+    unread. imbalance: of the training images the first n_max * imbalance^(-k / (K - 1)) of class k are taken
+    (long-tailed CIFAR: Cui et al., arXiv:1901.05555), so that the first class has `imbalance` times the
+    images of the last; 1 = all."""
     images, labels, classes = find_split(dataset, data_dir, "train" if holdout else split, download)
     white = None if isinstance(images, np.ndarray) else white_levels(
         images if split == "train" or holdout else find_split(dataset, data_dir, "train")[0])
@@ -314,8 +347,8 @@ def load_split(dataset: str, data_dir: str, split: str, image_size: int | None =
 
 def describe(dataset: str, data_dir: str, image_size: int | None = None, workers: int = 0,
              fingerprint: str | None = None) -> dict:
-    """What the phases must know of a data set, fit for JSON: classes, image_size, mean [3], std [3], patch, and the
-    fingerprint that `look` gave, if any.
+    """What the phases must know of a data set, fit for JSON: classes, image_size, mean [3], std [3], patch,
+    and the fingerprint that `look` gave, if any.
 
     Mean and std of a folder are those of all pixels of its training images at this size, 0..1, per channel.
     """
@@ -330,7 +363,8 @@ def describe(dataset: str, data_dir: str, image_size: int | None = None, workers
         mean, std = pixel_moments(split := load_split(dataset, data_dir, "train", size, workers))
         for name, level, spread in zip(("red", "green", "blue"), mean, std):
             if spread <= FLAT:
-                print(f"warning: {name} is {255 * level:g} of 255 in every pixel of the training images, such as "
+                print(f"warning: {name} is {255 * level:g} of 255 in every pixel of the training images, "
+                      f"such as "
                       f"{split.files[0]}; look at how they are stored if that is not meant", file=sys.stderr)
     return dict(classes=classes, image_size=size, mean=list(mean), std=list(std), patch=row["patch"]) | (
         {"fingerprint": fingerprint} if fingerprint else {})
@@ -347,8 +381,8 @@ def pixel_moments(split: Split, batch_size: int = 256) -> tuple[list[float], lis
 
 
 def folder_name(name: str) -> str:
-    """A class's name as that of a folder: what could lead elsewhere, or nowhere, is written %XX. A name that is a folder's
-    stays as it is, so that folders sort as classes do."""
+    """A class's name as that of a folder: what could lead elsewhere, or nowhere, is written %XX. A name that
+    is a folder's stays as it is, so that folders sort as classes do."""
     return re.sub(r"^\.|[/\x00]", lambda found: f"%{ord(found[0]):02X}", name) or "%"
 
 
@@ -358,8 +392,8 @@ def escaped_name(name):
 
 
 def read_class_map(path: Path | None) -> dict[str, str]:
-    """{folder: class} of a JSON file; where it gives lists, as imagenet_class_index.json does, the first name counts.
-    path: or None   -> {}"""
+    """{folder: class} of a JSON file; where it gives lists, as imagenet_class_index.json does, the first name
+    counts. path: or None   -> {}"""
     try:
         table = json.loads(Path(path).read_text()) if path else {}
         return {folder: name if isinstance(name, str) else name[0] for folder, name in table.items()}
@@ -368,8 +402,8 @@ def read_class_map(path: Path | None) -> dict[str, str]:
 
 
 def class_numbers(found, classes, folder, class_map=None):
-    """Of the class folders `found`: the number of each among the classes. class_map: {folder: class}. Without it, folders that
-    are all numbers, such as 0, 00012 or new3, are numbers of classes, which is printed."""
+    """Of the class folders `found`: the number of each among the classes. class_map: {folder: class}. Without
+    it, folders that are all numbers, such as 0, 00012 or new3, are numbers of classes, which is printed."""
     found = [(class_map or {}).get(name, name) for name in found]
     for named in folder_name, escaped_name, lambda name: same_letters(folder_name(name)):
         number = {named(name): i for i, name in enumerate(classes)}
@@ -377,13 +411,17 @@ def class_numbers(found, classes, folder, class_map=None):
         if sorted(names) == sorted(number):
             return [number[name] for name in names]
     parts = [re.fullmatch(r"(\D*)(\d+)", name, re.ASCII) for name in found]
-    if all(parts) and len({part[1] for part in parts}) == 1 and sorted(int(part[2]) for part in parts) == list(range(len(classes))):
-        print(f"{folder}: folder {found[0]} holds class {classes[int(parts[0][2])]}, and so on by number", flush=True)
+    if all(parts) and len({part[1] for part in parts}) == 1 and sorted(int(part[2])
+                                                                       for part in parts) == list(range(len(classes))):
+        print(f"{folder}: folder {found[0]} holds class {classes[int(parts[0][2])]}, and so on by number",
+              flush=True)
         return [int(part[2]) for part in parts]
     expected = list(map(folder_name, classes))
-    extra, missing = ([name for name in names if name not in set(others)] for names, others in ((found, expected), (expected, found)))
+    extra, missing = ([name for name in names if name not in set(others)] for names,
+                      others in ((found, expected), (expected, found)))
     what = f"{len(found)} classes, not {len(classes)}" if len(found) != len(classes) else f"class {extra[0]!r} stands where {missing[0]!r} does"
-    fail(f"{folder} and the data set differ in their classes ({what}); use the same data set for both, or --class-map")
+    fail(f"{folder} and the data set differ in their classes ({what}); use the same data set for both, or "
+         f"--class-map")
 
 
 def list_folder(folder: str | Path, classes: list[str] | None = None,

@@ -1,7 +1,8 @@
-"""Distribution matching (DM: Zhao & Bilen, WACV 2023, arXiv:2110.04181) and BiLP's adaptive pruning of the real images it
-sees (Xu et al., ECCV 2024, arXiv:2305.18381).
+"""Distribution matching (DM: Zhao & Bilen, WACV 2023, arXiv:2110.04181) and BiLP's adaptive pruning of the
+real images it sees (Xu et al., ECCV 2024, arXiv:2305.18381).
 
-`embed` is a function: images [B, 3, S, S] -> features [B, d], of each image alone (no BatchNorm that learns from a batch).
+`embed` is a function: images [B, 3, S, S] -> features [B, d], of each image alone (no BatchNorm that learns
+from a batch).
 """
 import math
 
@@ -31,19 +32,23 @@ def leave_one_out_norms(embed, synthetic, features):
         return torch.autograd.grad(dm_loss(real, embedded), synthetic, retain_graph=True)[0]
 
     whole = gradient(features)
-    return torch.stack([(whole - gradient(torch.cat([features[:i], features[i + 1:]]))).norm() for i in range(len(features))])
+    return torch.stack([(whole - gradient(torch.cat([features[:i], features[i + 1:]]))).norm()
+                        for i in range(len(features))])
 
 
 def ite_norms(embed, synthetic, features, products=16):
-    """The same by a forward pass, a vector-Jacobian and a Jacobian-vector product of `products` copies of D_s, whatever N is.
+    """The same by a forward pass, a vector-Jacobian and a Jacobian-vector product of `products` copies of
+    D_s, whatever N is.
     -> [N]
 
-    dL/dD_s = -2 J^T (m_r - m_s), J the Jacobian of m_s = mean embed(D_s), is linear in m_r, and leaving x_i out moves m_r by
-    -a_i / (N - 1), a_i = f_i - m_r. So the Taylor form is exact (a factor (N - 1) / N where the samples' weight 1 / N stays):
+    dL/dD_s = -2 J^T (m_r - m_s), J the Jacobian of m_s = mean embed(D_s), is linear in m_r, and leaving x_i
+    out moves m_r by
+    -a_i / (N - 1), a_i = f_i - m_r. So the Taylor form is exact (a factor (N - 1) / N where the samples'
+    weight 1 / N stays):
         ITE_i = -2 / (N - 1) J^T a_i,      ||ITE_i||^2 = 4 / (N - 1)^2  a_i^T M a_i,      M = J J^T.
-    M is applied to the `products` leading principal directions B of the a_i, two power iterations from the first of them.
-    With a = B c + r, the terms c^T (B^T M B) c + 2 r^T (M B) c are exact; the last, r^T M r, is taken for the least of
-    the b^T M b times |r|^2. From N - 1 directions on r = 0, and all is exact.
+    M is applied to the `products` leading principal directions B of the a_i, two power iterations from the
+    first of them. With a = B c + r, the terms c^T (B^T M B) c + 2 r^T (M B) c are exact; the last, r^T M r,
+    is taken for the least of the b^T M b times |r|^2. From N - 1 directions on r = 0, and all is exact.
     """
     N, n = len(features), len(synthetic)
     if N == 1:
@@ -57,9 +62,9 @@ def ite_norms(embed, synthetic, features, products=16):
         copies = synthetic.detach().repeat(len(directions), 1, 1, 1).requires_grad_()
         cotangent = directions.repeat_interleave(n, 0).requires_grad_()
         pulled, = torch.autograd.grad(embed(copies), copies, cotangent / n, create_graph=True)       # J^T b
-        pushed, = torch.autograd.grad(pulled, cotangent, pulled.detach())                            # linear in b: J J^T b
+        pushed, = torch.autograd.grad(pulled, cotangent, pulled.detach())  # linear in b: J J^T b
         image.append(pushed.unflatten(0, (-1, n)).sum(1))
-    image = torch.cat(image)                                                                         # M b, [K, d]
+    image = torch.cat(image)  # M b, [K, d]
     inner, along = image @ basis, centred @ basis
     rest = centred - along @ basis.T
     squared = ((along @ inner) * along).sum(1) + 2 * (along * (rest @ image.T)).sum(1)
@@ -68,30 +73,35 @@ def ite_norms(embed, synthetic, features, products=16):
 
 
 def rank_error(values, others):
-    """sum |r_i - r'_i| / (N (N - 1)) over the ranks of two scores of N samples (BiLP, supplement Sec. 2): 0 for the same order,
-    1/3 on average for a random one."""
+    """sum |r_i - r'_i| / (N (N - 1)) over the ranks of two scores of N samples (BiLP, supplement Sec. 2): 0
+    for the same order, 1/3 on average for a random one."""
     ranks, other_ranks = (scores.argsort().argsort() for scores in (values, others))
     return (ranks - other_ranks).abs().sum().item() / (len(values) * (len(values) - 1))
 
 
 def new_pruning(num_classes, num_images):
-    """State of adaptive pruning: running mean and variance of ||ITE|| per class (nan before the first), and which images of
-    the data set are kept."""
+    """State of adaptive pruning: running mean and variance of ||ITE|| per class (nan before the first), and
+    which images of the data set are kept."""
     return {"mean": torch.full((num_classes,), torch.nan, dtype=torch.float64),
-            "var": torch.full((num_classes,), torch.nan, dtype=torch.float64), "keep": torch.ones(num_images, dtype=torch.bool)}
+            "var": torch.full((num_classes,), torch.nan, dtype=torch.float64),
+            "keep": torch.ones(num_images, dtype=torch.bool)}
 
 
 def prune(state, label, index, norms, ratio, momentum=0.1):
-    """Take in ||ITE|| [N] of the real images index [N] of a class. Their running mean, and the running mean of their squared
-    distance from it, move by `momentum` (the first ones are set), and of these images those are kept that lie between the
-    quantiles ratio/2 and 1 - ratio/2 of the normal distribution with these moments; all where that is none. Changes state.
+    """Take in ||ITE|| [N] of the real images index [N] of a class. Their running mean, and the running mean
+    of their squared distance from it, move by `momentum` (the first ones are set), and of these images those
+    are kept that lie between the quantiles ratio/2 and 1 - ratio/2 of the normal distribution with these
+    moments; all where that is none. Changes state.
     -> bool [N]
 
-    The supplement does not say how the ratio is shared between the tails; halves are ours. So is the variance about the running
-    mean: norms differ between networks as well as within a batch, and a batch's own variance would prune more than the ratio.
+    The supplement does not say how the ratio is shared between the tails; halves are ours. So is the variance
+    about the running mean: norms differ between networks as well as within a batch, and a batch's own
+    variance would prune more than the ratio.
     """
     norms = norms.double().cpu()
-    for key, measure in ("mean", lambda: norms.mean()), ("var", lambda: (norms - state["mean"][label]).square().mean()):
+    for key, measure in ("mean", lambda: norms.mean()), ("var",
+                                                         lambda: (norms
+                                                                  - state["mean"][label]).square().mean()):
         before, now = state[key][label], measure()
         state[key][label] = now if before.isnan() else (1 - momentum) * before + momentum * now
     reach = torch.special.ndtri(torch.tensor(1 - ratio / 2, dtype=torch.float64)) * state["var"][label].sqrt()
@@ -101,24 +111,28 @@ def prune(state, label, index, norms, ratio, momentum=0.1):
 
 
 def random_embedding(num_classes, size, key, device):
-    """A ConvNet as deep as is usual at this image size, random weights of `generator(*key)`: images -> its last features."""
-    with torch.random.fork_rng(devices=[]):                          # build_model draws from torch's global generator
+    """A ConvNet as deep as is usual at this image size, random weights of `generator(*key)`: images -> its
+    last features."""
+    with torch.random.fork_rng(devices=[]):  # build_model draws from torch's global generator
         torch.default_generator.manual_seed(int(torch.randint(1 << 62, (), generator=generator(*key))))
         model = build_model(f"convnet_w128_d{max(3, math.ceil(math.log2(size)) - 2)}", num_classes, size)
-    layers = [nn.AvgPool2d(2) if isinstance(layer, nn.AvgPool2d) else layer for layer in list(model.children())[:-1]]
-    return nn.Sequential(*layers).requires_grad_(False).to(device)   # not `Halve`, whose second derivative takes a CPU long
+    layers = [nn.AvgPool2d(2) if isinstance(layer, nn.AvgPool2d) else layer
+              for layer in list(model.children())[:-1]]
+    # not `Halve`, whose second derivative takes a CPU long
+    return nn.Sequential(*layers).requires_grad_(False).to(device)
 
 
-def match_distributions(images, members, split, units, *, iterations, seed, lr=1.0, real_batch=256, ratio=0.0, period=10,
-                        products=16, resume=None):
-    """DM for all classes: images [classes, ipc, 3, S, S] in normalised units, changed in place and, as in the original, not
-    clamped.
+def match_distributions(images, members, split, units, *, iterations, seed, lr=1.0, real_batch=256, ratio=0.0,
+                        period=10, products=16, resume=None):
+    """DM for all classes: images [classes, ipc, 3, S, S] in normalised units, changed in place and, as in the
+    original, not clamped.
 
-    members: [LongTensor], the real images of each class in `split`; units: (mean, std) of their normalisation. An iteration's
-    network is a function of (seed, iteration), a class's real images and augmentation of the class too. With a ratio, every
-    `period` iterations the real images are drawn from all, scored, and those that fall out are left out; otherwise they are
-    drawn from those kept, so that none is lost for ever. products: of `ite_norms`; 16 err by 6 % in rank, 32 by 3 %.
-    Yields after every step of SGD t, losses (dm, and the share of real images kept), and state() to resume from.
+    members: [LongTensor], the real images of each class in `split`; units: (mean, std) of their
+    normalisation. An iteration's network is a function of (seed, iteration), a class's real images and
+    augmentation of the class too. With a ratio, every `period` iterations the real images are drawn from all,
+    scored, and those that fall out are left out; otherwise they are drawn from those kept, so that none is
+    lost for ever. products: of `ite_norms`; 16 err by 6 % in rank, 32 by 3 %. Yields after every step of SGD
+    t, losses (dm, and the share of real images kept), and state() to resume from.
     """
     pixels = images.detach().requires_grad_()                        # the same memory
     optimizer = torch.optim.SGD([pixels], lr=lr, momentum=0.5)

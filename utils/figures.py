@@ -8,8 +8,8 @@
     python -m utils.figures losses runs/cifar10/gvbsm-ipc10                                # log.jsonl
     python -m utils.figures ipc runs/cifar10                                               # accuracy, of all results there
 
-`python -m utils.figures <figure> --help` lists the flags of one. What is plotted comes from the functions above `draw_*`,
-which need neither package.
+`python -m utils.figures <figure> --help` lists the flags of one. What is plotted comes from the functions
+above `draw_*`, which need neither package.
 """
 import argparse
 import io
@@ -39,42 +39,49 @@ from utils.run import pick_device, script
 from utils.teachers import load_teachers
 
 DPI = 150
-STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": DPI}
+STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.spines.top": False,
+         "axes.spines.right": False,
+         "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False,
+         "figure.dpi": DPI}
 MANY = 30       # classes: above, bars and names of classes would not be read
 DASHES = dict(zip(LABELS, ("-", ":", "--")))
 MARKERS = "osD^vP*X<>"
 
 
 def mean_similarity(rows):
-    """Mean cosine similarity over all pairs of different rows [n, D], n > 1; a row of zeros has 0 with any.   -> float"""
+    """Mean cosine similarity over all pairs of different rows [n, D], n > 1; a row of zeros has 0 with any.
+    -> float"""
     unit = F.normalize(rows.double(), dim=1)
     return ((unit.sum(0).square().sum() - unit.square().sum()) / (len(unit) * (len(unit) - 1))).item()
 
 
 def layer_summary(means, variances):
     """Fig. 9: a layer's channel means [C] and channel variances [C], lists with an entry for each layer.
-    -> [layers, 4]: sigmoid of mean and variance (biased, over channels) of the means, then of the variances"""
-    columns = [(values.double().mean(), values.double().var(correction=0)) for pair in zip(means, variances) for values in pair]
+    -> [layers, 4]: sigmoid of mean and variance (biased, over channels) of the means, then of the
+    variances"""
+    columns = [(values.double().mean(), values.double().var(correction=0)) for pair in zip(means, variances)
+               for values in pair]
     return torch.tensor(columns).reshape(-1, 4).sigmoid().numpy()
 
 
 def loss_curves(entries):
-    """Entries of log.jsonl.   -> {(term, backbone): [n, 2] of iteration and mean over image batches}, without those that are
-    always 0; backbone "" where none acts, or several together (Teddy)"""
+    """Entries of log.jsonl.   -> {(term, backbone): [n, 2] of iteration and mean over image batches}, without
+    those that are always 0; backbone "" where none acts, or several together (Teddy)"""
     sums = defaultdict(lambda: defaultdict(lambda: np.zeros(2)))
     for entry in entries:
         weight = len(entry["batches"])                               # a value is the mean over these
         for term in entry.keys() - {"iteration", "batches", "backbone", "kept"}:
             backbone = "" if term in ("dd", "dm") or "+" in entry["backbone"] else entry["backbone"]
             sums[term, backbone][entry["iteration"]] += weight * entry[term], weight
-    curves = {key: np.array([(t, total / weight) for t, (total, weight) in sorted(sums[key].items())]) for key in sorted(sums)}
+    curves = {key: np.array([(t, total / weight) for t, (total, weight) in sorted(sums[key].items())])
+              for key in sorted(sums)}
     return {key: curve for key, curve in curves.items() if curve[:, 1].any()}
 
 
 def ipc_curves(results):
     """Of `read_results`, but for tags of BASES.
-    -> {(student, labels, run without its IPC): [n, 3] of IPC, top-1 in %, deviation over seeds (nan of one seed)}"""
+    -> {(student, labels, run without its IPC): [n, 3] of IPC, top-1 in %, deviation over seeds (nan of one
+    seed)}"""
     curves = defaultdict(list)
     for (ipc, student, labels, method, tag), result in results.items():
         spread = result["top1_std"] if len(result["seeds"]) > 1 else np.nan
@@ -85,8 +92,9 @@ def ipc_curves(results):
 
 
 def tile(groups, gap=2):
-    """Groups of images, uint8 [rows, columns, 3, S, S] each, side by side on white, `gap` pixels between images and four
-    times that between groups.   -> uint8 [H, W, 3], the centre of each group (x) and of each row (y) in pixels"""
+    """Groups of images, uint8 [rows, columns, 3, S, S] each, side by side on white, `gap` pixels between
+    images and four times that between groups.   -> uint8 [H, W, 3], the centre of each group (x) and of each
+    row (y) in pixels"""
     rows, size, left, parts, centres = len(groups[0]), groups[0].shape[-1], 0, [], []
     for group in groups:
         width = group.shape[1] * (size + gap) - gap
@@ -97,19 +105,22 @@ def tile(groups, gap=2):
         parts.append(part)
         centres.append(left + (width - 1) / 2)
         left += part.shape[1]
-    return np.concatenate(parts, 1)[:, :-4 * gap], centres, [r * (size + gap) + (size - 1) / 2 for r in range(rows)]
+    return np.concatenate(parts, 1)[:, :-4 * gap], centres, [r * (size + gap) + (size - 1) / 2
+                                                             for r in range(rows)]
 
 
 @torch.inference_mode()
 def logits_of(model, images, data, device, batch_size=128):
     """Of uint8 images [N, 3, S, S].   -> [N, classes]"""
-    return torch.cat([model(normalize(batch.to(device), data["mean"], data["std"])).cpu() for batch in images.split(batch_size)])
+    return torch.cat([model(normalize(batch.to(device), data["mean"], data["std"])).cpu()
+                      for batch in images.split(batch_size)])
 
 
 def embed(rows, seed):
     """t-SNE of rows [N, D].   -> [N, 2]"""
     from sklearn.manifold import TSNE
-    return TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed).fit_transform(np.asarray(rows))
+    return TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca",
+                random_state=seed).fit_transform(np.asarray(rows))
 
 
 def titles(args):
@@ -147,7 +158,8 @@ def read_runs(folders):
 
 
 def class_images(run, count=None, size=None, workers=0):
-    """Yields name of the class, uint8 images [n, 3, S, S] of the first `count` classes of a run; size: the first image's"""
+    """Yields name of the class, uint8 images [n, 3, S, S] of the first `count` classes of a run; size: the
+    first image's"""
     labels, classes, files = list_folder(run / "images")
     files = np.array([run / "images" / file for file in files])
     with unreadable_fails(), opened(files[0]) as image:
@@ -172,12 +184,13 @@ def read_log(run):
     entries = []
     for path in sorted(run.glob("log*.jsonl")):
         for line in path.read_text(errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError):                              # the arguments, or what is being written
+            with suppress(ValueError, KeyError, TypeError):  # the arguments, or what is being written
                 entry = json.loads(line)
                 entry["batches"], entry["iteration"]
                 entries.append(entry)
     if not entries:
-        fail(f"{run}/log.jsonl has no losses; name a run of recover.py that optimises images, not one that selects them")
+        fail(f"{run}/log.jsonl has no losses; name a run of recover.py that optimises images, not one that "
+             f"selects them")
     return entries
 
 
@@ -188,10 +201,12 @@ def similarities(args):
         model, data, device = read_teacher(args, results[0])
     else:
         asked = results[0]["args"]
-        data = DATASETS.get(asked["dataset"]) or describe(asked["dataset"], args.data_dir, asked.get("image_size"), args.workers)
+        data = DATASETS.get(asked["dataset"]) or describe(asked["dataset"], args.data_dir,
+                                                          asked.get("image_size"), args.workers)
     for run, folder in zip(titles(args), args.folders):
         names, values = [], []
-        for name, images in class_images(folder, None, data["image_size"] if args.backbone else None, args.workers):
+        for name, images in class_images(folder, None, data["image_size"] if args.backbone else None,
+                                         args.workers):
             if len(images) < 2:
                 fail(f"{folder} has one image of class {name}, so no pair; name a run of a larger --ipc")
             names.append(name)
@@ -204,8 +219,8 @@ def similarities(args):
 def draw_similarity(args, figure):
     """Mean cosine similarity over the pairs of images of a class, for each class.   arXiv:2311.17950, Fig. 3.
 
-    The paper does not say of which vectors: by default those of data densification (Eq. 4), pixels in the networks' units,
-    pooled to 32x32; with --backbone the logits of that teacher.
+    The paper does not say of which vectors: by default those of data densification (Eq. 4), pixels in the
+    networks' units, pooled to 32x32; with --backbone the logits of that teacher.
     """
     names, found = similarities(args)
     few, shift = len(names) <= MANY, 0.8 / len(found)
@@ -217,7 +232,8 @@ def draw_similarity(args, figure):
         else:
             axes.plot(np.sort(values)[::-1], label=f"{run}, mean {values.mean():.2f}")
     if few:
-        axes.set_xticks([*range(len(names)), len(names) + 0.6], [*names, "mean"], rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_xticks([*range(len(names)), len(names) + 0.6], [*names, "mean"], rotation=45, ha="right",
+                        rotation_mode="anchor")
         axes.grid(visible=False, axis="x")
         axes.margins(x=0.02)
     else:
@@ -238,14 +254,17 @@ def tsne_points(args):
         parts.append((run, np.repeat(np.arange(len(classes)), [len(images) for _, images in classes]),
                       logits_of(model, torch.cat([images for _, images in classes]), data, device)))
     if sum(len(labels) for _, labels, _ in parts) < 4:
-        fail(f"--classes {args.classes}: there are fewer than four images; use more classes or a run of a larger --ipc")
+        fail(f"--classes {args.classes}: there are fewer than four images; use more classes or a run of a "
+             f"larger --ipc")
     points = embed(torch.cat([logits for *_, logits in parts]), args.seed)
     points = np.split(points, np.cumsum([len(labels) for _, labels, _ in parts])[:-1])
-    return [name for name, _ in classes], [(run, labels, place) for (run, labels, _), place in zip(parts, points)]
+    return [name for name, _ in classes], [(run, labels, place) for (run, labels, _),
+                                           place in zip(parts, points)]
 
 
 def draw_tsne(args, figure):
-    """t-SNE of the logits of distilled images, a panel for each run.   arXiv:2311.17950, Fig. 8, "after the classifier layer".
+    """t-SNE of the logits of distilled images, a panel for each run.   arXiv:2311.17950, Fig. 8, "after the
+    classifier layer".
 
     The images of all runs are embedded together, so that places can be compared between panels.
     """
@@ -254,10 +273,12 @@ def draw_tsne(args, figure):
     names, parts = tsne_points(args)
     fig = figure(4 * len(parts) + 1.3, 4)
     wheel = colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
-    for axes, (run, labels, points) in zip(fig.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0], parts):
+    for axes, (run, labels, points) in zip(fig.subplots(1, len(parts), sharex=True, sharey=True,
+                                                        squeeze=False)[0], parts):
         for label, name in enumerate(names):
             colour = wheel(label) if len(names) <= 20 else wheel(label / len(names))
-            axes.scatter(*points[labels == label].T, s=22, color=colour, edgecolors="white", linewidths=0.3, label=name)
+            axes.scatter(*points[labels == label].T, s=22, color=colour, edgecolors="white", linewidths=0.3,
+                         label=name)
         axes.set(title=f"{run}, {len(labels)} images", xlabel="first t-SNE coordinate (no unit)")
     fig.axes[0].set_ylabel("second t-SNE coordinate (no unit)")
     fig.suptitle(f"Logits of {args.backbone}")
@@ -267,11 +288,14 @@ def draw_tsne(args, figure):
 
 
 def teacher_statistics(args):
-    """-> {backbone: {"convolutions", "BatchNorms": [layers, 4] of `layer_summary`}}, without what a backbone has none of"""
+    """-> {backbone: {"convolutions", "BatchNorms": [layers, 4] of `layer_summary`}}, without what a backbone
+    has none of"""
     folder, found = args.folders[0], {}
-    names = args.backbones or sorted(path.name.removesuffix(".stats.pt") for path in folder.glob("*.stats.pt"))
+    names = args.backbones or sorted(path.name.removesuffix(".stats.pt")
+                                     for path in folder.glob("*.stats.pt"))
     if not names:
-        fail(f"{folder} holds no <backbone>.stats.pt; name a folder that collect_stats.py wrote into, such as "
+        fail(f"{folder} holds no <backbone>.stats.pt; name a folder that collect_stats.py wrote into, such "
+             f"as "
              "runs/cifar100/teachers/supervised")
     for name in names:
         remedy = "run squeeze.py and collect_stats.py, or name other --backbones"
@@ -279,16 +303,18 @@ def teacher_statistics(args):
         weights = load_torch(folder / f"{name}.pt", remedy, ("weights",))["weights"]
         running = {key: value for key, value in weights.items() if key.endswith("running_mean")}
         pairs = {"convolutions": [vectors[:2] for vectors in stored],
-                 "BatchNorms": [(mean, weights[key.replace("running_mean", "running_var")]) for key, mean in running.items()]}
+                 "BatchNorms": [(mean, weights[key.replace("running_mean", "running_var")]) for key,
+                                mean in running.items()]}
         found[name] = {kind: layer_summary(*zip(*vectors)) for kind, vectors in pairs.items() if vectors}
     return found
 
 
 def draw_statistics(args, figure):
-    """Statistics of the training set at every convolution and BatchNorm, a row for each backbone.   arXiv:2311.17950, Fig. 9.
+    """Statistics of the training set at every convolution and BatchNorm, a row for each backbone.
+    arXiv:2311.17950, Fig. 9.
 
-    Of a layer's channel means and channel variances only their mean and variance over channels are shown, after a sigmoid,
-    as the paper does; convolutions and BatchNorms are numbered each on their own.
+    Of a layer's channel means and channel variances only their mean and variance over channels are shown,
+    after a sigmoid, as the paper does; convolutions and BatchNorms are numbered each on their own.
     """
     found = teacher_statistics(args)
     fig = figure(9, 0.9 + 1.9 * len(found))
@@ -297,8 +323,8 @@ def draw_statistics(args, figure):
         for axes, column, what in zip(row, (0, 2), ("channel means", "channel variances")):
             for colour, (kind, values) in zip(("C0", "C1"), kinds.items()):
                 for extra, dash, over in (0, "-", "mean"), (1, "--", "variance"):
-                    axes.plot(range(1, len(values) + 1), values[:, column + extra], dash, marker="o", markersize=3, color=colour,
-                              label=f"{kind}, {over} over channels")
+                    axes.plot(range(1, len(values) + 1), values[:, column + extra], dash, marker="o",
+                              markersize=3, color=colour, label=f"{kind}, {over} over channels")
             axes.set(title=f"{name}: {what}", ylim=(-0.03, 1.03))
             axes.xaxis.get_major_locator().set_params(integer=True)
         row[0].set_ylabel("sigmoid (0.5: value 0)")
@@ -309,27 +335,32 @@ def draw_statistics(args, figure):
 
 
 def channel_statistics(args):
-    """-> {backbone and its teachers: (running means [C], running variances [C])} of one BatchNorm, without the backbones
-    that have too few"""
+    """-> {backbone and its teachers: (running means [C], running variances [C])} of one BatchNorm, without
+    the backbones that have too few"""
     found = {}
     for folder in args.folders:
-        for name in args.backbones or sorted(path.stem for path in folder.glob("*.pt") if not path.stem.endswith(".stats")):
-            weights = load_torch(folder / f"{name}.pt", "run squeeze.py, or name other --backbones", ("weights",))["weights"]
+        for name in args.backbones or sorted(path.stem for path in folder.glob("*.pt")
+                                             if not path.stem.endswith(".stats")):
+            weights = load_torch(folder / f"{name}.pt", "run squeeze.py, or name other --backbones",
+                                 ("weights",))["weights"]
             layers = [key.removesuffix("running_mean") for key in weights if key.endswith("running_mean")]
             if len(layers) >= args.batchnorm:
                 layer = layers[args.batchnorm - 1]
-                found[f"{name}, {folder.name}"] = weights[layer + "running_mean"], weights[layer + "running_var"]
+                found[f"{name}, {folder.name}"] = weights[layer + "running_mean"], weights[layer
+                                                                                           + "running_var"]
     if not found:
-        fail(f"{folder} holds no backbone with {args.batchnorm} BatchNorms; name a folder that squeeze.py wrote into, or "
+        fail(f"{folder} holds no backbone with {args.batchnorm} BatchNorms; name a folder that squeeze.py "
+             f"wrote into, or "
              "another --batchnorm")
     return found
 
 
 def draw_channels(args, figure):
-    """Mean and variance that a BatchNorm holds for each channel, a curve for each backbone.   arXiv:2404.07976, Fig. 4.
+    """Mean and variance that a BatchNorm holds for each channel, a curve for each backbone.
+    arXiv:2404.07976, Fig. 4.
 
-    The paper shows the first BatchNorm of the first residual block: the second of a ResNet. Legends tell how the values
-    vary over channels, which the paper compares between backbones with and without labels.
+    The paper shows the first BatchNorm of the first residual block: the second of a ResNet. Legends tell how
+    the values vary over channels, which the paper compares between backbones with and without labels.
     """
     found = channel_statistics(args)
     fig = figure(10, 3.6 + 0.18 * len(found))
@@ -337,40 +368,46 @@ def draw_channels(args, figure):
         for name, pair in found.items():
             spread = pair[part].double().var(correction=0).item()
             axes.plot(pair[part].numpy(), linewidth=1, label=f"{name}: {spread:.3g}")
-        axes.set(title=f"running {what} of BatchNorm {args.batchnorm}", xlabel="channel", ylabel=f"{what} of the inputs")
+        axes.set(title=f"running {what} of BatchNorm {args.batchnorm}", xlabel="channel",
+                 ylabel=f"{what} of the inputs")
         axes.legend(title="variance over channels", loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
-TERMS = {"ce": "cross-entropy", "bn": "BatchNorm statistics, L'_BN", "conv": "convolution statistics, L'_Conv",
+TERMS = {"ce": "cross-entropy", "bn": "BatchNorm statistics, L'_BN",
+         "conv": "convolution statistics, L'_Conv",
          "dd": "data densification, L_DD", "gradient": "gradient at the pixels, without L_DD",
          "dm": "distribution matching"}
 
 
 def draw_losses(args, figure):
-    """The weighted terms of recover.py's loss over its iterations and the norm of their gradient, mean over image batches;
-    by the backbone that an iteration has drawn (Eq. 7). A term that is always 0 is left out."""
+    """The weighted terms of recover.py's loss over its iterations and the norm of their gradient, mean over
+    image batches; by the backbone that an iteration has drawn (Eq. 7). A term that is always 0 is left
+    out."""
     from matplotlib.lines import Line2D
     found = {run: loss_curves(read_log(folder)) for run, folder in zip(titles(args), args.folders)}
     there = {term for curves in found.values() for term, _ in curves}
     terms = [term for term in TERMS if term in there] + sorted(there - TERMS.keys())
     runs, backbones = list(found), sorted({name for curves in found.values() for _, name in curves})
-    several = len(runs) > 1                                          # then a colour for each run, else for each backbone
+    several = len(runs) > 1  # then a colour for each run, else for each backbone
     rows = -(-len(terms) // 2)
     fig = figure(9 if len(terms) > 1 else 5, 0.9 + 2.5 * rows)
     grid = fig.subplots(rows, min(2, len(terms)), sharex=True, squeeze=False).flatten()
-    colours = {(run, name): f"C{r if several else b}" for r, run in enumerate(runs) for b, name in enumerate(backbones)}
+    colours = {(run, name): f"C{r if several else b}" for r, run in enumerate(runs) for b,
+               name in enumerate(backbones)}
     markers = {name: MARKERS[b % len(MARKERS)] if name else "" for b, name in enumerate(backbones)}
     for axes, term in zip(grid, terms):
-        curves = {(run, name): curve for run in runs for (part, name), curve in found[run].items() if part == term}
+        curves = {(run, name): curve for run in runs for (part, name),
+                  curve in found[run].items() if part == term}
         for (run, name), curve in curves.items():
             axes.plot(*curve.T, color=colours[run, name], marker=markers[name], markersize=4, linewidth=1.2)
         scale_values(axes, np.concatenate([curve[:, 1] for curve in curves.values()]))
-        axes.tick_params(labelbottom=True)                           # sharing an axis hides them in upper panels
-        axes.set(title=TERMS.get(term, term), xlabel="iteration", ylabel="norm" if term == "gradient" else "weighted loss")
+        axes.tick_params(labelbottom=True)  # sharing an axis hides them in upper panels
+        axes.set(title=TERMS.get(term, term), xlabel="iteration",
+                 ylabel="norm" if term == "gradient" else "weighted loss")
     handles = [Line2D([], [], color=colours[run, backbones[0]], label=run) for run in runs] * several
-    handles += [Line2D([], [], color="0.3" if several else colours[runs[0], name], marker=markers[name], markersize=4,
-                       label=name or "all backbones") for name in backbones]
-    if len(grid) > len(terms):                                       # the legend fills the panel that is left over
+    handles += [Line2D([], [], color="0.3" if several else colours[runs[0], name], marker=markers[name],
+                       markersize=4, label=name or "all backbones") for name in backbones]
+    if len(grid) > len(terms):  # the legend fills the panel that is left over
         grid[-1].axis("off")
         grid[-1].legend(handles=handles, loc="center", title=None if several else runs[0])
     else:
@@ -378,8 +415,8 @@ def draw_losses(args, figure):
 
 
 def scale_values(axes, values):
-    """A logarithmic axis for values that span more than a factor of ten, linear below a millionth of the largest, which
-    densification soon reaches. Ticks are plain numbers."""
+    """A logarithmic axis for values that span more than a factor of ten, linear below a millionth of the
+    largest, which densification soon reaches. Ticks are plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
     if (values < 0).any() or values.max() <= 10 * values.min():
         return
@@ -395,11 +432,13 @@ def scale_values(axes, values):
 
 
 def draw_ipc(args, figure):
-    """Top-1 of the last epoch against images per class, a panel for each student; bars: standard deviation over seeds,
-    where there are several. Without runs whose tag begins as one of utils.report's comparisons (ablation, family, search)."""
+    """Top-1 of the last epoch against images per class, a panel for each student; bars: standard deviation
+    over seeds, where there are several. Without runs whose tag begins as one of utils.report's comparisons
+    (ablation, family, search)."""
     curves = ipc_curves(read_results(args.folders[0]))
     if not curves:
-        fail(f"{args.folders[0]} holds no evaluation (<run>/eval/<student>.json); name a folder such as runs/cifar10, "
+        fail(f"{args.folders[0]} holds no evaluation (<run>/eval/<student>.json); name a folder such as "
+             f"runs/cifar10, "
              "or run train_eval.py")
     students, runs = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 2))
     ipcs = sorted({int(ipc) for points in curves.values() for ipc in points[:, 0]})
@@ -412,12 +451,14 @@ def draw_ipc(args, figure):
                              linestyle=DASHES[labels], markerfacecolor="white" if labels == "hard" else None,
                              label=f"{run}, {LABELS[labels]} labels")
         several = points[~np.isnan(points[:, 2])]
-        panels[student].errorbar(several[:, 0] * beside, *several[:, 1:].T, fmt="none", capsize=3, color=colour)
+        panels[student].errorbar(several[:, 0] * beside, *several[:, 1:].T, fmt="none", capsize=3,
+                                 color=colour)
     for student, axes in panels.items():
         axes.set_xscale("log")
         axes.set_xticks(ipcs, ipcs)
         axes.set_xticks([], minor=True)
-        axes.set(title=student, xlabel="images per class (IPC)", xlim=(ipcs[0] / 1.6, ipcs[-1] * 1.6), ylim=(0, None))
+        axes.set(title=student, xlabel="images per class (IPC)", xlim=(ipcs[0] / 1.6, ipcs[-1] * 1.6),
+                 ylim=(0, None))
     fig.axes[0].set_ylabel("top-1 of the last epoch, %")
     fig.suptitle(args.folders[0].resolve().name)
     entries = {label: line for axes in fig.axes for line, label in zip(*axes.get_legend_handles_labels())}
@@ -436,7 +477,8 @@ def image_groups(args):
         asked = results[0]["args"]
         split = load_split(asked["dataset"], args.data_dir, "train", groups[run].shape[-1], args.workers,
                            holdout=asked.get("holdout", False))
-        check_classes(split.classes, results[0]["classes"], f"the data set {asked['dataset']}", args.folders[0])
+        check_classes(split.classes, results[0]["classes"], f"the data set {asked['dataset']}",
+                      args.folders[0])
         order = [folder_name(name) for name in split.classes]
         rows = [(split.labels == order.index(name)).nonzero().flatten()[:args.columns] for name in found]
         columns = min(map(len, rows))
@@ -445,9 +487,11 @@ def image_groups(args):
 
 
 def draw_images(args, figure):
-    """Images of the same classes side by side: a row for each class, a group for each source, training images ("real") first.
+    """Images of the same classes side by side: a row for each class, a group for each source, training images
+    ("real") first.
 
-    Small images are enlarged by a whole number, large ones averaged down: each is about 64 to 96 pixels wide."""
+    Small images are enlarged by a whole number, large ones averaged down: each is about 64 to 96 pixels
+    wide."""
     names, groups = image_groups(args)
     canvas, centres, rows = tile([resized(group) for group in groups.values()], gap=4)
     fig = figure(canvas.shape[1] / DPI, canvas.shape[0] / DPI)
@@ -473,7 +517,8 @@ def resized(group):
     return group.repeat_interleave(times, 3).repeat_interleave(times, 4)
 
 
-WHERE = {"statistics": "runs/DATASET/teachers/TEACHERS", "channels": "runs/DATASET/teachers/TEACHERS", "ipc": "runs/DATASET"}
+WHERE = {"statistics": "runs/DATASET/teachers/TEACHERS", "channels": "runs/DATASET/teachers/TEACHERS",
+         "ipc": "runs/DATASET"}
 RUN = "runs/DATASET/RUN"
 FIGURES = {"similarity": draw_similarity, "tsne": draw_tsne, "statistics": draw_statistics,
            "channels": draw_channels, "images": draw_images, "losses": draw_losses, "ipc": draw_ipc}
@@ -483,22 +528,27 @@ def get_parser(name):
     """Of one figure."""
     parser = Parser(FIGURES[name].__doc__)
     parser.prog = f"utils.figures {name}"
-    parser.add_argument("folders", type=Path, nargs=1 if name in ("statistics", "ipc") else "+", metavar=WHERE.get(name, RUN),
-                        help="what the phases wrote")
+    parser.add_argument("folders", type=Path, nargs=1 if name in ("statistics", "ipc") else "+",
+                        metavar=WHERE.get(name, RUN), help="what the phases wrote")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help=f"by default runs/DATASET/{name}.png")
     if name in ("similarity", "tsne"):
         parser.add_argument("--backbone", metavar="NAME", help="whose logits; by default " + (
             "the pixels instead" if name == "similarity" else "the run's first backbone"))
-        parser.add_argument("--teachers", type=plain_name, help="name of a set of squeezed backbones; by default the first run's")
-        parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
+        parser.add_argument("--teachers", type=plain_name,
+                            help="name of a set of squeezed backbones; by default the first run's")
+        parser.add_argument("--device", default="auto",
+                            help="cpu, cuda, cuda:1; auto takes cuda where there is one")
     if name == "tsne":
         parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of t-SNE")
     if name in ("tsne", "images"):
         parser.add_argument("--classes", type=number(int, 1), default=10, help="how many, the first ones")
     if name == "images":
-        parser.add_argument("--columns", type=number(int, 1), default=5, help="images of a class from each source")
-        parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True, help="show training images too")
-        parser.add_argument("--names", nargs="+", metavar="NAME", help="above the runs, in their order; by default their folders'")
+        parser.add_argument("--columns", type=number(int, 1), default=5,
+                            help="images of a class from each source")
+        parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True,
+                            help="show training images too")
+        parser.add_argument("--names", nargs="+", metavar="NAME",
+                            help="above the runs, in their order; by default their folders'")
     if name in ("similarity", "images"):
         parser.add_argument("--data-dir", default="data", help="where named data sets lie")
     if name in ("similarity", "tsne", "images"):
@@ -506,7 +556,8 @@ def get_parser(name):
     if name in ("statistics", "channels"):
         parser.add_argument("--backbones", nargs="+", metavar="NAME", help="by default all that are there")
     if name == "channels":
-        parser.add_argument("--batchnorm", type=number(int, 1), default=2, metavar="N", help="the N-th of each backbone")
+        parser.add_argument("--batchnorm", type=number(int, 1), default=2, metavar="N",
+                            help="the N-th of each backbone")
     return parser
 
 
@@ -514,12 +565,14 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.prog = "utils.figures"
     parser.add_argument("figure", choices=FIGURES, help="what to draw")
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="runs/... --flags", help="folders and flags of that figure")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="runs/... --flags",
+                        help="folders and flags of that figure")
     chosen = parser.parse_args(argv)
     args = get_parser(chosen.figure).parse_args(chosen.words)
     for folder in args.folders:
         if not folder.is_dir():
-            fail(f"{folder}: there is no such folder; name what the phases wrote, {WHERE.get(chosen.figure, RUN)}")
+            fail(f"{folder}: there is no such folder; name what the phases wrote, "
+                 f"{WHERE.get(chosen.figure, RUN)}")
         if args.folders.count(folder) > 1:
             fail(f"{folder} is named twice; name it once")
     if names := getattr(args, "names", None):
@@ -529,7 +582,8 @@ def main(argv=None):
         fail(f"--out {args.out} is no PNG; name a file that ends in .png")
     args.folders = [folder.absolute() for folder in args.folders]
     above = args.folders[0].parent
-    dataset = {"statistics": above.parent, "channels": above.parent, "ipc": args.folders[0]}.get(chosen.figure, above)
+    dataset = {"statistics": above.parent, "channels": above.parent,
+               "ipc": args.folders[0]}.get(chosen.figure, above)
     draw(chosen.figure, args, args.out or dataset / f"{chosen.figure}.png")
 
 
@@ -547,7 +601,8 @@ def draw(name, args, path):
     with rc_context(STYLE):
         FIGURES[name](args, figure)
         figures[0].savefig(buffer, format="png", bbox_inches="tight")
-    picture = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    picture = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT,
+                                                         dither=Image.Dither.NONE)
     buffer = io.BytesIO()                                            # a third of the bytes
     picture.save(buffer, "png", optimize=True)
     try:

@@ -1,7 +1,8 @@
-"""Folders <folder>/<class>/.../<image> as people have them: what lies in them, and pixels of any mode that Pillow reads.
+"""Folders <folder>/<class>/.../<image> as people have them: what lies in them, and pixels of any mode that
+Pillow reads.
 
-Hidden files and folders (a leading dot) and those that systems leave behind are passed over; other files that are no images
-are counted.
+Hidden files and folders (a leading dot) and those that systems leave behind are passed over; other files that
+are no images are counted.
 """
 import hashlib
 import io
@@ -18,11 +19,12 @@ from torchvision.transforms.v2 import functional as TF
 
 from utils import fail
 
-LEFT_BEHIND = {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db",
-               "desktop.ini"}
+LEFT_BEHIND = {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information",
+               "Thumbs.db", "desktop.ini"}
 Image.init()
 EXTENSIONS = tuple(extension for extension, name in Image.registered_extensions().items()
-                   if name in Image.OPEN and name not in {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})
+                   if name in Image.OPEN and name not in {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF",
+                                                          "WMF"})
 WHITES = 255, 1023, 4095, 16383, 65535          # of 8, 10, 12, 14 and 16 bits
 MANY_FILES, MANY_BYTES = 100_000, 2 << 30       # up to both, every file is read once by `survey`
 SAMPLE = 1000                                   # images looked at where not all are
@@ -51,9 +53,11 @@ def opened(path, content=None):
 
 
 def rgb_image(source, white: dict[str, int] | None = None) -> Image.Image:
-    """PIL image in RGB of a file, or of uint8 [H, W, 3], turned as its EXIF tag says.  Behind transparent pixels lies white.
+    """PIL image in RGB of a file, or of uint8 [H, W, 3], turned as its EXIF tag says.  Behind transparent
+    pixels lies white.
 
-    white: {"I": value, "F": value} of `white_levels`, what is white in files of more than 8 bits; without it 65535 and 1.
+    white: {"I": value, "F": value} of `white_levels`, what is white in files of more than 8 bits; without it
+    65535 and 1.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
@@ -61,7 +65,8 @@ def rgb_image(source, white: dict[str, int] | None = None) -> Image.Image:
         image, mode = ImageOps.exif_transpose(image), image.mode[0]
         if mode in "IF":                # PIL would clip at 255
             pixels, level = np.asarray(image), (white or {}).get(mode, {"I": 65535, "F": 1}[mode])
-            pixels = pixels.clip(0, level) // 257 if level == 65535 else (pixels.clip(0, level) * (255 / level)).round()
+            pixels = pixels.clip(0, level) // 257 if level == 65535 else (pixels.clip(0, level)
+                                                                          * (255 / level)).round()
             image = Image.fromarray(pixels.astype(np.uint8))
         elif "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -76,12 +81,14 @@ def fit_image(image: Image.Image, shorter: int, size: int) -> torch.Tensor:
 
 def read_images(sources, shorter: int, size: int, workers: int,
                 white: dict[str, int] | None = None) -> torch.Tensor:
-    """uint8 [N, 3, size, size] of files or of uint8 [N, H, W, 3]; by threads, since PIL decodes without the GIL."""
+    """uint8 [N, 3, size, size] of files or of uint8 [N, H, W, 3]; by threads, since PIL decodes without the
+    GIL."""
     if isinstance(sources, np.ndarray) and sources.shape[1:3] == (size, size):
         return torch.from_numpy(sources).permute(0, 3, 1, 2).contiguous()
     images = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
     with unreadable_fails(), ThreadPoolExecutor(max(1, workers)) as pool:
-        for i, image in enumerate(pool.map(lambda source: fit_image(rgb_image(source, white), shorter, size), sources)):
+        for i, image in enumerate(pool.map(lambda source: fit_image(rgb_image(source, white), shorter, size),
+                                           sources)):
             images[i] = image
     return images
 
@@ -92,16 +99,20 @@ def sampled(files):
 
 
 def white_levels(files):
-    """What is white in the images of more than 8 bits among the files: the smallest range that holds all of them.
-    -> {"I": 255, 1023, 4095, 16383 or 65535 for integers, "F": 1 or 255 for floats}; fails where pixels are in no such range"""
+    """What is white in the images of more than 8 bits among the files: the smallest range that holds all of
+    them.
+    -> {"I": 255, 1023, 4095, 16383 or 65535 for integers, "F": 1 or 255 for floats}; fails where pixels are
+    in no such range"""
     white = {}
     for file in sampled(files):
         with suppress(UnreadableImage), opened(file) as image:       # whoever needs its pixels tells
             if (mode := image.mode[0]) in "IF":
                 low, high = image.getextrema()
-                fitting = [level for level in ((1, 255) if mode == "F" else WHITES) if high <= level and low >= 0]
+                fitting = [level for level in ((1, 255) if mode == "F" else WHITES) if high <= level and low
+                           >= 0]
                 if not fitting:
-                    fail(f"{file} has pixels of {low:g} .. {high:g}; write them as floats of 0 .. 1, or as integers of 8 to 16 bits")
+                    fail(f"{file} has pixels of {low:g} .. {high:g}; write them as floats of 0 .. 1, or as "
+                         f"integers of 8 to 16 bits")
                 white[mode] = max(white.get(mode, 0), fitting[0])
     return white
 
@@ -116,7 +127,8 @@ def class_folders(folder):
 
 
 def walk(folder):
-    """Sorted files below a folder, as torchvision orders them.   -> image files, other files, hidden files and folders"""
+    """Sorted files below a folder, as torchvision orders them.   -> image files, other files, hidden files
+    and folders"""
     rows, hidden = [], []
     for root, folders, files in os.walk(folder, followlinks=True):
         hidden += [os.path.join(root, name) for name in folders + files if not visible(name)]
@@ -133,8 +145,8 @@ def same_letters(name):
 
 
 def list_images(folder, classes=None):
-    """Files [N], labels [N] and class names of <folder>/<class>/<image>, numbered by their sorted names or as `classes`, the
-    same names, are; and what was passed over: {"hidden": [path], "other": [path]}."""
+    """Files [N], labels [N] and class names of <folder>/<class>/<image>, numbered by their sorted names or as
+    `classes`, the same names, are; and what was passed over: {"hidden": [path], "other": [path]}."""
     try:
         names = class_folders(folder)
         loose, other, hidden = walk(folder) if not names else ([], [], [])
@@ -144,9 +156,11 @@ def list_images(folder, classes=None):
         found = f"{len(loose)} images without a folder for their class" if loose else f"{len(other)} files, none of them an image"
         fail(f"{folder} is not laid out as <class>/<image>: it holds {found}; make a folder for each class")
     if len(set(map(same_letters, names))) < len(names):
-        twice = next(name for name in names if [same_letters(one) for one in names].count(same_letters(name)) > 1)
+        twice = next(name for name in names if [same_letters(one) for one in names].count(same_letters(name))
+                     > 1)
         fail(f"{folder} has two folders that both read {twice!r}, with accents composed and not; join them")
-    beside = sorted(entry.path for entry in os.scandir(folder) if not entry.is_dir() or not visible(entry.name))
+    beside = sorted(entry.path for entry in os.scandir(folder) if not entry.is_dir()
+                    or not visible(entry.name))
     passed = {"hidden": [path for path in beside if not visible(os.path.basename(path))],
               "other": [path for path in beside if visible(os.path.basename(path))]}
     number = {same_letters(name): label for label, name in enumerate(classes or names)}
@@ -155,22 +169,25 @@ def list_images(folder, classes=None):
         images, other, hidden = walk(os.path.join(folder, name))
         passed["other"], passed["hidden"] = passed["other"] + other, passed["hidden"] + hidden
         if not images:
-            fail(f"{os.path.join(folder, name)} holds no image{f' ({len(other)} other files)' * bool(other)}; "
+            fail(f"{os.path.join(folder, name)} holds no "
+                 f"image{f' ({len(other)} other files)' * bool(other)}; "
                  f"fill or remove it, or use one of: {' '.join(sorted(EXTENSIONS))}")
         rows.append((number[same_letters(name)], images))
     rows.sort(key=lambda row: row[0])
-    return ([file for _, images in rows for file in images], [label for label, images in rows for _ in images],
-            list(classes or names), passed)
+    return ([file for _, images in rows for file in images],
+            [label for label, images in rows for _ in images], list(classes or names), passed)
 
 
 def damaged_end(path, content):
     """Whether a file seems cut short, so that only decoding it tells."""
     kind, end = os.path.splitext(path)[1].lower(), content[-64:]
-    return not (b"\xff\xd9" in end if kind in (".jpg", ".jpeg", ".jfif") else b"IEND" in end if kind == ".png" else False)
+    return not (b"\xff\xd9" in end if kind in (".jpg", ".jpeg", ".jfif") else b"IEND" in end if kind
+                == ".png" else False)
 
 
 def look_at(path, whole):
-    """-> (width, height) of an image, and where it is read whole (to see that it can be decoded) sha256 of the file"""
+    """-> (width, height) of an image, and where it is read whole (to see that it can be decoded) sha256 of
+    the file"""
     content = Path(path).read_bytes() if whole else None
     with opened(path, content) as image:
         if whole and damaged_end(path, content):
@@ -179,7 +196,8 @@ def look_at(path, whole):
 
 
 def stamp(files, root):
-    """Fingerprint of the files' names, sizes and times, which is quick; of the names alone where there are too many."""
+    """Fingerprint of the files' names, sizes and times, which is quick; of the names alone where there are
+    too many."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(os.fsencode(os.path.relpath(file, root)) + b"\0")
@@ -190,13 +208,16 @@ def stamp(files, root):
 
 
 def survey(files, root, workers=2):
-    """What the images of a data set are, from each file up to MANY_FILES files and MANY_BYTES, or from the headers of a sample.
-    A file that cannot be read ends it.   -> [(width, height)], fingerprint of names and contents, or of names and sizes"""
+    """What the images of a data set are, from each file up to MANY_FILES files and MANY_BYTES, or from the
+    headers of a sample. A file that cannot be read ends it.   -> [(width, height)], fingerprint of names and
+    contents, or of names and sizes"""
     whole = len(files) <= MANY_FILES and sum(map(os.path.getsize, files)) <= MANY_BYTES
     with unreadable_fails(), ThreadPoolExecutor(max(1, workers)) as pool:
-        seen = list(pool.map(lambda file: look_at(file, whole), files if len(files) <= MANY_FILES else sampled(files)))
+        seen = list(pool.map(lambda file: look_at(file, whole),
+                             files if len(files) <= MANY_FILES else sampled(files)))
     digest = hashlib.sha256()
     for i, file in enumerate(files):
         digest.update(os.fsencode(os.path.relpath(file, root)) + b"\0")
-        digest.update(seen[i][1] if whole else b"" if len(files) > MANY_FILES else str(os.path.getsize(file)).encode())
+        digest.update(seen[i][1] if whole else b"" if len(files) > MANY_FILES
+                      else str(os.path.getsize(file)).encode())
     return [size for size, _ in seen], digest.hexdigest()

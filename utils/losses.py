@@ -1,4 +1,5 @@
-"""The equations as pure functions: Eq. 1, 3-6, 8, 10, 11, 13-14.   G-VBSM, arXiv:2311.17950.   Needs torch alone."""
+"""The equations as pure functions: Eq. 1, 3-6, 8, 10, 11, 13-14.   G-VBSM, arXiv:2311.17950.   Needs torch
+alone."""
 import torch
 import torch.nn.functional as F
 
@@ -12,8 +13,8 @@ def sds_match(current: torch.Tensor, target: torch.Tensor, ema: torch.Tensor | N
         loss = sum over groups of || current - target - sg(current - ema') ||_2
 
     current [groups, n], target [n], ema like current or None. alpha = 0 is Eq. 1, no smoothing.
-    Returns the scalar loss, whose value is that of ema' and whose gradient reaches `current` with weight 1, not
-    1 - alpha (Eq. 15; 0 where the norm is 0), and ema', detached.
+    Returns the scalar loss, whose value is that of ema' and whose gradient reaches `current` with weight 1,
+    not 1 - alpha (Eq. 15; 0 where the norm is 0), and ema', detached.
     """
     ema = current.detach() if ema is None else alpha * ema + (1 - alpha) * current.detach()
     return torch.linalg.vector_norm(current - target - (current.detach() - ema), dim=-1).sum(), ema
@@ -22,8 +23,8 @@ def sds_match(current: torch.Tensor, target: torch.Tensor, ema: torch.Tensor | N
 def pooled_rows(images: torch.Tensor, scale: str = "sum") -> torch.Tensor:
     """Eq. 4: images [B, C, H, W] -> rows [B, C*32*32] (smaller images keep their size).
 
-    scale "sum" is the paper's Gram matrix, whose eigenvalues are of the order of the row length; "mean" divides it by
-    that length, so that Eq. 5 does not saturate.
+    scale "sum" is the paper's Gram matrix, whose eigenvalues are of the order of the row length; "mean"
+    divides it by that length, so that Eq. 5 does not saturate.
     """
     if max(images.shape[-2:]) > 32:
         images = F.adaptive_avg_pool2d(images, [min(side, 32) for side in images.shape[-2:]])
@@ -33,8 +34,9 @@ def pooled_rows(images: torch.Tensor, scale: str = "sum") -> torch.Tensor:
 
 def data_densification(images: torch.Tensor, labels: torch.Tensor, tau: float = 4.0,
                        scale: str = "sum") -> torch.Tensor:
-    """Eq. 5: sum over classes of KL( sg(softmax(lambda / tau)) || softmax(lambda) ), lambda the eigenvalues of the
-    Gram matrix of the class.   images [B, C, H, W], labels [B] -> scalar; exactly 0 for one image a class.
+    """Eq. 5: sum over classes of KL( sg(softmax(lambda / tau)) || softmax(lambda) ), lambda the eigenvalues
+    of the Gram matrix of the class.   images [B, C, H, W], labels [B] -> scalar; exactly 0 for one image a
+    class.
     """
     rows = pooled_rows(images, scale)
     loss = rows.new_zeros(())
@@ -53,7 +55,7 @@ class ClosedFormDensification(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, tau):
         exact = rows.double() if rows.is_cuda else rows              # a GPU may take float32 factors as TF32
-        gram = (exact @ exact.mT).cpu()                              # of small matrices the host's eigh is the faster one
+        gram = (exact @ exact.mT).cpu()  # of small matrices the host's eigh is the faster one
         eigenvalues, vectors = (part.to(rows) for part in torch.linalg.eigh(gram))
         soft, sharp = (eigenvalues / tau).log_softmax(-1), eigenvalues.log_softmax(-1)
         ctx.save_for_backward(2 * (vectors * (sharp.exp() - soft.exp()).unsqueeze(-2)) @ (vectors.mT @ rows))
@@ -74,16 +76,16 @@ def densification_closed_form(images: torch.Tensor, members: list[torch.Tensor],
 
 
 def class_members(labels: torch.Tensor) -> list[torch.Tensor]:
-    """labels [B] -> the images of each class as index tensors [K, n], one for each class size n > 1 (one image of a
-    class adds nothing to Eq. 5)."""
+    """labels [B] -> the images of each class as index tensors [K, n], one for each class size n > 1 (one
+    image of a class adds nothing to Eq. 5)."""
     classes, counts = labels.unique(return_counts=True)
     return [torch.stack([(labels == label).nonzero().flatten() for label in classes[counts == n]])
             for n in counts.unique().tolist() if n > 1]
 
 
 def ensemble_logits(logits: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """Eq. 8: logits [K, B, C] of K backbones -> [B, C], their mean; normalize (LN) first scales each backbone's
-    logits to the mean Frobenius norm over the backbones."""
+    """Eq. 8: logits [K, B, C] of K backbones -> [B, C], their mean; normalize (LN) first scales each
+    backbone's logits to the mean Frobenius norm over the backbones."""
     if normalize:
         norms = torch.linalg.vector_norm(logits, dim=(1, 2), keepdim=True)
         logits = logits * (norms.mean() / norms)
@@ -99,6 +101,7 @@ def mse_gt_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, labels:
 
 
 def kl_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Eq. 3 and SRe2L's loss: KL( softmax(z / T) || softmax(f / T) ), mean over B, no factor T^2.   -> scalar"""
-    return F.kl_div((student_logits / temperature).log_softmax(-1), (soft_logits / temperature).log_softmax(-1),
-                    reduction="batchmean", log_target=True)
+    """Eq. 3 and SRe2L's loss: KL( softmax(z / T) || softmax(f / T) ), mean over B, no factor T^2.   ->
+    scalar"""
+    return F.kl_div((student_logits / temperature).log_softmax(-1),
+                    (soft_logits / temperature).log_softmax(-1), reduction="batchmean", log_target=True)

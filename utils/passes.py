@@ -9,8 +9,8 @@ FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 81 batches
 
 
 def group_batches(kinds, together):
-    """Numbers of the batches that share a pass: neighbours of one kind. kinds: of each batch; together(kind, count): how many
-    of `count` batches share one.   -> list of lists"""
+    """Numbers of the batches that share a pass: neighbours of one kind. kinds: of each batch; together(kind,
+    count): how many of `count` batches share one.   -> list of lists"""
     groups = []
     for kind, alike in groupby(range(len(kinds)), key=lambda number: kinds[number]):
         alike = list(alike)
@@ -20,8 +20,8 @@ def group_batches(kinds, together):
 
 
 def fitting_groups(gradient, matchers, batch_size, image_size, device):
-    """How many batches fill a GPU and fit into its memory, measured on one of them; 1 on a CPU, which has no use for more.
-    gradient: `recover.matching_gradient`"""
+    """How many batches fill a GPU and fit into its memory, measured on one of them; 1 on a CPU, which has no
+    use for more. gradient: `recover.matching_gradient`"""
     if device.type != "cuda":
         return 1
     pixels, needed = torch.zeros(1, batch_size, 3, image_size, image_size, device=device), 0
@@ -33,17 +33,20 @@ def fitting_groups(gradient, matchers, batch_size, image_size, device):
         gradient(matcher, labels, 1.0, pixels, {}, kept, matcher.start(1))
         needed = max(needed, torch.cuda.max_memory_allocated(device) - before)
     torch.cuda.empty_cache()
-    return max(1, min(int(0.8 * torch.cuda.mem_get_info(device)[0] / needed), FILLING // pixels[0, :, 0].numel()))
+    return max(1, min(int(0.8 * torch.cuda.mem_get_info(device)[0] / needed),
+                      FILLING // pixels[0, :, 0].numel()))
 
 
 def graphed(gradient):
-    """`recover.matching_gradient`, replayed as one CUDA graph for each matcher. For one call of recover_batch: the labels are
-    those of the first iteration. Layers are dropped by the mask `kept` alone."""
+    """`recover.matching_gradient`, replayed as one CUDA graph for each matcher. For one call of
+    recover_batch: the labels are those of the first iteration. Layers are dropped by the mask `kept`
+    alone."""
     pool, graphs = torch.cuda.graph_pool_handle(), {}
 
     def replayed(matcher, labels, ce_weight, pixels, view, kept, state, dropped=()):
         def flat(pixels, kept, ema, seen, *rows):
-            slope, losses, new = gradient(matcher, labels, ce_weight, pixels, dict(zip(view, rows)), kept, (ema, seen))
+            slope, losses, new = gradient(matcher, labels, ce_weight, pixels, dict(zip(view, rows)), kept,
+                                          (ema, seen))
             return slope, *losses, *new
 
         if id(matcher) not in graphs:

@@ -5,11 +5,14 @@ Precedence: preset of the data set < its exception at an IPC < --method < its ex
 SMALL = ["resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05"]
 LARGE = ["resnet18", "mobilenetv2", "efficientnet_b0", "shufflenetv2_05"]
 RESNETS = ["resnet18", "resnet50", "resnet101"]
-# transformers, and the network without any normalisation, train by AdamW at ImageNet's rate where others take SGD
-BY_ADAMW, SLOWLY, DECAYED = ([f"{name}={value}" for name in ("swin_t", "deit_tiny", "squeezenet")] for value in ("adamw", 0.001, 0.01))
+# transformers, and the network without any normalisation, train by AdamW at ImageNet's rate where others take
+# SGD
+BY_ADAMW, SLOWLY, DECAYED = ([f"{name}={value}" for name in ("swin_t", "deit_tiny", "squeezenet")]
+                             for value in ("adamw", 0.001, 0.01))
 
-# Source of a value: P the paper (Tables 7-9, Appendix A, Table 1), R the release where the paper is silent, O ours where
-# both are. Phase "*" is every phase. None leaves the parser's default. The column `shapes` is ours throughout: small, for the first minute.
+# Source of a value: P the paper (Tables 7-9, Appendix A, Table 1), R the release where the paper is silent, O
+# ours where both are. Phase "*" is every phase. None leaves the parser's default. The column `shapes` is ours
+# throughout: small, for the first minute.
 COLUMNS = ("cifar10", "cifar100", "tiny", "imagenet", "shapes")
 PAPER = {
     # phase, flag                   cifar10        cifar100       tiny           imagenet       shapes         source
@@ -56,7 +59,8 @@ PAPER = {
     ("relabel", "mix"):             ("cutmix",      "cutmix",      "cutmix",      "cutmix",      "cutmix",      "P"),
     ("relabel", "logit_norm"):      (True,          True,          True,          True,          True,          "P, Table 6"),
     ("train_eval", "students"):     (["convnet_w128", "resnet18"], ["convnet_w128", "resnet18"], RESNETS,
-                                     RESNETS + ["mobilenetv2", "swin_t", "deit_tiny"], ["convnet_w64"],         "P"),
+                                     RESNETS + ["mobilenetv2", "swin_t", "deit_tiny"], ["convnet_w64"],
+                                     "P"),
     ("train_eval", "optimizer"):    (["adamw"],     ["sgd", *BY_ADAMW], ["sgd", *BY_ADAMW], ["adamw"], ["adamw"], "P; BY_ADAMW O"),
     ("train_eval", "lr"):           (["0.001"],     ["0.1", *SLOWLY], ["0.1", "resnet18=0.2", *SLOWLY], ["0.001"], ["0.001"], "P; SLOWLY O"),
     ("train_eval", "momentum"):     (0.9,           0.9,           0.9,           0.9,           0.9,           "P"),
@@ -84,10 +88,10 @@ RELEASE = {     # where the release differs from the above; the same columns
     ("train_eval", "whole_up_to"):  (0,             0,             0,             0,             None,          "R"),
     ("train_eval", "lr"):           (["0.001"],     ["0.1", *SLOWLY], ["0.1", *SLOWLY], ["0.001"], None,        "R; SLOWLY O"),
 }
-# Chosen by --holdout on CIFAR-10 at IPC 10, with two backbones, unit gradients with four and on two sets of images (README,
-# "Best"). Behind each: points that ConvNet-W128 gained there over the line before. What was not measured is as in PAPER;
-# CIFAR-100 and shapes have the same unchanged, unsearched, but for the teachers: those of shapes anneal anyway, and what it
-# is worth after the fifty epochs of CIFAR-100 is not known.
+# Chosen by --holdout on CIFAR-10 at IPC 10, with two backbones, unit gradients with four and on two sets of
+# images (README, "Best"). Behind each: points that ConvNet-W128 gained there over the line before. What was
+# not measured is as in PAPER; CIFAR-100 and shapes have the same unchanged, unsearched, but for the teachers:
+# those of shapes anneal anyway, and what it is worth after the fifty epochs of CIFAR-100 is not known.
 BEST = {
     ("*", "teachers"):              ("annealed",    None,          None,          None,          None,          "of the next line"),
     ("squeeze", "schedule"):        ("cosine",      None,          None,          None,          None,          "+4.3, measured last"),
@@ -106,9 +110,10 @@ BEST = {
     ("train_eval", "lr"):           (None,          ["0.001"],     None,          None,          None,          "with which the above"),
     ("train_eval", "weight_decay"): (None,          ["0.0"],       None,          None,          None,          "were measured"),
 }
-# A folder of one's own of up to 64 pixels, all of it ours: a column of the table above, chosen by size and number of classes
-# (utils/data.py), with these in its place. Eq. 11 is a mean over B * C numbers, so its gradient grows as classes get fewer:
-# SGD at CIFAR-100's 0.1 diverges with three classes and stays at chance with five. AdamW does not ask how large a gradient is.
+# A folder of one's own of up to 64 pixels, all of it ours: a column of the table above, chosen by size and
+# number of classes (utils/data.py), with these in its place. Eq. 11 is a mean over B * C numbers, so its
+# gradient grows as classes get fewer: SGD at CIFAR-100's 0.1 diverges with three classes and stays at chance
+# with five. AdamW does not ask how large a gradient is.
 FOLDER = {
     ("*", "backbones"):             ["convnet_w64", "wrn16_2"],
     ("squeeze", "lr"):              0.05,
@@ -129,18 +134,19 @@ FOLDER = {
 FOLDER_STEPS = 200      # of squeeze on a folder, within 5 and 100 epochs
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER, BEST]}
 AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           # P, Appendix A
-          # by --holdout at IPC 50, with two backbones: +4.6 after 200 epochs of the student, of which class statistics
-          # under ten epochs +0.3; over ten epochs +0.3 after 200, +1.4 after 1000
+          # by --holdout at IPC 50, with two backbones: +4.6 after 200 epochs of the student, of which class
+          # statistics under ten epochs +0.3; over ten epochs +0.3 after 200, +1.4 after 1000
           ("best", "cifar10", 50): {"*": {"teachers": "annealed20"}, "squeeze": {"epochs": 20},
-                                    "collect_stats": {"class_statistics": True}, "recover": {"class_statistics": True}},
+                                    "collect_stats": {"class_statistics": True},
+                                    "recover": {"class_statistics": True}},
           ("bilp", "cifar10", 1): {"*": {"teachers": "bilp-0.1"}, "squeeze": {"prune_ratio": 0.1},
                                    "recover": {"adaptive_period": 10}},         # BiLP, Table 12
           ("bilp", "cifar10", 50): {"*": {"teachers": "bilp-0.1"}, "squeeze": {"prune_ratio": 0.1}},
           ("bilp", "cifar100", 1): {"*": {"teachers": "bilp-0.6"}, "squeeze": {"prune_ratio": 0.6}}}
 
-# What each method changes in the preset's table; the README's section on the family tells what its sources leave open. None
-# keeps the preset's setting; where a source has no CIFAR-10 (or CIFAR) setting, that of the nearest data set stands; the
-# column `shapes` is ours.
+# What each method changes in the preset's table; the README's section on the family tells what its sources
+# leave open. None keeps the preset's setting; where a source has no CIFAR-10 (or CIFAR) setting, that of the
+# nearest data set stands; the column `shapes` is ours.
 R18 = (["resnet18"],) * 4 + (["wrn16_2"],)
 SRE2L = {       # arXiv:2306.13092 and its release
     # phase, flag                   cifar10        cifar100       tiny           imagenet       shapes
@@ -252,14 +258,16 @@ BILP = DM | {  # arXiv:2305.18381, supplement, Table 12, at IPC 10 (see AT_IPC);
 METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY, "dm": DM, "bilp": BILP,
            "random": {}, "herding": {}, "kcenter": {}, "forgetting": {}}
 SELECTIONS = "random", "herding", "kcenter", "forgetting"                       # write real images
-UNMATCHED = (*SELECTIONS, "dm", "bilp")                                         # take no statistics of the backbones
+UNMATCHED = (*SELECTIONS, "dm", "bilp")  # take no statistics of the backbones
 
 
 def preset_values(preset, column, phase, ipc=None, method="gvbsm", own=None):
-    """{flag: value} that a preset sets in a phase for a column of the table.   own: number of training images of a folder of
-    one's own of up to 64 pixels, which takes FOLDER's values before those of `best` and of the method"""
+    """{flag: value} that a preset sets in a phase for a column of the table.   own: number of training images
+    of a folder of one's own of up to 64 pixels, which takes FOLDER's values before those of `best` and of the
+    method"""
     def exception(key):
-        return {flag: value for place in ("*", phase) for flag, value in AT_IPC.get((key, column, ipc), {}).get(place, {}).items()}
+        return {flag: value for place in ("*", phase) for flag,
+                value in AT_IPC.get((key, column, ipc), {}).get(place, {}).items()}
 
     method_values = of_phase([METHODS[method]], column, phase)
     if own:                                                          # AT_IPC is of named data sets
@@ -276,4 +284,5 @@ def preset_values(preset, column, phase, ipc=None, method="gvbsm", own=None):
 def of_phase(tables, column, phase):
     """{flag: value} of the rows of a phase, behind those of every phase."""
     return {flag: row[COLUMNS.index(column)] for places in ("*", phase) for table in tables
-            for (place, flag), row in table.items() if place == places and row[COLUMNS.index(column)] is not None}
+            for (place, flag), row in table.items() if place == places
+            and row[COLUMNS.index(column)] is not None}

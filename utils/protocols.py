@@ -17,9 +17,11 @@ def trainings(args, whole, label):
     `incremental_step`   -> {piece of work: (student seed, function() -> train_data of this piece)}"""
     if args.protocol != "continual":
         return {f"seed{seed}": (seed, lambda: whole) for seed in args.student_seeds}
-    count, chances = len(whole["data"]["classes"]), (generator("class order", args.seed, i) for i in range(args.orders))
+    count, chances = len(whole["data"]["classes"]), (generator("class order", args.seed, i)
+                                                     for i in range(args.orders))
     try:
-        orders = [[partial(incremental_step, seen, label, **whole) for seen in classes_so_far(count, args.steps, chance)]
+        orders = [[partial(incremental_step, seen, label, **whole)
+                   for seen in classes_so_far(count, args.steps, chance)]
                   for chance in chances]
         for first, *_ in orders:                            # where one has labels, all later ones do
             first()
@@ -39,7 +41,8 @@ def summary(args, runs):
         more["curve_images"] = [[step["images"] for step in run] for run in runs]
         runs = [run[-1] for run in runs]
     if args.protocol == "prune":
-        more["stages"] = {stage: {key: [run["stages"][stage][key] for run in runs] for key in ("top1", "parameters")}
+        more["stages"] = {stage: {key: [run["stages"][stage][key] for run in runs]
+                                  for key in ("top1", "parameters")}
                           for stage in runs[0]["stages"]}
     return [run["top1"] for run in runs], more
 
@@ -67,14 +70,17 @@ class SeenLabels:
 
     def __init__(self, stored, epochs, rows, seen):
         partner, rows = stored.drawn["partner"][:epochs], rows.numpy().copy()
-        while not (fits := rows[partner[:, rows]]).any(0).all():     # whom one left out was the only partner of, too
+        # whom one left out was the only partner of, too
+        while not (fits := rows[partner[:, rows]]).any(0).all():
             rows[rows.nonzero()] = fits.any(0)
         if not rows.any():
-            raise ValueError("no stored sample of the first classes is free of classes to come; use fewer steps, --labels "
+            raise ValueError("no stored sample of the first classes is free of classes to come; use fewer "
+                             "steps, --labels "
                              "online, or relabel.py with more --epochs or --mix none")
         self.stored, self.mix, self.seen = stored, stored.mix, seen
         self.rows, self.place = torch.from_numpy(rows.nonzero()[0]), torch.from_numpy(rows.cumsum() - 1)
-        self.count, self.fitting = fits.sum(0), np.argsort(~fits, axis=0, kind="stable")         # [n]; [epochs, n], those first
+        # [n]; [epochs, n], those first
+        self.count, self.fitting = fits.sum(0), np.argsort(~fits, axis=0, kind="stable")
 
     def stored_epoch(self, epoch):
         """Whose draws each image takes.   -> [n]"""
@@ -102,13 +108,15 @@ def incremental_step(seen, label, images, classes, labels, test, data):
     def batches(size):
         return ((pixels, number[y.cpu()]) for pixels, y in test.batches(tested.split(size)))
     return {"images": images[rows], "classes": number.to(images.device)[classes[rows]], "labels": labels,
-            "test": SimpleNamespace(batches=batches), "data": data | {"classes": [data["classes"][i] for i in seen.tolist()]}}
+            "test": SimpleNamespace(batches=batches),
+            "data": data | {"classes": [data["classes"][i] for i in seen.tolist()]}}
 
 
 def curve(top1):
     """Means and deviations over runs of accuracies top1 [runs, steps]."""
     return {"curve": [statistics.fmean(step) for step in zip(*top1)],
-            "curve_std": [statistics.stdev(step) if len(top1) > 1 else 0.0 for step in zip(*top1)], "curves": top1}
+            "curve_std": [statistics.stdev(step) if len(top1) > 1 else 0.0 for step in zip(*top1)],
+            "curves": top1}
 
 
 def prune(model, train, test, sparsity, l1, sparse=None, keep=lambda weights: None):

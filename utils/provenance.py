@@ -50,7 +50,8 @@ def check_data(then, args, path):
     """Stop where what lies at `path` was made of other data.   then: a hash, or None"""
     now = getattr(args, "data_set", {}).get("fingerprint")
     if then and now and then != now:
-        fail(f"the images of --dataset {args.dataset} have changed since {path} was made; run all phases from "
+        fail(f"the images of --dataset {args.dataset} have changed since {path} was made; run all phases "
+             f"from "
              "squeeze.py on with --overwrite, or name another --run-dir")
 
 
@@ -86,7 +87,8 @@ def flag_name(key):
 
 
 def check_inputs(stored, now, path, remedy=AGAIN):
-    """Stop when the result at `path` was made from other files.   stored, now: {kind: hash or {name: hash}}"""
+    """Stop when the result at `path` was made from other files.   stored, now: {kind: hash or {name:
+    hash}}"""
     for kind, found in now.items():
         if kind == "data" and kind not in stored:                    # older than fingerprints of data sets
             continue
@@ -94,7 +96,8 @@ def check_inputs(stored, now, path, remedy=AGAIN):
         before, found = (value if isinstance(value, dict) else {"": value} for value in (before, found))
         changed = [name for name in before | found if before.get(name) != found.get(name)]
         if changed and kind == "data":
-            fail(f"the images of the data set have changed since {path} was made; run all phases from squeeze.py "
+            fail(f"the images of the data set have changed since {path} was made; run all phases from "
+                 f"squeeze.py "
                  "on with --overwrite, or name another --run-dir")
         if changed:
             names = f" ({' '.join(sorted(changed))})" if all(changed) else ""

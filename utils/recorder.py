@@ -1,4 +1,5 @@
-"""What one sees of images while recover.py makes them: log.jsonl, grid.png, the progress line, and their files."""
+"""What one sees of images while recover.py makes them: log.jsonl, grid.png, the progress line, and their
+files."""
 import json
 from contextlib import suppress
 
@@ -57,7 +58,8 @@ class Recorder:
         return state
 
     def step(self, t, losses, images, state):
-        """Iteration t: losses {name: scalar tensor, sum over the batches}; images [G, B, 3, S, S]; state(): to resume from."""
+        """Iteration t: losses {name: scalar tensor, sum over the batches}; images [G, B, 3, S, S]; state():
+        to resume from."""
         finite = [name for name in losses if name not in ("gradient", "kept")]
         self.nonfinite = self.nonfinite or NonFinite([*finite, "pixel"], images.device)
         self.nonfinite.update(t, *(losses[name] for name in finite), images.detach().sum())
@@ -71,14 +73,15 @@ class Recorder:
             self.show(to_uint8(images.flatten(0, 1), self.data["mean"], self.data["std"]))
         first = next(iter(losses))
         self.run.step(lambda: f"batch {'-'.join(map(str, dict.fromkeys((self.batches[0], self.batches[-1]))))}  "
-                      f"{first} {losses[first].item() / len(self.batches):.3f}", lambda: self.checked(state), self.piece,
-                      len(self.batches))
+                      f"{first} {losses[first].item() / len(self.batches):.3f}", lambda: self.checked(state),
+                      self.piece, len(self.batches))
 
     def check(self):
         if found := self.nonfinite.first():
             t, term = found
             backbone = f" backbone {self.backbones[t]}," if self.backbones else ""
-            fail(f"{term} is not finite in iteration {t},{backbone} batches {self.batches}; use a smaller --lr")
+            fail(f"{term} is not finite in iteration {t},{backbone} batches {self.batches}; use a smaller "
+                 f"--lr")
 
     def checked(self, state):
         self.check()
@@ -123,7 +126,8 @@ def save_png(path, image):
 
 
 class Grid:
-    """grid.png: a row for each of up to 20 classes with up to 10 of its images; grey where there is none yet."""
+    """grid.png: a row for each of up to 20 classes with up to 10 of its images; grey where there is none
+    yet."""
 
     def __init__(self, path, num_classes, ipc, size):
         self.path, self.columns = path, min(ipc, 10)
@@ -149,8 +153,9 @@ class Grid:
 
 
 class Log:
-    """log.jsonl in the folder of a run: `first`, and a line for each entry, which has "batches" and "iteration"; none twice,
-    whatever an earlier process wrote. Each process writes into a file of its own until they are merged."""
+    """log.jsonl in the folder of a run: `first`, and a line for each entry, which has "batches" and
+    "iteration"; none twice, whatever an earlier process wrote. Each process writes into a file of its own
+    until they are merged."""
 
     def __init__(self, run, first):
         self.run, self.first, self.path = run, first, run / f"log{f'-{rank()}' if rank() else ''}.jsonl"
@@ -171,7 +176,7 @@ class Log:
         found = {}
         for path in self.run.glob(files):
             for line in path.read_text(errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError, IndexError):              # `first`, or what was cut short
+                with suppress(ValueError, KeyError, TypeError, IndexError):  # `first`, or what was cut short
                     entry = json.loads(line)
                     found[entry["batches"][0], entry["iteration"]] = line
         return found

@@ -2,10 +2,11 @@
 
     python -m utils.report runs/cifar10
 
-A row for each IPC, student, kind of labels and run. Top-1 of the last epoch in %, mean over student seeds and standard
-deviation; margin = run minus random real. A run is compared with random images that had the same labels and training (the
-same teachers and settings, whatever its tag), of its tag where there are several. "published" is what papers print for the
-method, under their own recipes. Notes below the table say why a comparison is missing and which flags a run changes.
+A row for each IPC, student, kind of labels and run. Top-1 of the last epoch in %, mean over student seeds and
+standard deviation; margin = run minus random real. A run is compared with random images that had the same
+labels and training (the same teachers and settings, whatever its tag), of its tag where there are several.
+"published" is what papers print for the method, under their own recipes. Notes below the table say why a
+comparison is missing and which flags a run changes.
 """
 import shlex
 from functools import cache
@@ -20,7 +21,8 @@ from utils.provenance import NEUTRAL
 
 R18, R50, R101, CONVNET = "resnet18", "resnet50", "resnet101", "convnet_w128"
 PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
-    # arXiv:2311.17950, Tables 4 and 5; of SRe2L on CIFAR as run there, of the selections and DM as cited there
+    # arXiv:2311.17950, Tables 4 and 5; of SRe2L on CIFAR as run there, of the selections and DM as cited
+    # there
     ("gvbsm", "cifar10", CONVNET, "stored"): {10: "46.5 ± 0.7", 50: "54.3 ± 0.3"},
     ("gvbsm", "cifar10", R18, "stored"): {10: "53.5 ± 0.6", 50: "59.2 ± 0.4"},
     ("gvbsm", "cifar100", CONVNET, "stored"): {1: "16.4 ± 0.7", 10: "38.7 ± 0.2", 50: "45.7 ± 0.4"},
@@ -64,7 +66,7 @@ PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
     ("scdd", "imagenet", R18, "stored"): {10: "32.1", 50: "53.1", 100: "57.9", 200: "63.5"},
     ("scdd", "imagenet", R50, "stored"): {10: "38.9", 50: "60.9", 100: "65.8", 200: "67.8"},
     ("scdd", "imagenet", R101, "stored"): {10: "39.6", 50: "61.0", 100: "65.6", 200: "68.2"},
-    ("scdd", "imagenet", "regnet_x_8gf", "stored"): {50: "61.94"},          # Table 8, of MoCo v3, with SRe2L's
+    ("scdd", "imagenet", "regnet_x_8gf", "stored"): {50: "61.94"},  # Table 8, of MoCo v3, with SRe2L's
     ("scdd", "imagenet", "squeezenet", "stored"): {50: "22.25"},
     ("scdd", "imagenet", "shufflenetv2_05", "stored"): {50: "27.48"},
     ("sre2l", "imagenet", "regnet_x_8gf", "stored"): {50: "59.89"},
@@ -73,23 +75,26 @@ PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
     # arXiv:2410.07579; the 55.2 that others cite for Tiny-ImageNet at IPC 50 contradicts its abstract
     ("teddy", "imagenet", R18, "stored"): {10: "34.1 ± 0.1", 50: "52.5 ± 0.1", 100: "56.5 ± 0.0"},
 }
-BASES = "ablation", "family", "search"            # tags of runs with which others, tagged <base>-<word>, are compared
+BASES = "ablation", "family", "search"  # tags of runs with which others, tagged <base>-<word>, are compared
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 IDENTITY = "ipc", "student", "labels", "method", "tag"
 HEADER = "ipc", "student", "labels", "run", "top-1", "random real", "margin", "published"
 LABELS = {"stored": "soft", "online": "soft, online", "hard": "hard"}
-RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to", "optimizer", "lr", "momentum", "weight_decay",
-          "schedule", "lr_stretch", "ema_decay", "label_epochs", "crop_floor")
+RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to", "optimizer", "lr",
+          "momentum", "weight_decay", "schedule", "lr_stretch", "ema_decay", "label_epochs", "crop_floor")
 SOFT = ("loss", "gamma", "temperature", "logit_norm", "seed")                  # of soft labels alone
 
 
 def read_results(folder, runs="*"):
-    """{(ipc, student, labels, method, tag): result} of all evaluations below runs/<dataset>, of the runs of this pattern."""
+    """{(ipc, student, labels, method, tag): result} of all evaluations below runs/<dataset>, of the runs of
+    this pattern."""
     results = {}
     for path in sorted(folder.glob(f"{runs}/eval/*.json")):
         remedy = "remove it and run train_eval.py again"
-        result = load_json(path, remedy, (*IDENTITY, "top1", "top1_std", "seeds", "args", "upstream", "made_from"))
-        if result["method"] not in METHODS or result["labels"] not in LABELS or not isinstance(result["ipc"], int):
+        result = load_json(path, remedy, (*IDENTITY, "top1", "top1_std", "seeds", "args", "upstream",
+                                          "made_from"))
+        if result["method"] not in METHODS or result["labels"] not in LABELS or not isinstance(result["ipc"],
+                                                                                               int):
             fail(f"{path} is no result of train_eval.py; {remedy}")
         if result["args"].get("protocol", "standard") == "standard":
             results[tuple(result[key] for key in IDENTITY)] = result
@@ -102,7 +107,8 @@ def parser_of(phase):
 
 
 def setting(phase, args, flag):
-    """What a phase ran with. A result older than a flag ran with the parser's default, whatever a preset says now."""
+    """What a phase ran with. A result older than a flag ran with the parser's default, whatever a preset says
+    now."""
     return args.get(flag, parser_of(phase).get_default(flag))
 
 
@@ -128,8 +134,8 @@ def random_beside(result, results):
 
 
 def beside(result, folder):
-    """What an accuracy compares with: chance, and random real images under the same recipe where they were run.
-    folder: runs/<dataset>"""
+    """What an accuracy compares with: chance, and random real images under the same recipe where they were
+    run. folder: runs/<dataset>"""
     chance = f"chance {100 / len(result['classes']):.1f} %"
     if result["method"] == "random" or result["args"].get("protocol", "standard") != "standard":
         return chance
@@ -138,12 +144,14 @@ def beside(result, folder):
 
 
 def why_alone(result, results):
-    """How the recipe of the nearest random images differs, such as `epochs 200, not 60`; "" where there are none."""
+    """How the recipe of the nearest random images differs, such as `epochs 200, not 60`; "" where there are
+    none."""
     mine = recipe(result)
 
     def differences(other):
         theirs = recipe(other)
-        return list(dict.fromkeys("other teachers" if flag == "teachers" else f"{flag} {theirs[phase, flag]}, not {mine[phase, flag]}"
+        return list(dict.fromkeys("other teachers" if flag == "teachers"
+                                  else f"{flag} {theirs[phase, flag]}, not {mine[phase, flag]}"
                                   for phase, flag in mine if theirs[phase, flag] != mine[phase, flag]))
     return "; ".join(min(map(differences, random_results(result, results)), key=len, default=[]))
 
@@ -151,11 +159,12 @@ def why_alone(result, results):
 def rows(dataset, results):
     """The table's rows and the notes below it.   -> [cells], [text]
 
-    A row for each run and kind of labels. Random images are the comparison, and stand in a row of G-VBSM where there is
-    none to compare. A cell that ends in [1] has note 1."""
+    A row for each run and kind of labels. Random images are the comparison, and stand in a row of G-VBSM
+    where there is none to compare. A cell that ends in [1] has note 1."""
     runs, methods, lines, notes = shown_runs(results), list(METHODS), [], []
     for ipc, student in sorted({run[:2] for run in runs}):
-        mine = sorted((run for run in runs if run[:2] == (ipc, student)), key=lambda run: (methods.index(run[2]), run[3] or ""))
+        mine = sorted((run for run in runs if run[:2] == (ipc, student)),
+                      key=lambda run: (methods.index(run[2]), run[3] or ""))
         for labels in LABELS:
             if labels == "online" and not any(key[:3] == (ipc, student, labels) for key in results):
                 continue
@@ -163,14 +172,16 @@ def rows(dataset, results):
                 ours = results.get((ipc, student, labels, method, tag))
                 if not ours and labels != "stored" and is_variant(dataset, tag):
                     continue
-                real = random_beside(ours, results) if ours else results.get((ipc, student, labels, "random", tag)) or results.get(
+                real = random_beside(ours, results) if ours else results.get((ipc, student, labels, "random",
+                                                                              tag)) or results.get(
                     (ipc, student, labels, "random", None))
                 mark = ""
                 if ours and not real and (why := why_alone(ours, results)):
                     note = f"random real has another recipe ({why})"
                     notes += [note] * (note not in notes)
                     mark = f" [{notes.index(note) + 1}]"
-                lines.append([str(ipc), student, LABELS[labels], run_name(method, tag), accuracy(ours), accuracy(real) + mark,
+                lines.append([str(ipc), student, LABELS[labels], run_name(method, tag), accuracy(ours),
+                              accuracy(real) + mark,
                               f"{ours['top1'] - real['top1']:+.1f}" if ours and real else "",
                               PUBLISHED.get((method, dataset, student, labels), {}).get(ipc, "")])
     return lines, [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + varied(results)
@@ -189,8 +200,8 @@ def varied(results):
 
 
 def changes(base, result):
-    """The flags in which a run differs from its base, behind the phase they are for if it is one alone; of another method
-    without those of recover.py and its statistics, which come with it.   -> [text]"""
+    """The flags in which a run differs from its base, behind the phase they are for if it is one alone; of
+    another method without those of recover.py and its statistics, which come with it.   -> [text]"""
     found, implied = {}, PHASES[1:3] if result["method"] != base["method"] else ()
     same_images = result["made_from"]["images"] == base["made_from"]["images"]
     for phase, args in chain(result):
@@ -198,7 +209,8 @@ def changes(base, result):
             continue
         before = [earlier for other, earlier in chain(base) if other == phase]
         options = [differing(phase, args, earlier) for earlier in before]
-        of_recover = ("--ipc", "--backbones", "--save-epochs", "--class-statistics") if phase in PHASES[:2] else ()
+        of_recover = ("--ipc", "--backbones", "--save-epochs",
+                      "--class-statistics") if phase in PHASES[:2] else ()
         hidden = "--tag", "--student-seeds", *of_recover, *["--images"] * same_images
         for words in min(options, key=len, default=[]):
             if words[0] not in hidden:
@@ -207,7 +219,8 @@ def changes(base, result):
 
 
 def chain(result):
-    """What led to a RESULT of train_eval.py.   -> [(phase, arguments)]; backbones that were made alike share an entry"""
+    """What led to a RESULT of train_eval.py.   -> [(phase, arguments)]; backbones that were made alike share
+    an entry"""
     steps = []
     for phase in PHASES[:2]:
         made = [(name.partition("@")[0] if phase == "squeeze" else name, args)
@@ -230,16 +243,18 @@ def differing(phase, args, others):
         value, other = (setting(phase, known, action.dest) for known in (args, others))
         if action.dest not in NEUTRAL and value != other and value is not None:
             flag = action.option_strings[value is False]             # --flag, --no-flag
-            words.append([flag] if isinstance(value, bool) else [flag, *map(str, value if isinstance(value, list) else [value])])
+            words.append([flag] if isinstance(value, bool)
+                         else [flag, *map(str, value if isinstance(value, list) else [value])])
     return words
 
 
 def shown_runs(results):
-    """(ipc, student, method, tag) of all runs but those of random images, which stand beside G-VBSM's where there is none to
-    compare."""
+    """(ipc, student, method, tag) of all runs but those of random images, which stand beside G-VBSM's where
+    there is none to compare."""
     runs = {(ipc, student, method, tag) for ipc, student, _, method, tag in results if method != "random"}
     compared = {run[:2] for run in runs}
-    return runs | {(ipc, student, "gvbsm", tag) for ipc, student, _, _, tag in results if (ipc, student) not in compared}
+    return runs | {(ipc, student, "gvbsm", tag) for ipc, student, _, _,
+                   tag in results if (ipc, student) not in compared}
 
 
 def run_name(method, tag):
@@ -262,7 +277,8 @@ def table(header, lines):
     """A Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(header, *lines)]
     lines = [header, ["-" * width for width in widths], *lines]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+                     for line in lines)
 
 
 def main(argv=None):

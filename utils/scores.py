@@ -1,8 +1,8 @@
 """BiLP's preemptive pruning (arXiv:2305.18381, supplement Sec. 6.4): the training images of largest loss are
 left out.
 
-    scores = score_images(split, mean_std, trials=50, epochs=100, lr=3e-3, batch_size=512, seed=0, checkpoint=checkpoint)
-    rows = drop_largest(scores, labels, 0.3)                           # utils/selection.py
+    scores = score_images(split, mean_std, trials=50, epochs=100, lr=3e-3, batch_size=512, seed=0,
+    checkpoint=checkpoint) rows = drop_largest(scores, labels, 0.3)                           # utils/selection.py
 """
 from functools import partial
 
@@ -28,7 +28,8 @@ def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, check
     mean_std [2, 3] on the device; checkpoint: holds the unfinished work (utils/checkpoint.py)
     """
     device, mine, piece = mean_std.device, shard(list(range(trials))), f"{rank()} of {world_size()}"
-    resume, record = checkpoint.load(piece), Record(device, trial=0, scores=torch.zeros(len(split), device=device))
+    resume, record = checkpoint.load(piece), Record(device, trial=0,
+                                                    scores=torch.zeros(len(split), device=device))
     first = len(mine) if resume and "scores" in resume else resume["trained"][-1]["trial"] if resume else 0
     for i in range(first, len(mine)):
         torch.manual_seed(generator("score", seed, mine[i]).initial_seed())
@@ -39,7 +40,8 @@ def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, check
                      shuffled(torch.arange(len(split)), batch_size, "score", seed, mine[i]),
                      add_losses(model, optimizer, record, split, mean_std, last_epoch_weights(epochs)),
                      epochs=epochs, name=f"squeeze scores, training {i + 1} of {len(mine)}",
-                     resume=resume if i == first else None, save=partial(checkpoint.save_if_due, piece=piece), remedy="use a smaller --score-lr"):
+                     resume=resume if i == first else None, save=partial(checkpoint.save_if_due, piece=piece),
+                     remedy="use a smaller --score-lr"):
             pass
     if first < len(mine) or not resume:
         checkpoint.save({"scores": record["scores"]}, piece)
@@ -50,8 +52,9 @@ def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, check
 
 
 def score_network(num_classes, image_size):
-    """A ConvNet of 128 channels and three blocks whose last map is averaged to 128 numbers (BiLP, supplement Sec. 6.2)."""
-    *blocks, _, _ = build_model("convnet_w128", num_classes, image_size)                   # without flatten and linear layer
+    """A ConvNet of 128 channels and three blocks whose last map is averaged to 128 numbers (BiLP, supplement
+    Sec. 6.2)."""
+    *blocks, _, _ = build_model("convnet_w128", num_classes, image_size)  # without flatten and linear layer
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes))
 
 

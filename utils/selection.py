@@ -1,7 +1,7 @@
 """Which images of the original data to keep: coresets, forgetting, loss scores, crops.
 
-`select` and `real_starts` are what recover.py calls. Of the others, everything but `count_forgetting`, `drop_largest` and
-`rank_correlation` looks at the images of one class.
+`select` and `real_starts` are what recover.py calls. Of the others, everything but `count_forgetting`,
+`drop_largest` and `rank_correlation` looks at the images of one class.
 """
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,11 @@ def _require(count, images):
 
 
 def herding(features, count):
-    """Herding (Welling, ICML 2009): greedily the image that brings the mean of the chosen closest to the mean of all,
-    argmin || mu - (sum of the chosen + f) / (k + 1) ||_2; of equals the first.
+    """Herding (Welling, ICML 2009): greedily the image that brings the mean of the chosen closest to the mean
+    of all, argmin || mu - (sum of the chosen + f) / (k + 1) ||_2; of equals the first.
 
-    features [n, d] -> distinct indices [count], in the order of choice. ValueError unless 0 < count <= n, as below.
+    features [n, d] -> distinct indices [count], in the order of choice. ValueError unless 0 < count <= n, as
+    below.
     """
     _require(count, len(features))
     mean, total, chosen = features.mean(0), torch.zeros_like(features[0]), []
@@ -34,8 +35,9 @@ def herding(features, count):
 
 
 def k_center(features, count):
-    """Greedy k-center (Sener & Savarese, ICLR 2018): first the image nearest to the mean, then always the one farthest
-    from its nearest chosen; of equals the first.   features [n, d] -> distinct indices [count], in the order of choice"""
+    """Greedy k-center (Sener & Savarese, ICLR 2018): first the image nearest to the mean, then always the one
+    farthest from its nearest chosen; of equals the first.   features [n, d] -> distinct indices [count], in
+    the order of choice"""
     _require(count, len(features))
     chosen = [int(torch.linalg.vector_norm(features - features.mean(0), dim=1).argmin())]
     distance = torch.full_like(features[:, 0], torch.inf)
@@ -49,23 +51,24 @@ def k_center(features, count):
 def count_forgetting(events, learned, before, right):
     """One epoch of forgetting events (Toneva et al., ICLR 2019): an image right the last time and wrong now.
 
-    events [N] integers, learned [N] whether the image was ever right; before, right [N]: right the last time, now. All
-    start from 0 and False.   -> new events, new learned
+    events [N] integers, learned [N] whether the image was ever right; before, right [N]: right the last time,
+    now. All start from 0 and False.   -> new events, new learned
     """
     return events + (before & ~right), learned | right
 
 
 def most_forgotten(events, learned, count):
-    """The most events first, an image that was never learned before all others, as if forgotten infinitely often; of
-    equals the first.   events, learned [n], see `count_forgetting` -> indices [count]"""
+    """The most events first, an image that was never learned before all others, as if forgotten infinitely
+    often; of equals the first.   events, learned [n], see `count_forgetting` -> indices [count]"""
     _require(count, len(events))
     return torch.where(learned, events, events.max() + 1).argsort(descending=True, stable=True)[:count]
 
 
 def last_epoch_weights(epochs, sigma=3.0):
-    """BiLP (arXiv:2305.18381), Suppl. 6.4: weights [epochs], float64, such that (weights * losses).sum() is the last value
-    of the loss curve smoothed by a Gaussian of `sigma` epochs. The filter ends at 4 sigma and the curve goes on mirrored
-    (d c b a | a b c d | d c b a), scipy's defaults. With sigma 3 the last 8 epochs have 99 % of the weight."""
+    """BiLP (arXiv:2305.18381), Suppl. 6.4: weights [epochs], float64, such that (weights * losses).sum() is
+    the last value of the loss curve smoothed by a Gaussian of `sigma` epochs. The filter ends at 4 sigma and
+    the curve goes on mirrored (d c b a | a b c d | d c b a), scipy's defaults. With sigma 3 the last 8 epochs
+    have 99 % of the weight."""
     radius = int(4 * sigma + 0.5)
     offset = torch.arange(-radius, radius + 1)
     kernel = (-0.5 * (offset.double() / sigma).square()).softmax(0)
@@ -74,8 +77,8 @@ def last_epoch_weights(epochs, sigma=3.0):
 
 
 def drop_largest(scores, labels, ratio):
-    """BiLP's preemptive pruning: of every class of n images the int(ratio * n) of largest score are dropped; of equals the
-    lower index first.   scores, labels [N] -> sorted indices of the kept"""
+    """BiLP's preemptive pruning: of every class of n images the int(ratio * n) of largest score are dropped;
+    of equals the lower index first.   scores, labels [N] -> sorted indices of the kept"""
     kept = []
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
@@ -91,21 +94,23 @@ def _ranks(x):
 
 
 def rank_correlation(a, b):
-    """Spearman's: the correlation of the ranks of a and b, both [n], as a float; nan where one of them is constant."""
+    """Spearman's: the correlation of the ranks of a and b, both [n], as a float; nan where one of them is
+    constant."""
     return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1].item()
 
 
 def mosaic(images, factor):
-    """RDED (arXiv:2312.03526): factor² images, each as small as 1/factor, are the tiles of one; tile k, row by row, of image n
-    is images[k N + n].   images [factor² N, 3, S, S], S a multiple of factor -> [N, 3, S, S]"""
+    """RDED (arXiv:2312.03526): factor² images, each as small as 1/factor, are the tiles of one; tile k, row
+    by row, of image n is images[k N + n].   images [factor² N, 3, S, S], S a multiple of factor -> [N, 3, S,
+    S]"""
     size = images.shape[-1] // factor
     tiles = F.avg_pool2d(images, factor).view(factor, factor, -1, 3, size, size)
     return tiles.permute(2, 3, 0, 4, 1, 5).reshape(-1, 3, factor * size, factor * size)
 
 
 def lowest_loss_crops(losses, count):
-    """RDED (arXiv:2312.03526): of each image its crop of least loss, and of these the `count` of least loss, in ascending
-    order; of equals the first.   losses [images, crops] -> images [count], crops [count]"""
+    """RDED (arXiv:2312.03526): of each image its crop of least loss, and of these the `count` of least loss,
+    in ascending order; of equals the first.   losses [images, crops] -> images [count], crops [count]"""
     _require(count, len(losses))
     crop = losses.argmin(1)
     images = losses.amin(1).argsort(stable=True)[:count]
@@ -113,13 +118,15 @@ def lowest_loss_crops(losses, count):
 
 
 def class_indices(split, kept, classes, ipc, tiles=1):
-    """The images `kept` of each class of a split.   -> [LongTensor]   Stops where a class has too few for ipc * tiles."""
+    """The images `kept` of each class of a split.   -> [LongTensor]   Stops where a class has too few for ipc
+    * tiles."""
     labels = split.labels.cpu()
     members = [kept[labels[kept] == label] for label in range(len(classes))]
     fewest = min(range(len(classes)), key=lambda label: len(members[label]))
     if (found := len(members[fewest])) < ipc * tiles:
         used = f" with --mosaic {round(tiles ** 0.5)} takes {ipc * tiles}, which" * (tiles > 1)
-        fail(f"--ipc {ipc}{used} is more than the {found} training images of class {classes[fewest]}; use at most "
+        fail(f"--ipc {ipc}{used} is more than the {found} training images of class {classes[fewest]}; use at "
+             f"most "
              f"{found // tiles}")
     return members
 
@@ -137,7 +144,8 @@ def features(model, split, data, device):
 
 def select(method, count, members, split, *, first, data, seed, device):
     """Which `count` images of each class a method takes: random, herding, kcenter, forgetting.
-    members: [LongTensor], those of each class; first: (name, model, record) of the backbone that chooses, but for random
+    members: [LongTensor], those of each class; first: (name, model, record) of the backbone that chooses, but
+    for random
     -> [LongTensor [count]]"""
     if method == "random":
         return [pool[torch.randperm(len(pool), generator=generator("random", seed, label))[:count]]
@@ -145,40 +153,47 @@ def select(method, count, members, split, *, first, data, seed, device):
     name, model, record = first
     if method == "forgetting":
         if "forgetting" not in record:
-            fail(f"--backbones {name}: squeeze.py counts what a backbone forgets, but not of pretrained and weak ones, nor with "
+            fail(f"--backbones {name}: squeeze.py counts what a backbone forgets, but not of pretrained and "
+                 f"weak ones, nor with "
                  "--objective moco; name another first")
         events, learned = record["forgetting"]["events"], record["forgetting"]["learned"]
         return [pool[most_forgotten(events[pool], learned[pool], count)] for pool in members]
     if not any(isinstance(layer, nn.Linear) for layer in model.modules()):
-        fail(f"--backbones {name}: {method} takes the input of a linear layer as features, and it has none; name another first")
+        fail(f"--backbones {name}: {method} takes the input of a linear layer as features, and it has none; "
+             f"name another first")
     known, choose = features(model, split, data, device), {"herding": herding, "kcenter": k_center}[method]
     return [pool[choose(known[pool], count)] for pool in members]
 
 
 @torch.no_grad()
 def real_starts(init, count, members, split, *, first, data, seed, device, looked_at=300, tiles=1):
-    """--init real, herding, kcenter: `count` training images of each class, random or chosen. crops (RDED, arXiv:2312.03526):
-    of `looked_at` random ones the crop of least loss of five random square ones each, of these those of least loss.
-    tiles: images in each, see `mosaic`.   -> {(class, index): [3, S, S]}"""
+    """--init real, herding, kcenter: `count` training images of each class, random or chosen. crops (RDED,
+    arXiv:2312.03526): of `looked_at` random ones the crop of least loss of five random square ones each, of
+    these those of least loss. tiles: images in each, see `mosaic`.   -> {(class, index): [3, S, S]}"""
     starts = {}
     selected = init in ("herding", "kcenter") and select(
         init, count * tiles, members, split, first=first, data=data, seed=seed, device=device)
     for label, pool in enumerate(members):
         rng = generator("init", seed, label)
-        random = pool[torch.randperm(len(pool), generator=rng)[:looked_at if init == "crops" else count * tiles]]
-        images = normalize(split.read(selected[label] if selected else random).to(device), data["mean"], data["std"])
+        random = pool[torch.randperm(len(pool), generator=rng)[:looked_at if init == "crops" else count
+                                                               * tiles]]
+        images = normalize(split.read(selected[label] if selected else random).to(device), data["mean"],
+                           data["std"])
         if init == "crops":
             images = best_crops(first[1], images, label, count * tiles, rng)
-        starts |= {(label, index): image for index, image in enumerate(mosaic(images, round(tiles ** 0.5)).cpu())}
+        starts |= {(label, index): image for index,
+                   image in enumerate(mosaic(images, round(tiles ** 0.5)).cpu())}
     return starts
 
 
 def best_crops(model, images, label, count, rng, crops=5):
-    """Of each image [n, 3, S, S] of a class the random square crop of least loss, and of these the `count` of least loss.
+    """Of each image [n, 3, S, S] of a class the random square crop of least loss, and of these the `count` of
+    least loss.
     -> [count, 3, S, S]"""
     boxes = draw_resized_crop(len(images) * crops, images.shape[-1], rng, ratio=(1.0, 1.0))
     boxes = boxes.view(len(images), crops, 4).to(images.device)
-    losses = torch.stack([torch.cat([F.cross_entropy(model(views), labels, reduction="none") for views, labels in (
+    losses = torch.stack([torch.cat([F.cross_entropy(model(views), labels, reduction="none") for views,
+                                     labels in (
         (apply_resized_crop(part, box), torch.full((len(part),), label, device=images.device))
         for part, box in zip(images.split(100), boxes[:, i].split(100)))]) for i in range(crops)], dim=1)
     image, crop = lowest_loss_crops(losses, count)

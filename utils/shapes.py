@@ -1,7 +1,8 @@
 """The data set `shapes`, drawn here: ten classes of 32 pixels that need no download."""
 import numpy as np
 
-SHAPES = {  # class -> distance of the point (x, y) from the outline, negative inside; about 1 from centre to rim
+# class -> distance of the point (x, y) from the outline, negative inside; about 1 from centre to rim
+SHAPES = {
     "bar": lambda x, y: np.maximum(abs(x) - 1, abs(y) - 0.3),
     "circle": lambda x, y: np.hypot(x, y) - 0.85,
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.95, 0.8 - np.hypot(x - 0.5, y)),
@@ -16,13 +17,14 @@ SHAPES = {  # class -> distance of the point (x, y) from the outline, negative i
 
 
 def draw_shape(outline, count, rng):
-    """uint8 [count, 32, 32, 3]: one bright shape, turned, moved, scaled, on stripes, among strokes, blobs and noise."""
+    """uint8 [count, 32, 32, 3]: one bright shape, turned, moved, scaled, on stripes, among strokes, blobs and
+    noise."""
     row, column = np.mgrid[-15.5:16, -15.5:16].astype(np.float32)
 
     def draw(low, high, *shape):
         return rng.uniform(low, high, (count, 1, 1, *shape)).astype(np.float32)
 
-    def place(spread):                  # the pixels' coordinates in a frame turned and moved at random, [count, 32, 32]
+    def place(spread):  # the pixels' coordinates in a frame turned and moved at random, [count, 32, 32]
         angle, x, y = draw(0, 2 * np.pi), column - draw(-spread, spread), row - draw(-spread, spread)
         return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
@@ -46,8 +48,10 @@ def draw_shape(outline, count, rng):
 
 
 def draw_shapes(split):
-    """The data set `shapes`, always the same: 500 images a class to train, 100 to test.   -> images, labels"""
-    hundreds = {"train": range(5), "test": range(5, 6)}[split]      # a hundred at a time: so they stay in the cache
+    """The data set `shapes`, always the same: 500 images a class to train, 100 to test.   -> images,
+    labels"""
+    # a hundred at a time: so they stay in the cache
+    hundreds = {"train": range(5), "test": range(5, 6)}[split]
     images = [draw_shape(outline, 100, np.random.default_rng((label, hundred)))
               for label, outline in enumerate(SHAPES.values()) for hundred in hundreds]
     return np.concatenate(images), np.repeat(np.arange(len(SHAPES)), 100 * len(hundreds))

@@ -1,8 +1,8 @@
 """Statistics of layer inputs and matching them, as the paper writes it.   G-VBSM, arXiv:2311.17950, Sec. 3.3.
 
-Eq. 9: `statistics_of`. Eq. 6 and Eq. 10: `Matching`, by autograd; utils/closed_form.py has the same without a graph.
-Needs torch alone. A batch may hold `groups` independent batches, one after the other: x is [groups*B, C, H, W], and each
-group has statistics of its own.
+Eq. 9: `statistics_of`. Eq. 6 and Eq. 10: `Matching`, by autograd; utils/closed_form.py has the same without a
+graph. Needs torch alone. A batch may hold `groups` independent batches, one after the other: x is [groups*B,
+C, H, W], and each group has statistics of its own.
 """
 from contextlib import contextmanager
 
@@ -12,21 +12,23 @@ from torch import nn
 
 
 def channel_stats(x, groups=1):
-    """x [groups*B, C, H, W] -> mean, biased variance over (B, H, W), each [groups, C], in float32 at least."""
+    """x [groups*B, C, H, W] -> mean, biased variance over (B, H, W), each [groups, C], in float32 at
+    least."""
     var, mean = torch.var_mean(_float32(x).unflatten(0, (groups, -1)), dim=(1, 3, 4), correction=0)
     return mean, var
 
 
 def patch_stats(x, patch, groups=1):
-    """x [groups*B, C, H, W] -> mean, biased variance over (B, C, h, w) of each cell of a grid of patch*patch pixels,
-    each [groups, ceil(H/patch)*ceil(W/patch)], row-major, in float32 at least."""
-    var, mean = torch.var_mean(_float32(_cells(whole_patches(x, patch), patch, groups)), dim=(1, 2, 4, 6), correction=0)
+    """x [groups*B, C, H, W] -> mean, biased variance over (B, C, h, w) of each cell of a grid of patch*patch
+    pixels, each [groups, ceil(H/patch)*ceil(W/patch)], row-major, in float32 at least."""
+    var, mean = torch.var_mean(_float32(_cells(whole_patches(x, patch), patch, groups)), dim=(1, 2, 4, 6),
+                               correction=0)
     return mean.flatten(1), var.flatten(1)
 
 
 def whole_patches(x, patch):
-    """x [N, C, H, W], resized bilinearly up to the next multiples of patch where H or W is none (the paper only writes
-    ceil; this is the release's reading of it)."""
+    """x [N, C, H, W], resized bilinearly up to the next multiples of patch where H or W is none (the paper
+    only writes ceil; this is the release's reading of it)."""
     size = [-(-side // patch) * patch for side in x.shape[-2:]]
     if size == list(x.shape[-2:]):
         return x
@@ -51,14 +53,16 @@ def mixed_moments(mean, var, share):
 
 def matched_layers(model):
     """{name: module} of every Conv2d and BatchNorm2d of the model, in its order."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))}
+    return {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))}
 
 
 @contextmanager
 def layer_inputs(model, names=None, wrap=None):
-    """Within the context a forward pass of the model fills the yielded dict with {layer name: input tensor}, for the
-    Conv2d and BatchNorm2d layers, or those of `names`; `wrap(tensor)` may replace what a layer is given, once for each
-    distinct tensor. No hook outlives the context. Of a layer called twice in one pass the last input is kept."""
+    """Within the context a forward pass of the model fills the yielded dict with {layer name: input tensor},
+    for the Conv2d and BatchNorm2d layers, or those of `names`; `wrap(tensor)` may replace what a layer is
+    given, once for each distinct tensor. No hook outlives the context. Of a layer called twice in one pass
+    the last input is kept."""
     inputs, wrapped = {}, {}
 
     def hook(name):
@@ -82,16 +86,18 @@ def layer_inputs(model, names=None, wrap=None):
 def require_eval(model):
     """ValueError for a model in train mode, whose BatchNorms would move and depend on the batch."""
     if training := [name for name, layer in model.named_modules() if layer.training]:
-        raise ValueError(f"the model is in train mode (layer {training[0] or type(model).__name__!r}); call model.eval() first")
+        raise ValueError(f"the model is in train mode (layer {training[0] or type(model).__name__!r}); call "
+                         f"model.eval() first")
 
 
 @torch.no_grad()
 def statistics_of(model, batches, patch=4):
-    """Eq. 9: mean and variance of each channel and of each patch at the input of every Conv2d, averaged over batches by
-    their size. What Eq. 10 matches.
+    """Eq. 9: mean and variance of each channel and of each patch at the input of every Conv2d, averaged over
+    batches by their size. What Eq. 10 matches.
 
     model: in eval mode; batches: an iterable of normalised images [B, 3, S, S]; patch: pixels a side
-    -> {layer name: [channel_mean, channel_var, patch_mean, patch_var]}, float32.   ValueError in train mode, without images
+    -> {layer name: [channel_mean, channel_var, patch_mean, patch_var]}, float32.   ValueError in train mode,
+    without images
     """
     require_eval(model)
     sums, count = {}, 0
@@ -110,23 +116,29 @@ def statistics_of(model, batches, patch=4):
 
 
 def checked_targets(model, targets, weights):
-    """The targets of every layer that has a weight, a BatchNorm2d's own running statistics where none are given.
-    -> {layer name: tuple of 2 vectors (BatchNorm2d) or 4 (Conv2d)}.   ValueError names what is missing or of another shape."""
+    """The targets of every layer that has a weight, a BatchNorm2d's own running statistics where none are
+    given.
+    -> {layer name: tuple of 2 vectors (BatchNorm2d) or 4 (Conv2d)}.   ValueError names what is missing or of
+    another shape."""
     require_eval(model)
     layers, found = matched_layers(model), {}
     if lacking := layers.keys() - weights.keys():
-        raise ValueError(f"weights lack layer {min(lacking)!r}; give every layer of matched_layers(model) one, 0 to leave it out")
+        raise ValueError(f"weights lack layer {min(lacking)!r}; give every layer of matched_layers(model) "
+                         f"one, 0 to leave it out")
     for name, layer in layers.items():
         if not weights[name]:
             continue
         is_bn = isinstance(layer, nn.BatchNorm2d)
         if name not in targets and not is_bn:
-            raise ValueError(f"layer {name!r} (Conv2d) has no targets; collect them with statistics_of(model, batches, patch), or "
+            raise ValueError(f"layer {name!r} (Conv2d) has no targets; collect them with "
+                             f"statistics_of(model, batches, patch), or "
                              "give it weight 0")
         found[name] = tuple(targets[name]) if name in targets else (layer.running_mean, layer.running_var)
-        channels, shapes = layer.num_features if is_bn else layer.in_channels, [tuple(target.shape) for target in found[name]]
+        channels, shapes = layer.num_features if is_bn else layer.in_channels, [tuple(target.shape)
+                                                                                for target in found[name]]
         if len(shapes) != (2 if is_bn else 4) or {shape[-1] for shape in shapes[:2]} != {channels}:
-            raise ValueError(f"layer {name!r}: targets of shapes {shapes}; expected {2 if is_bn else 4} vectors, the first two of "
+            raise ValueError(f"layer {name!r}: targets of shapes {shapes}; expected {2 if is_bn else 4} "
+                             f"vectors, the first two of "
                              f"{channels} channels")
     return found
 
@@ -136,19 +148,22 @@ def check_input(name, x, target, patch, groups):
     height, width = x.shape[2:]
     cells = -(-height // patch) * -(-width // patch)
     if len(target) == 4 and target[2].shape[-1] != cells:
-        raise ValueError(f"layer {name!r}: an input of shape {tuple(x.shape)} has {cells} patches of {patch} pixels a side, its "
+        raise ValueError(f"layer {name!r}: an input of shape {tuple(x.shape)} has {cells} patches of {patch} "
+                         f"pixels a side, its "
                          f"targets have {target[2].shape[-1]}; use their patch and image size")
     if len(x) % groups:
-        raise ValueError(f"layer {name!r}: an input of shape {tuple(x.shape)} is not {groups} batches of one size")
+        raise ValueError(f"layer {name!r}: an input of shape {tuple(x.shape)} is not {groups} batches of one "
+                         f"size")
 
 
 class Matching:
     """L'_BN, Eq. 6, and L'_Conv, Eq. 10, by autograd.
 
-    model: in eval mode; targets: {Conv2d's name: (channel_mean, channel_var, patch_mean, patch_var)}, Eq. 9, each [n], or
-    [groups, n] where groups differ; BatchNorm2d's are its own running statistics, unless (mean, var) are given.
-    weights: {layer name: weight in the loss}; a layer of weight 0 is left out. alpha: weight of the past in the moving
-    averages, 0 = Eq. 1; patch: pixels a side. ValueError names a layer that does not fit.
+    model: in eval mode; targets: {Conv2d's name: (channel_mean, channel_var, patch_mean, patch_var)}, Eq. 9,
+    each [n], or [groups, n] where groups differ; BatchNorm2d's are its own running statistics, unless (mean,
+    var) are given. weights: {layer name: weight in the loss}; a layer of weight 0 is left out. alpha: weight
+    of the past in the moving averages, 0 = Eq. 1; patch: pixels a side. ValueError names a layer that does
+    not fit.
 
         state = matching.start(groups)                             # once for each image batch
         with matching.hooks(dropped) as inputs:                    # dropped: names of layers left out this time
@@ -181,7 +196,8 @@ class Matching:
             for kind, (value, target) in enumerate(zip(current, self.targets[name])):
                 past, now = state.get((name, kind)), value.detach()
                 ema = state[name, kind] = now if past is None else self.alpha * past + (1 - self.alpha) * now
-                distance = torch.linalg.vector_norm(value - target - (now - ema), dim=-1)      # utils/losses.py: sds_match
+                # utils/losses.py: sds_match
+                distance = torch.linalg.vector_norm(value - target - (now - ema), dim=-1)
                 loss = loss + self.weights[name] * distance.sum()
             bn, conv = (bn, conv + loss) if is_conv else (bn + loss, conv)
         return bn, conv, state

@@ -82,8 +82,10 @@ def load_statistics(args, folder, models, records):
         if stored[name]["statistics"].keys() != convolutions:
             fail(f"{path} does not hold the convolutions of {name}; {again}")
         if stored[name]["patch"] != (patch := stored[args.backbones[0]]["patch"]):
-            fail(f"{path} was collected with --patch {stored[name]['patch']}, {args.backbones[0]}'s with {patch}; {again}")
-        if args.class_statistics and stored[name].get("class_statistics", {}).keys() != matched_layers(model).keys():
+            fail(f"{path} was collected with --patch {stored[name]['patch']}, {args.backbones[0]}'s with "
+                 f"{patch}; {again}")
+        if args.class_statistics and stored[name].get("class_statistics",
+                                                      {}).keys() != matched_layers(model).keys():
             fail(f"{path} holds no statistics of single classes; {again}")
     return stored
 
@@ -95,7 +97,8 @@ def at_chance(top1, classes, tested):
 
 
 def warn_of_backbones(records, num_classes, unmatched=()):
-    """Say which backbones know nothing, within two standard errors of a guess, and which have nothing that is matched."""
+    """Say which backbones know nothing, within two standard errors of a guess, and which have nothing that is
+    matched."""
     for name in unmatched:
         warn(f"{name} has no BatchNorm, and --conv-weight is 0: its statistics are not matched")
     for name, record in records.items():

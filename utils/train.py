@@ -15,14 +15,17 @@ from utils.processes import shard, world_size
 from utils.run import Progress, generator, send
 
 
-def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=None, remedy="use a smaller --lr"):
+def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=None,
+        remedy="use a smaller --lr"):
     """Train, as a generator of the numbers of the epochs done, from 1: after each the caller may test, save
     or print.
 
     trained       (model, optimizer, schedule of the learning rate by epoch, ...): all that changes, with a state_dict
-    draw_batches  function(epoch) -> torch.Generator, batches [LongTensor [B], ...]; called for every epoch in turn, from 0
-    train_epoch   function(epoch, batches, rng): takes a step for each batch and yields its loss, a scalar tensor
-    resume, save  state() of an earlier process, or None; function(state), called after every step, which may store state()
+    draw_batches  function(epoch) -> torch.Generator, batches [LongTensor [B], ...]; called for every epoch in
+    turn, from 0
+    train_epoch   function(epoch, batches, rng): takes a step for each batch and yields its loss, a scalar
+    tensor resume, save  state() of an earlier process, or None; function(state), called after every step,
+    which may store state()
     remedy        printed where a loss or a weight is not finite, which ends the phase
     """
     model, _, schedule, *_ = trained
@@ -33,7 +36,8 @@ def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=N
 
     def state():
         check_finite(nonfinite, model, name, remedy)
-        return {"epoch": epoch, "done": done, "rng": rng.get_state(), "trained": [part.state_dict() for part in trained]}
+        return {"epoch": epoch, "done": done, "rng": rng.get_state(),
+                "trained": [part.state_dict() for part in trained]}
 
     for epoch in range(epochs):
         rng, batches = draw_batches(epoch)
@@ -87,7 +91,7 @@ def make_step(optimizer, loss_of, cuda_graphs=False):
     def loss_and_gradients(*inputs):
         loss, *others = loss_of(*inputs)
         optimizer.zero_grad()
-        loss.backward()                                              # autograd.grad would not ask the other processes
+        loss.backward()  # autograd.grad would not ask the other processes
         return loss.detach(), *others, *(parameter.grad for parameter in parameters)
 
     graphs = defaultdict(partial(Graphed, loss_and_gradients))
@@ -96,7 +100,7 @@ def make_step(optimizer, loss_of, cuda_graphs=False):
         found = (graphs[len(inputs[0])] if cuda_graphs else loss_and_gradients)(*inputs)
         losses, gradients = found[:-len(parameters)], found[-len(parameters):]
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient                                # a replayed graph fills it and does not set .grad
+            parameter.grad = gradient  # a replayed graph fills it and does not set .grad
         optimizer.step()
         return losses
     return step
@@ -139,7 +143,8 @@ def split_accuracy(model, split, mean_std, *, jointly=False):
 def network_inputs(split, mean_std, jointly=False):
     """Batches (normalised images, labels) of a split."""
     index = shard(torch.arange(len(split)).split(500)) if jointly else 500
-    return ((normalize(send(images, mean_std.device), *mean_std), labels) for images, labels in split.batches(index))
+    return ((normalize(send(images, mean_std.device), *mean_std), labels) for images,
+            labels in split.batches(index))
 
 
 @torch.inference_mode()

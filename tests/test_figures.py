@@ -286,6 +286,8 @@ def test_without_scikit_learn(monkeypatch, capsys):
     (["images", ".", "--columns", "0"], ["--columns", "0"]), (["losses", ".", "."], ["twice"]),
     (["losses", ".", "--out", "a.pdf"], ["--out", "a.pdf", ".png"])])
 def test_command_lines_that_cannot_be(words, named, capsys):
+    if words == ["channels", "."]:
+        pytest.importorskip("matplotlib")
     if words[0] == "channels":
         pytest.importorskip("matplotlib")
     error = told(capsys, figures.main, words)
@@ -299,11 +301,11 @@ def test_folders_that_hold_something_else(labelled, tmp_path, capsys):
             assert str(folder) in error and "no run" in error and "recover.py" in error
     assert "collect_stats.py" in told(capsys, figures.teacher_statistics, parsed("statistics", labelled.run()))
     assert "--backbones" in told(capsys, figures.teacher_statistics, parsed("statistics", labelled.teachers, "--backbones", "vgg"))
-    assert "train_eval.py" in told(capsys, figures.draw_ipc, parsed("ipc", tmp_path), None)
     error = told(capsys, figures.tsne_points, parsed("tsne", labelled.run(), "--backbone", "resnet18", "--device", "cpu"))
     assert "resnet18.pt is missing" in error and "squeeze.py" in error
     assert "--classes 1" in told(capsys, figures.tsne_points, parsed("tsne", labelled.run(), "--classes", 1, "--device", "cpu"))
     pytest.importorskip("matplotlib")
+    assert "train_eval.py" in told(capsys, figures.draw_ipc, parsed("ipc", tmp_path), None)
     assert "log.jsonl" in told(capsys, figures.draw_losses, parsed("losses", tmp_path), None)
 
 

@@ -1,4 +1,5 @@
 """Folders as people have them: each kind is read, counted or refused in one line."""
+import json
 import unicodedata
 from pathlib import Path
 
@@ -7,10 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.own_folders import METHODS, run_cell
 from tests.test_data import assert_fails, make_folder, noise, save
+from tests.test_presets import PHASES, parsed
 from utils import cli
 from utils.data import check_count, class_numbers, describe, find_split, list_folder, load_folder, load_split, look
 from utils.folders import list_images, white_levels
+from utils.presets import FOLDER
+from utils.teachers import at_chance
 
 
 def test_hidden_and_foreign_names_are_passed_over_and_counted(tmp_path):
@@ -134,6 +139,48 @@ def test_two_data_sets_of_one_name_do_not_share_a_folder(tmp_path, capsys):
     one, other = ({"path": path, "fingerprint": path} for path in ("/a/mine", "/b/mine"))
     cli.check_data_set(args, one, {"x": {"data_set": one}})
     assert_fails(capsys, ["/a/mine", "/b/mine", "--run-dir"], cli.check_data_set, args, one, {"x": {"data_set": other}})
+
+
+@pytest.fixture
+def remembered(tmp_path):
+    """Flags of a folder of 8 pixels, and the squeeze.json of a --teachers small that chose 16 pixels and one backbone."""
+    data, teachers = make_folder(tmp_path / "mine"), tmp_path / "runs/mine/teachers/small"
+    teachers.mkdir(parents=True)
+    chosen = look(str(data), "x") | {"image_size": 16, "backbones": ["wrn10_1"]}
+    (teachers / "squeeze.json").write_text(json.dumps({"data_set": chosen}))
+    return ["--dataset", str(data), "--run-dir", str(tmp_path / "runs")]
+
+
+@pytest.mark.parametrize("phase", PHASES[1:])
+def test_what_squeeze_chose_is_the_default_of_later_phases_with_its_teachers(remembered, phase, monkeypatch):
+    def found(*flags):
+        args = parsed(phase, monkeypatch, *remembered, *flags)
+        return args.image_size, args.backbones
+
+    assert found("--teachers", "small") == (16, ["wrn10_1"])
+    assert found("--teachers", "small", "--image-size", "16", "--backbones", "convnet_w8") == (16, ["convnet_w8"])
+    assert found() == (8, FOLDER["*", "backbones"])                       # other teachers: chosen anew
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_another_size_than_squeeze_chose_is_told_with_both(remembered, phase, monkeypatch, capsys):
+    path = f"{remembered[3]}/mine/teachers/small/squeeze.json"
+    flags = *remembered, "--teachers", "small", "--image-size", "24"
+    assert_fails(capsys, ["--image-size 24", "chose 16", path, "leave it out"], parsed, phase, monkeypatch, *flags)
+
+
+def test_squeezing_again_chooses_the_size_anew(remembered, monkeypatch):
+    flags = *remembered, "--teachers", "small", "--overwrite"
+    assert parsed("squeeze", monkeypatch, *flags).image_size == 8
+    assert parsed("squeeze", monkeypatch, *flags, "--image-size", "24").image_size == 24
+
+
+@pytest.mark.slow
+def test_a_folder_of_three_classes_trains_by_the_defaults(tmp_path):
+    results = list(run_cell(tmp_path, classes=3, pixels=16, images=20))
+    assert [cell["method"] for cell in results] == list(METHODS) and not any("failed" in cell for cell in results)
+    for cell in results:
+        assert not any(at_chance(top1, 3, 30) for top1 in [cell["student"], *cell["teachers"].values()]), cell
 
 
 def test_home_is_expanded_in_every_path(monkeypatch):

@@ -257,13 +257,13 @@ def fitting_size(sizes):
 
 def look(dataset, data_dir, known=()):
     """What a data set is, fit for JSON: path, fingerprint, classes and images counted, pixels of its sides,
-    image_size that fits; all but image_size and classes are None of a named one that is no folder of images,
-    or is not here.
+    image_size that fits, which `fits` keeps whatever size is chosen; all but image_size and classes are None
+    of a named one that is no folder of images, or is not here.
 
     known: what earlier calls gave; the one whose files have the same names, sizes and times is given back.
     """
     named = DATASETS.get(dataset)
-    nothing = dict(path=None, fingerprint=None, train=None, test=None, pixels=None, passed=None, stamp=None)
+    nothing = dict(path=None, fingerprint=None, train=None, test=None, pixels=None, passed=None, stamp=None, fits=None)
     root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
     if named and not (root / "train").is_dir():
         return nothing | dict(classes=named["num_classes"], image_size=named["image_size"])
@@ -272,16 +272,15 @@ def look(dataset, data_dir, known=()):
     mark = stamp(files + tests, root)
     for one in known:
         if one.get("stamp") == mark:
-            return one | dict(path=str(root.resolve()))
+            return one | dict(path=str(root.resolve()), image_size=one.get("fits", one["image_size"]))
     sizes, fingerprint = survey(files + tests, root)
     sides, passed = [side for size in sizes for side in size], {kind: passed[kind] + others[kind]
                                                                 for kind in passed}
+    fits = named["image_size"] if named else fitting_size(sizes[:len(files) if len(sizes) > len(files) else None])
     return dict(path=str(root.resolve()), fingerprint=fingerprint, train=len(files), test=len(tests),
-                classes=len(classes),
-                pixels=[min(sides), max(sides)], stamp=mark,
+                classes=len(classes), pixels=[min(sides), max(sides)], stamp=mark,
                 passed={kind: [len(paths), *paths[:1]] for kind, paths in passed.items()},
-                image_size=named["image_size"] if named
-                else fitting_size(sizes[:len(files) if len(sizes) > len(files) else None]))
+                image_size=fits, fits=fits)
 
 
 def folder_column(size, classes):

@@ -92,10 +92,17 @@ def test_precision_is_that_of_the_layers_and_not_of_weights_or_outputs(precision
     assert list(model.state_dict()) == keys and all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("native, chosen", [(True, "bf16"), (False, "tf32")])
-def test_auto_precision_is_bfloat16_only_where_the_device_multiplies_it(native, chosen, monkeypatch):
+def test_the_device_is_timed_without_a_random_number():
+    before = torch.get_rng_state()
+    assert all(0 < run.conv_step_seconds(narrow) < 10 for narrow in (False, True))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("native, seconds, chosen", [(True, 0.5, "bf16"), (True, 0.9, "tf32"), (False, 0.5, "tf32")])
+def test_auto_precision_is_bfloat16_only_where_the_device_multiplies_it_and_that_is_faster(native, seconds, chosen, monkeypatch):
     for unit in "avx512_bf16", "amx_tile":
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: native and unit == "amx_tile", raising=False)
+    monkeypatch.setattr(run, "conv_step_seconds", lambda narrow: seconds if narrow else 1.0)
     for asked, expected in ("auto", chosen), ("bf16", "bf16"), ("fp32", "fp32"):
         args = arguments(device="cpu", precision=asked, dataset="shapes", run_dir="runs", holdout=False, method="gvbsm", ipc=1,
                          teachers="a", imbalance=1)

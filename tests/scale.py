@@ -22,9 +22,9 @@ PHASES = {   # flags, and the flag of the steps
     "relabel": ("--batch-size 50 --whole-up-to 0", "--epochs"),
     "train_eval": ("--batch-size 50 --whole-up-to 0 --students wrn10_1 --evaluations 1", "--epochs")}
 PROCESS = """
-import importlib, re, sys, time
+import importlib, pathlib, re, sys, time
 importlib.import_module(sys.argv[1]).main(sys.argv[2:])
-print(time.process_time(), re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+print(time.process_time(), re.search(r"VmHWM:\\s*(\\d+)", (pathlib.Path("/") / "proc" / "self" / "status").read_text())[1])
 """
 CASES = [   # images, classes, pixels
     (10, 10, 32), (100, 10, 32), (1000, 10, 32), (1000, 100, 32), (1000, 1000, 32), (100, 10, 64), (100, 10, 224)]

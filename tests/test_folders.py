@@ -136,9 +136,9 @@ def test_one_folder_by_two_spellings_is_one_and_changed_files_are_told(tmp_path,
 
 def test_two_data_sets_of_one_name_do_not_share_a_folder(tmp_path, capsys):
     args = cli.identity_flags(cli.Parser("")).parse_args(["--dataset", str(tmp_path / "a/mine"), "--run-dir", str(tmp_path)])
-    one, other = ({"path": path, "fingerprint": path} for path in ("/a/mine", "/b/mine"))
+    one, other = ({"path": path, "fingerprint": path} for path in ("a/mine", "b/mine"))
     cli.check_data_set(args, one, {"x": {"data_set": one}})
-    assert_fails(capsys, ["/a/mine", "/b/mine", "--run-dir"], cli.check_data_set, args, one, {"x": {"data_set": other}})
+    assert_fails(capsys, ["a/mine", "b/mine", "--run-dir"], cli.check_data_set, args, one, {"x": {"data_set": other}})
 
 
 @pytest.fixture
@@ -183,10 +183,11 @@ def test_a_folder_of_three_classes_trains_by_the_defaults(tmp_path):
         assert not any(at_chance(top1, 3, 30) for top1 in [cell["student"], *cell["teachers"].values()]), cell
 
 
-def test_home_is_expanded_in_every_path(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/ant")
+def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     args = cli.identity_flags(cli.Parser("")).parse_args(["--run-dir=~/runs", "--data-dir", "~/data", "--dataset=~/mine"])
-    assert (args.run_dir, args.data_dir, args.dataset) == ("/home/ant/runs", "/home/ant/data", "/home/ant/mine")
+    assert (args.run_dir, args.data_dir, args.dataset) == tuple(
+        str(tmp_path / name) for name in ("runs", "data", "mine"))
 
 
 def test_a_long_tail_falls_from_the_first_class_to_the_last(tmp_path):

@@ -29,7 +29,7 @@ ALWAYS = "--ipc 2 --backbones convnet_w8 wrn10_1 --device cpu --workers 0 --prec
 FLAGS = {
     "squeeze": "--epochs 2 --batch-size 16 --crop pad2 --schedule constant --weight-decay 0",
     "collect_stats": "--batch-size 20 --crop pad2",
-    "recover": "--iterations 6 --batch-size 4 --log-every 1",
+    "recover": "--iterations 6 --batch-size 4",
     "relabel": "--epochs 3",
     "train_eval": "--epochs 3 --students convnet_w8",
 }

@@ -29,7 +29,7 @@ PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 SMALL = {
     "squeeze": "--epochs 2 --batch-size 32",
     "collect_stats": "--batch-size 50",
-    "recover": "--iterations 12 --log-every 3",
+    "recover": "--iterations 12",
     "relabel": "--epochs 3",
     "train_eval": "--epochs 3 --student-seeds 0 1 --evaluations 2",
 }
@@ -42,7 +42,7 @@ CASES = {   # name: {phase, or * for all: flags}
     "classes": {"*": f"{TWO} --tag classes --teachers classes", "collect_stats": "--class-statistics",
                 "recover": "--class-statistics --init real --flip --roll 3 --crop pad2", "train_eval": "--labels online"},
     "plain": {"*": f"{TWO} --tag plain", "recover": "--statistics plain --groups-per-step 2", "train_eval": "--labels hard"},
-    "crops": {"*": f"{TWO} --tag crops", "recover": "--init crops --init-images 8 --mosaic 2 --unit-gradients --choice cycle",
+    "crops": {"*": f"{TWO} --tag crops", "recover": "--init crops --mosaic 2 --unit-gradients --choice cycle",
               "train_eval": "--protocol continual --steps 2 --orders 2 --student-seeds 0"},
     "random": {"*": f"{TWO} --method random", "train_eval": "--protocol prune --students wrn10_1 --student-seeds 0"},
     "herding": {"*": f"{TWO} --method herding"},

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 LONG = {  # flags with which a phase takes a second or so
     "squeeze": "--epochs 20 --batch-size 4", "collect_stats": "--batch-size 2",
-    "recover": "--iterations 60 --batch-size 4 --log-every 10", "relabel": "--epochs 120",
+    "recover": "--iterations 60 --batch-size 4", "relabel": "--epochs 120",
     "train_eval": "--epochs 40 --batch-size 2 --whole-up-to 0 --student-seeds 0 1 --students convnet_w8 wrn10_1 --labels hard"}
 FAST = "--checkpoint-minutes 0.0005"
 STEPS = {  # what a phase calls once in each of its steps, and how often

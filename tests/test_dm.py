@@ -18,7 +18,7 @@ from models import build_model
 from tests.helpers import assert_near
 from utils import dm
 from utils.augment import SIAMESE, apply_siamese, draw_siamese, to_uint8
-from utils.data import Split
+from utils.data import Split, describe, load_split
 from utils.dm import dm_loss, ite_norms, leave_one_out_norms, new_pruning, prune, rank_error
 from utils.presets import preset_values
 from utils.run import generator
@@ -282,9 +282,9 @@ def test_the_images_of_one_step_are_the_real_ones_less_the_gradient(project, mon
     seen, make = [], dm.random_embedding
     monkeypatch.setattr(dm, "random_embedding", lambda *args: seen.append(make(*args)) or seen[-1])
     project.call("recover", DM, "--iterations 1 --lr 3 --adaptive-ratio 0 --real-batch 100")
-    data = recover.describe(str(project.dataset), None)
+    data = describe(str(project.dataset), None)
     mean, std = (torch.tensor(data[key])[:, None, None] for key in ("mean", "std"))
-    train = recover.load_split(str(project.dataset), None, "train")
+    train = load_split(str(project.dataset), None, "train")
     for label in range(4):
         draw = generator("dm", 0, 0, label)
         view = draw_siamese(16, draw)
@@ -395,7 +395,7 @@ def test_images_that_squeezing_pruned_are_never_matched(bare, monkeypatch):
 
 def test_matching_may_start_from_noise_and_then_shows_it(project):
     project.call("recover", DM, "--init noise --iterations 1 --lr 0")
-    data = recover.describe(str(project.dataset), None)
+    data = describe(str(project.dataset), None)
     expected = to_uint8(torch.stack([recover.noise(label, index, 16, 0) for label in range(4) for index in range(2)]),
                                 data["mean"], data["std"])
     assert torch.equal(expected.permute(0, 2, 3, 1).long(), torch.tensor(project.images("dm-ipc2")))

@@ -567,14 +567,12 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
     ("squeeze", "--objective moco --backbones squeezenet --batch-size 16", "it has none; name others"),
     ("squeeze", "--objective moco --epochs 1 --batch-size 16", "--epochs 1"),
     ("recover", "--crop none --crop-curriculum cosine", "--crop-curriculum cosine"),
-    ("recover", "--init crops --init-images 1", "--init-images 1"),
     ("recover", "--method sre2l --teachers other --backbones wrn10_1@2", "--backbones wrn10_1, with --save-epochs"),
     ("squeeze", "--pretrained --save-epochs 1:2:1", "--no-pretrained"), ("squeeze", "--prune-ratio 1", "--prune-ratio"),
     ("recover", "--subset 3", "the 2 --backbones"), ("recover", "--recipe best", "--recipe"),
     ("recover", "--method herding --backbones wrn16_2", "squeeze.py"), ("recover", "--method bilp --backbones wrn16_2", "squeeze.py"),
     ("recover", "--init real --ipc 13", "--ipc 13"), ("recover", "--mosaic 2", "name an --init"),
     ("recover", "--init real --mosaic 3", "16 pixels"), ("recover", "--init real --ipc 4 --mosaic 2", "--ipc 4 with --mosaic 2 takes 16"),
-    ("recover", "--init crops --init-images 7 --mosaic 2", "at least 8"),
     ("relabel", "--method sre2l", "squeeze.py --dataset"), ("relabel", "--recipe sre2l", "--method sre2l --teachers sre2l"),
     ("recover", "--method sre2l --recipe gvbsm", "--teachers sre2l --backbones"),
     ("relabel", "--method teddy --backbones wrn10_1@1", "--backbones wrn10_1, with --save-epochs")])
@@ -654,7 +652,7 @@ def test_a_mosaic_start_is_made_of_four_times_as_many_images(project):
 
 
 def test_the_chosen_crops_are_those_of_least_loss_of_the_first_backbone(project):
-    project.call("recover", "--init crops --lr 0 --iterations 1 --init-images 7")
+    project.call("recover", "--init crops --lr 0 --iterations 1")
     images, labels = training_images(project)
     record = checkpoint(project.teachers / "convnet_w8.pt")
     model = build_model("convnet_w8", 4, 16).eval()
@@ -662,8 +660,8 @@ def test_the_chosen_crops_are_those_of_least_loss_of_the_first_backbone(project)
     mean, std = record["data"]["mean"], record["data"]["std"]
     for label in range(4):
         draw, members = generator("init", 0, label), np.flatnonzero(labels == label)
-        chosen = members[torch.randperm(12, generator=draw)[:7].numpy()]
-        boxes = draw_resized_crop(35, 16, draw, ratio=(1.0, 1.0)).view(7, 5, 4)
+        chosen = members[torch.randperm(12, generator=draw).numpy()]
+        boxes = draw_resized_crop(60, 16, draw, ratio=(1.0, 1.0)).view(12, 5, 4)
         assert (boxes[..., 2] == boxes[..., 3]).all()
         best = []
         for i, image in enumerate(chosen):

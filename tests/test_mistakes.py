@@ -124,7 +124,7 @@ IMPOSSIBLE = {
     ("recover",): ["--alpha 1.1", "--alpha -0.1", "--alpha nan", "--drop-rate 1.1", "--drop-rate some",
                    "--bn-weight -1", "--conv-weight -1", "--dd-weight inf", "--dd-scale max",
                    "--loop fast", "--choice last", "--roll -1", "--roll 1.5", "--iterations 0", "--batch-size 0",
-                   "--lr inf", "--groups-per-step 0", "--groups-per-step all", "--statistics fast", "--log-every 0"],
+                   "--lr inf", "--groups-per-step 0", "--groups-per-step all", "--statistics fast"],
     ("relabel",): ["--epochs 0", "--batch-size 0", "--whole-up-to -1", "--mix cutup"],
     ("train_eval",): ["--students resnet81", "--students convnet_w8 convnet_w8", "--student-seeds 1 0 1", "--student-seeds -1", "--student-seeds one", "--labels soft",
                       "--loss mse", "--gamma -1", "--temperature 0", "--epochs 0", "--evaluations 0", "--lr -1",
@@ -304,7 +304,7 @@ def test_the_last_good_state_stays_when_a_pixel_goes_wrong(project, monkeypatch,
 
     monkeypatch.setattr(recover, "matching_gradient", broken)
     with pytest.raises(SystemExit) as end:
-        recover.main(project.arguments("recover", "--checkpoint-minutes 0 --log-every 100"))
+        recover.main(project.arguments("recover", "--checkpoint-minutes 0 --iterations 400"))
     assert end.value.code == 2
     tells(capsys.readouterr().err, "pixel is not finite in iteration 3, backbone ", "batches [0]")
     kept = torch.load(project.run() / ".result.json.unfinished/batch0.pt", weights_only=True)["state"]

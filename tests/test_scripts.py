@@ -195,9 +195,9 @@ def test_the_log_holds_the_arguments_and_then_every_term_of_the_loss(chain):
     assert all(list(entry) == ["iteration", "batches", "backbone", "ce", "bn", "conv", "dd", "gradient"] for entry in entries)
 
 
-def test_log_every_thins_the_log_and_keeps_the_last_iteration(project):
-    project.call("recover", "--log-every 4 --batch-size 8")
-    assert [entry["iteration"] for entry in project.log()[1:]] == [0, 4, 5]
+def test_the_log_has_every_hundredth_of_all_iterations_and_the_last(project):
+    project.call("recover", "--iterations 202 --batch-size 8")
+    assert [entry["iteration"] for entry in project.log()[1:]] == [*range(0, 202, 2), 201]
 
 
 # The same every time

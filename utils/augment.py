@@ -4,6 +4,8 @@ tensors.
 Needs torch alone. A draw is a tensor or a dict of tensors with one row a sample, so it can be stored, cut and
 replayed. Images are [N, C, S, S], square; boxes are [N, 4] integers: top, left, height, width.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -95,6 +97,16 @@ def apply_shift(images: torch.Tensor, shift: torch.Tensor, wrap: bool = False) -
         return moved
     inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[:, None, None, :]
     return moved * inside.to(moved.dtype)
+
+
+def crop_floor(curriculum, iterations, floor=0.08):
+    """The smallest share of the area that a crop of each iteration t of T takes: `floor`, or with CDA's
+    curriculum (its Sec. 3.2) from 1 down to it by (1 - t / T), linear, or (1 + cos(pi t / T)) / 2, cosine.
+    -> number, or [T, 1]"""
+    if curriculum == "none":
+        return floor
+    done = torch.arange(iterations)[:, None] / iterations
+    return floor + (1 - floor) * ((1 + torch.cos(math.pi * done)) / 2 if curriculum == "cosine" else 1 - done)
 
 
 def draw_view(n: int, size: int, crop: str, flip: bool, roll: int, generator: torch.Generator,

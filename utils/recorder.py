@@ -63,7 +63,7 @@ class Recorder:
         finite = [name for name in losses if name not in ("gradient", "kept")]
         self.nonfinite = self.nonfinite or NonFinite([*finite, "pixel"], images.device)
         self.nonfinite.update(t, *(losses[name] for name in finite), images.detach().sum())
-        every = self.run.args.log_every or max(1, self.iterations // 100)
+        every = max(1, self.iterations // 100)
         if t % every == 0 or t + 1 == self.iterations:
             self.check()
             backbone = {"backbone": self.backbones[t]} if self.backbones else {}

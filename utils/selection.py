@@ -1,14 +1,19 @@
 """Which images of the original data to keep: coresets, forgetting, loss scores, crops.
 
-`select` and `real_starts` are what recover.py calls. Of the others, everything but `count_forgetting`,
-`drop_largest` and `rank_correlation` looks at the images of one class.
+recover.py calls `training_images`, `select` and `real_starts`. Of the others, everything but
+`count_forgetting`, `drop_largest` and `rank_correlation` looks at the images of one class.
 """
+import json
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from utils import fail
 from utils.augment import apply_resized_crop, draw_resized_crop, normalize
+from utils.data import load_split
+from utils.presets import SELECTIONS
+from utils.provenance import check_classes, check_trained, fingerprint
 from utils.run import generator, send
 
 
@@ -131,6 +136,23 @@ def class_indices(split, kept, classes, ipc, tiles=1):
     return members
 
 
+def training_images(args, paths, data, records):
+    """The training images that a method or an --init takes: those that the first backbone was trained on.
+    -> split, members [LongTensor] of each class, fingerprint of both"""
+    if data["image_size"] % args.mosaic:
+        fail(f"--mosaic {args.mosaic} does not divide the {data['image_size']} pixels of an image; use a "
+             "number that does")
+    split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers,
+                       holdout=args.holdout, imbalance=args.imbalance)
+    check_classes(split.classes, data["classes"], f"--dataset {args.dataset}",
+                  f"the teachers in {paths.teachers}")
+    check_trained(split, records, paths)
+    kept = records.get(args.backbones[0], {}).get("kept", torch.arange(len(split)))
+    tiles = 1 if args.method in SELECTIONS else args.mosaic ** 2
+    members = class_indices(split, kept, data["classes"], args.ipc, tiles)
+    return split, members, {"data": fingerprint(json.dumps([data, len(split)]))}
+
+
 def features(model, split, data, device):
     """What the last linear layer of a backbone is given for every training image.   -> [N, d]"""
     linear, found = [layer for layer in model.modules() if isinstance(layer, nn.Linear)], []
@@ -168,15 +190,16 @@ def select(method, count, members, split, *, first, data, seed, device):
 @torch.no_grad()
 def real_starts(init, count, members, split, *, first, data, seed, device, looked_at=300, tiles=1):
     """--init real, herding, kcenter: `count` training images of each class, random or chosen. crops (RDED,
-    arXiv:2312.03526): of `looked_at` random ones the crop of least loss of five random square ones each, of
-    these those of least loss. tiles: images in each, see `mosaic`.   -> {(class, index): [3, S, S]}"""
+    arXiv:2312.03526): of `looked_at` random ones (more where more are needed) the crop of least loss of five
+    random square ones each, of these those of least loss. tiles: images in each, see `mosaic`.
+    -> {(class, index): [3, S, S]}"""
     starts = {}
     selected = init in ("herding", "kcenter") and select(
         init, count * tiles, members, split, first=first, data=data, seed=seed, device=device)
     for label, pool in enumerate(members):
         rng = generator("init", seed, label)
-        random = pool[torch.randperm(len(pool), generator=rng)[:looked_at if init == "crops" else count
-                                                               * tiles]]
+        several = max(looked_at, count * tiles) if init == "crops" else count * tiles
+        random = pool[torch.randperm(len(pool), generator=rng)[:several]]
         images = normalize(split.read(selected[label] if selected else random).to(device), data["mean"],
                            data["std"])
         if init == "crops":

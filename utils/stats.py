@@ -57,6 +57,17 @@ def matched_layers(model):
             if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))}
 
 
+def layer_weights(model, bn_weight, conv_weight, first_multiplier):
+    """{layer name: weight of its statistics}; the first layer that is matched counts first_multiplier times:
+    a convolution, whose input is the image, as in the release, or without convolutions the first BatchNorm,
+    as in SRe2L."""
+    weights = {name: bn_weight if isinstance(layer, nn.BatchNorm2d) else conv_weight
+               for name, layer in matched_layers(model).items()}
+    if first := [name for name, weight in weights.items() if weight][:1]:
+        weights[first[0]] *= first_multiplier
+    return weights
+
+
 @contextmanager
 def layer_inputs(model, names=None, wrap=None):
     """Within the context a forward pass of the model fills the yielded dict with {layer name: input tensor},

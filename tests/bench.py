@@ -1,8 +1,9 @@
-"""How much of a script's time is the networks' own: its loop against the bare work in it, interleaved in one process.
+"""How much of a script's time is the networks' own: its loop against the bare work in it, interleaved in one
+process.
 
-Each row is one case; `ratio` is the speed of the script over that of the bare work, 1 at best (augment, labels: over the
-customary way; recover: see there). Medians of several rounds; the times of one case are comparable, those of different
-cases hardly.
+Each row is one case; `ratio` is the speed of the script over that of the bare work, 1 at best (augment,
+labels: over the customary way; recover: see there). Medians of several rounds; the times of one case are
+comparable, those of different cases hardly.
 
 python -m tests.bench                                      # all
 python -m tests.bench relabel train_eval --json            # some, a JSON object a line
@@ -46,11 +47,13 @@ UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
 DATA = {"classes": [str(label) for label in range(10)], "image_size": 32, "mean": UNITS[0], "std": UNITS[1]}
 BOUNDS = [torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)]
 CIFAR = "resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05"
-NOTHING_KEPT = SimpleNamespace(load=lambda *_: None, save_if_due=lambda *_, **how: None)      # in place of a Checkpoint
+# in place of a Checkpoint
+NOTHING_KEPT = SimpleNamespace(load=lambda *_: None, save_if_due=lambda *_, **how: None)
 
 
 def interleaved(functions, rounds):
-    """Median seconds of each function over `rounds` rounds in which each runs once, after one that does not count."""
+    """Median seconds of each function over `rounds` rounds in which each runs once, after one that does not
+    count."""
     times = [[] for _ in functions]
     for _ in range(rounds + 1):
         for function, seconds in zip(functions, times):
@@ -91,9 +94,11 @@ def training_steps(model, optimizer, batches, loss):
 
 
 def frozen(name, device):
-    """A backbone as squeeze.py leaves it, but for what it knows, with the statistics of noise; and targets for it."""
+    """A backbone as squeeze.py leaves it, but for what it knows, with the statistics of noise; and targets
+    for it."""
     torch.manual_seed(0)
-    model, noise = build_model(name, 10, 32).to(device).requires_grad_(False), torch.randn(50, 3, 32, 32, device=device)
+    model, noise = build_model(name, 10, 32).to(device).requires_grad_(False), torch.randn(50, 3, 32, 32,
+                                                                                           device=device)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.momentum = 1.0
@@ -105,9 +110,10 @@ def frozen(name, device):
 
 
 def bench_recover(rounds, quick, device):
-    """recover.py: a whole iteration's time over that of the bare forward and backward pass (float32, to the input) of the
-    same network as squeeze.py leaves it, with drop rates 0 and 0.4; the same as one would first write it (--statistics
-    plain, a loop over classes); operations dispatched, and bytes saved for the backward pass over the bare ones."""
+    """recover.py: a whole iteration's time over that of the bare forward and backward pass (float32, to the
+    input) of the same network as squeeze.py leaves it, with drop rates 0 and 0.4; the same as one would first
+    write it (--statistics plain, a loop over classes); operations dispatched, and bytes saved for the
+    backward pass over the bare ones."""
     classes, iterations, sums = (2, 2, {}) if quick else (5, 6, {})
     labels = torch.arange(classes, device=device).repeat_interleave(10)[None]
     pixels = torch.randn(1, 10 * classes, 3, 32, 32, generator=generator("bench")).to(device)
@@ -125,33 +131,41 @@ def bench_recover(rounds, quick, device):
 
         def run(form, drop, count=iterations):
             draws = recover.draw_iterations(count, [forms[form]], 32, seed=0, drop_rate=drop)
-            for _ in recover.recover_batch(pixels.clone(), labels, [forms[form]], draws, bounds=bounds, dd_autograd=form == "plain"):
+            for _ in recover.recover_batch(pixels.clone(), labels, [forms[form]], draws, bounds=bounds,
+                                           dd_autograd=form == "plain"):
                 pass
 
-        cases = {"drop 0": ("closed", 0), "drop 0.4": ("closed", 0.4), "plain 0": ("plain", 0), "plain 0.4": ("plain", 0.4)}
-        alone, *times = interleaved([lambda: bare(2), *(partial(run, *case) for case in cases.values())], rounds)
+        cases = {"drop 0": ("closed", 0), "drop 0.4": ("closed", 0.4), "plain 0": ("plain", 0),
+                 "plain 0.4": ("plain", 0.4)}
+        alone, *times = interleaved([lambda: bare(2), *(partial(run, *case) for case in cases.values())],
+                                    rounds)
         columns = {case: seconds / iterations / (alone / 2) for case, seconds in zip(cases, times)}
         for case in "drop 0", "drop 0.4":
             sums[case] = sums.get(case, 0) + columns[case] * alone
         sums["bare"] = sums.get("bare", 0) + alone
-        ops = {form: counted_operations(partial(run, form, 0, 2)) - counted_operations(partial(run, form, 0, 1))
+        ops = {form: counted_operations(partial(run, form, 0, 2))
+               - counted_operations(partial(run, form, 0, 1))
                for form in forms}
-        kept, leaf = torch.ones(len(weights), dtype=torch.bool, device=device), pixels[0].clone().requires_grad_()
+        kept, leaf = torch.ones(len(weights), dtype=torch.bool,
+                                device=device), pixels[0].clone().requires_grad_()
         saved = {form: saved_bytes(matching.model, lambda: recover.matching_gradient(
             matching, labels, 1.0, pixels, {}, kept, matching.start(1))) for form, matching in forms.items()}
         only = saved_bytes(model, lambda: F.cross_entropy(model(leaf), labels[0]))
-        yield name, {**columns, "ops": ops["closed"], "plain ops": ops["plain"], "bare ops": counted_operations(bare),
-                     "saved": saved["closed"] / only, "plain saved": saved["plain"] / only, "bare_ms": 500 * alone}
+        yield name, {**columns, "ops": ops["closed"], "plain ops": ops["plain"],
+                     "bare ops": counted_operations(bare),
+                     "saved": saved["closed"] / only, "plain saved": saved["plain"] / only,
+                     "bare_ms": 500 * alone}
     yield "all five, by time", {case: sums[case] / sums["bare"] for case in ("drop 0", "drop 0.4")}
 
 
 def bench_passes(rounds, quick, device):
-    """recover.py: a pass over several batches of 50, forward and backward with statistics, against that of the bare frozen
-    backbone; on a GPU both as CUDA graphs, and of 20 batches too."""
+    """recover.py: a pass over several batches of 50, forward and backward with statistics, against that of
+    the bare frozen backbone; on a GPU both as CUDA graphs, and of 20 batches too."""
     for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
         bounds = [bound.to(device) for bound in BOUNDS]
         model, targets = frozen(name, device)
-        matching = ClosedFormMatching(freeze(deepcopy(model)), targets, recover.layer_weights(model, 0.01, 0.01, 10.0))
+        matching = ClosedFormMatching(freeze(deepcopy(model)), targets,
+                                      recover.layer_weights(model, 0.01, 0.01, 10.0))
         kept = torch.ones(len(matching.targets), dtype=torch.bool, device=device)
         for groups in (2, 20) if device.type == "cuda" else (2,):
             labels = torch.arange(5, device=device).repeat_interleave(2 if quick else 10).repeat(groups, 1)
@@ -159,20 +173,24 @@ def bench_passes(rounds, quick, device):
             view = {"crop": torch.tensor([[2, 3, 25, 20]], device=device).repeat(groups, 1)}
 
             def matched(x):
-                return recover.matching_gradient(matching, labels, 1.0, x, view, kept, matching.start(groups))[:1]
+                return recover.matching_gradient(matching, labels, 1.0, x, view, kept,
+                                                 matching.start(groups))[:1]
 
             def bare(x):
                 leaf = x.flatten(0, 1).requires_grad_()
                 return torch.autograd.grad(F.cross_entropy(model(leaf), labels.flatten()), leaf)
 
-            functions = [Graphed(function) if device.type == "cuda" else function for function in (matched, bare)]
-            times = interleaved([partial(function, images) for function in functions], rounds + 2)  # a graph is caught in the third
+            functions = [Graphed(function) if device.type == "cuda" else function
+                         for function in (matched, bare)]
+            # a graph is caught in the third
+            times = interleaved([partial(function, images) for function in functions], rounds + 2)
             yield f"{name}, {groups} batches of {labels.shape[1]}", ratio(times)
 
 
 def bench_keeping(rounds, quick, device):
-    """recover.py on a CPU: iterations that look out for numbers that are not finite and keep their state when it is time to,
-    over the same ones without the time that this takes; keeping once, and its share of the 5 minutes between two times."""
+    """recover.py on a CPU: iterations that look out for numbers that are not finite and keep their state when
+    it is time to, over the same ones without the time that this takes; keeping once, and its share of the 5
+    minutes between two times."""
     classes, iterations = (2, 2) if quick else (5, 20)
     labels = torch.arange(classes, device=device).repeat_interleave(10)[None]
     pixels = torch.randn(1, 10 * classes, 3, 32, 32, generator=generator("bench")).to(device)
@@ -192,8 +210,10 @@ def bench_keeping(rounds, quick, device):
 
                 started, images = time.perf_counter(), pixels.clone()
                 draws = recover.draw_iterations(iterations, [matching], 32, seed=0)
-                for t, losses, state in recover.recover_batch(images, labels, [matching], draws, bounds=bounds):
-                    timed(lambda: nonfinite.update(t, *(losses[term] for term in nonfinite.names[:-1]), images.sum()))
+                for t, losses, state in recover.recover_batch(images, labels, [matching], draws,
+                                                              bounds=bounds):
+                    timed(lambda: nonfinite.update(t, *(losses[term] for term in nonfinite.names[:-1]),
+                                                   images.sum()))
                     states[:] = [state]
                     timed(work.save_if_due, state)
                 kept.append(sum(spent)), bare.append(time.perf_counter() - started - sum(spent))
@@ -208,7 +228,8 @@ def bench_keeping(rounds, quick, device):
 
 
 def bench_relabel(rounds, quick, device):
-    """relabel.py: draws, mixing, teachers, Eq. 8 and writing, against the teachers' forward passes of the same batches."""
+    """relabel.py: draws, mixing, teachers, Eq. 8 and writing, against the teachers' forward passes of the
+    same batches."""
     units = torch.tensor(UNITS, device=device)
     for what, names, count, size, epochs in [
             ("shapes, two teachers, 100 images at once", ("convnet_w64", "wrn16_2"), 100, 100, 5),
@@ -229,18 +250,21 @@ def bench_relabel(rounds, quick, device):
                         model(batch)
 
         with TemporaryDirectory() as folder:
-            times = interleaved([lambda: label(images, units, models, size, 10, epochs, folder), bare], rounds)
+            times = interleaved([lambda: label(images, units, models, size, 10, epochs, folder), bare],
+                                rounds)
         yield what, ratio(times)
 
 
 def bench_train_eval(rounds, quick, device):
-    """train_eval.py: a student trained on stored labels, with an evaluation on ten images, against its bare steps."""
+    """train_eval.py: a student trained on stored labels, with an evaluation on ten images, against its bare
+    steps."""
     test = Split(np.zeros((10, 32, 32, 3), np.uint8), range(10), DATA["classes"], 32).to(device)
     for name, count, epochs in [
             ("convnet_w128", 100, 5), ("resnet18", 100, 2), ("convnet_w128", 500, 1), ("resnet18", 500, 1)]:
         if quick:
             name, count, epochs = "convnet_w8", count // 10, 2
-        args = train_eval.for_student(train_eval.get_parser().parse_args(["--epochs", str(epochs), "--evaluations", "1"]), name)
+        args = train_eval.for_student(train_eval.get_parser().parse_args(["--epochs", str(epochs),
+                                                                          "--evaluations", "1"]), name)
         images, classes = pixels(count).to(device), torch.arange(count, device=device) % 10
         with TemporaryDirectory() as folder:
             store_labels(Path(folder), epochs, count, 10)
@@ -251,34 +275,42 @@ def bench_train_eval(rounds, quick, device):
                 mixed = apply_epoch(images.cpu(), draw, rows, "cutmix", UNITS).to(device)
                 batches.append((mixed, labels.soft_logits(0, rows, mixed), classes[rows]))
             model = network(name).to(device)
-            optimizer = torch.optim.AdamW(train_eval.parameter_groups(model, 0), lr=1e-3, fused=device.type == "cuda")
+            optimizer = torch.optim.AdamW(train_eval.parameter_groups(model, 0), lr=1e-3,
+                                          fused=device.type == "cuda")
             times = interleaved([
                 lambda: train_eval.train_student(name, 0, train_data, args, NOTHING_KEPT, "seed0"),
-                training_steps(model, optimizer, batches * epochs, lambda *x: mse_gt_loss(*x, args.gamma))], rounds)
+                training_steps(model, optimizer, batches * epochs, lambda *x: mse_gt_loss(*x, args.gamma))],
+                                rounds)
         yield f"{name}, {count} images by {len(batches[0][0])}", ratio(times)
 
 
 def bench_squeeze(rounds, quick, device):
-    """squeeze.py: an epoch with padded crops and flips against its bare steps, and these without channels_last."""
+    """squeeze.py: an epoch with padded crops and flips against its bare steps, and these without
+    channels_last."""
     count = 32 if quick else 256
-    split = Split(pixels(count).permute(0, 2, 3, 1).numpy(), torch.arange(count) % 10, DATA["classes"], 32).to(device)
+    split = Split(pixels(count).permute(0, 2, 3, 1).numpy(), torch.arange(count) % 10, DATA["classes"],
+                  32).to(device)
     batches = [(normalize(images, *UNITS), labels) for images, labels in split.batches(64)]
-    args = squeeze.changed(squeeze.get_parser().parse_args(["--epochs", "1"]), step_epochs=30, step_factor=0.1, remedy="")
+    args = squeeze.changed(squeeze.get_parser().parse_args(["--epochs", "1"]), step_epochs=30,
+                           step_factor=0.1, remedy="")
     for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
         def bare(model):
-            optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, fused=device.type == "cuda")
+            optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum,
+                                        fused=device.type == "cuda")
             return training_steps(model, optimizer, batches, F.cross_entropy)
 
         trained, last, first = (network(name, last).to(device) for last in (True, True, False))
         times = interleaved([
-            lambda: list(squeeze.train("", trained, split, torch.arange(count), torch.tensor(UNITS, device=device), args,
+            lambda: list(squeeze.train("", trained, split, torch.arange(count),
+                                       torch.tensor(UNITS, device=device), args,
                                        NOTHING_KEPT, record=squeeze.forgetting_record(count, device))),
             bare(last), bare(first)], rounds)
         yield f"{name}, {count} images by 64", {**ratio(times), "bare/channels_first": times[1] / times[2]}
 
 
 def bench_augment(rounds, quick, device):
-    """Batched crops, flips and normalisation of utils/augment.py, draws included, against torchvision's on PIL images."""
+    """Batched crops, flips and normalisation of utils/augment.py, draws included, against torchvision's on
+    PIL images."""
     for count, size in (100, 32), (100, 64), (20, 224):
         count = 2 if quick else count
         raw, units = pixels(count, size), torch.tensor(UNITS, device=device)
@@ -290,12 +322,15 @@ def bench_augment(rounds, quick, device):
             draw = draw_epoch(count, size, count, "none", generator("bench"))
             return apply_epoch(images, draw, draw["order"], "none", units)
 
-        ours, theirs = interleaved([batched, lambda: torch.stack([customary(picture) for picture in pictures])], rounds)
-        yield f"{count} images of {size} pixels", {"ratio": theirs / ours, "ours_ms": 1e3 * ours, "pil_ms": 1e3 * theirs}
+        ours, theirs = interleaved([batched, lambda: torch.stack([customary(picture)
+                                                                  for picture in pictures])], rounds)
+        yield f"{count} images of {size} pixels", {"ratio": theirs / ours, "ours_ms": 1e3 * ours,
+                                                   "pil_ms": 1e3 * theirs}
 
 
 def bench_labels(rounds, quick, device):
-    """Soft labels of relabel.py, written by epoch and read by batch, against a file of torch.save for each batch."""
+    """Soft labels of relabel.py, written by epoch and read by batch, against a file of torch.save for each
+    batch."""
     epochs, count, classes, size = (2, 20, 10, 8) if quick else (40, 1000, 100, 64)
     logits = torch.randn(count, classes, generator=generator("bench")).half()
     batches = torch.randperm(count, generator=generator("bench")).split(size)
@@ -336,7 +371,8 @@ def bench_labels(rounds, quick, device):
 def store_labels(folder, epochs, count, classes):
     """Labels as of relabel.py for images of 32 pixels, of no teacher."""
     weights = torch.randn(48, classes, generator=generator("bench"))
-    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, classes, bias=False))
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(),
+                                torch.nn.Linear(48, classes, bias=False))
     model[2].weight.data = weights.T
     with redirect_stdout(io.StringIO()):
         label(pixels(count), torch.tensor(UNITS), [model], count, classes, epochs, folder)
@@ -345,21 +381,26 @@ def store_labels(folder, epochs, count, classes):
 def label(images, units, models, size, classes, epochs, folder):
     """relabel.py without its main."""
     count, pixels = len(images), images.shape[-1]
-    draws = ((epoch, draw_epoch(count, pixels, size, "cutmix", generator("relabel", 0, epoch))) for epoch in range(epochs))
+    draws = ((epoch, draw_epoch(count, pixels, size, "cutmix", generator("relabel", 0, epoch)))
+             for epoch in range(epochs))
     writer = LabelWriter(folder, epochs, count, classes)
     writer.create()
     with writer.opened():
-        for epoch, draw, logits in relabel.label_epochs(images, units, dict(enumerate(models)), draws, batch_size=size):
+        for epoch, draw, logits in relabel.label_epochs(images, units, dict(enumerate(models)), draws,
+                                                        batch_size=size):
             writer.write(epoch, logits, draw)
         writer.sync()
 
 
-BENCHES = {"recover": bench_recover, "passes": bench_passes, "keeping": bench_keeping, "relabel": bench_relabel,
-           "train_eval": bench_train_eval, "squeeze": bench_squeeze, "augment": bench_augment, "labels": bench_labels, "scale": bench_scale}
+BENCHES = {"recover": bench_recover, "passes": bench_passes, "keeping": bench_keeping,
+           "relabel": bench_relabel,
+           "train_eval": bench_train_eval, "squeeze": bench_squeeze, "augment": bench_augment,
+           "labels": bench_labels, "scale": bench_scale}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benches", nargs="*", metavar="BENCH", help=" ".join(BENCHES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -371,7 +412,8 @@ def main(argv=None):
         parser.error(f"{' '.join(unknown)} is none of {' '.join(BENCHES)}")
     torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    where = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": args.threads, "rounds": args.rounds,
+    where = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "threads": args.threads,
+             "rounds": args.rounds,
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
     if not args.json:
         print("  ".join(f"{key} {value}" for key, value in where.items()))
@@ -381,7 +423,8 @@ def main(argv=None):
         for what, columns in BENCHES[name](args.rounds, args.quick, device):
             columns = {key: float(f"{value:.4g}") for key, value in columns.items()}
             told = f"{what:<45}" + "".join(f"  {key} {value:<7}" for key, value in columns.items())
-            print(json.dumps({"bench": name, "case": what, **columns, **where}) if args.json else told.rstrip(), flush=True)
+            print(json.dumps({"bench": name, "case": what, **columns, **where}) if args.json
+                  else told.rstrip(), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"      # the same bytes in every process; threads of tiny tensors only wait for each other
+# the same bytes in every process; threads of tiny tensors only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))             # for pytest without "python -m" as well
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for pytest without "python -m" as well
 
 CLASSES = "10", "9", "ant", "bee"                                        # sorted as text, not as numbers
 ALWAYS = "--ipc 2 --backbones convnet_w8 wrn10_1 --device cpu --workers 0 --precision tf32"
@@ -33,7 +34,8 @@ FLAGS = {
     "relabel": "--epochs 3",
     "train_eval": "--epochs 3 --students convnet_w8",
 }
-LARGE = {"vgg11_bn", "resnet50", "resnet101", "regnet_x_8gf", "swin_t", "efficientnet_b0", "mobilenetv2"}   # a second a test
+# a second a test
+LARGE = {"vgg11_bn", "resnet50", "resnet101", "regnet_x_8gf", "swin_t", "efficientnet_b0", "mobilenetv2"}
 
 
 def pytest_configure(config):
@@ -44,8 +46,8 @@ def pytest_configure(config):
 
 @contextmanager
 def own_handlers():
-    """A phase in this process takes over SIGINT and SIGTERM; afterwards they are pytest's again. A phase that Ctrl-C has
-    ended takes pytest with it."""
+    """A phase in this process takes over SIGINT and SIGTERM; afterwards they are pytest's again. A phase that
+    Ctrl-C has ended takes pytest with it."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -61,7 +63,8 @@ def own_handlers():
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if hasattr(item, "callspec") and LARGE & {value for value in item.callspec.params.values() if isinstance(value, str)}:
+        if hasattr(item, "callspec") and LARGE & {value for value in item.callspec.params.values()
+                                                  if isinstance(value, str)}:
             item.add_marker("slow")
 
 
@@ -90,7 +93,8 @@ class Project:
                 if path.is_file() else None for path in self.root.rglob("*")}
 
     def outputs(self):
-        """{file: bytes} of all results, of JSON what does not depend on time and memory; nothing unfinished is left."""
+        """{file: bytes} of all results, of JSON what does not depend on time and memory; nothing unfinished
+        is left."""
         found = {}
         for path in sorted(self.root.rglob("*")):
             if path.is_file() and self.dataset not in path.parents:
@@ -104,10 +108,12 @@ class Project:
         return self.results / name
 
     def arguments(self, phase, *flags):
-        return words((ALWAYS, "--dataset", Path(self.dataset), "--run-dir", self.root / "runs", FLAGS[phase], *flags))
+        return words((ALWAYS, "--dataset", Path(self.dataset), "--run-dir", self.root / "runs", FLAGS[phase],
+                      *flags))
 
     def call(self, phase, *flags):
-        """main() of a phase; a str holds several flags, later ones replace earlier ones.   -> its last result file"""
+        """main() of a phase; a str holds several flags, later ones replace earlier ones.   -> its last result
+        file"""
         out = io.StringIO()
         with redirect_stdout(out), own_handlers():
             import_module(phase).main(self.arguments(phase, *flags))

@@ -1,5 +1,5 @@
-"""Every method through all phases, small, and sha256 of each image, label file, weight and accuracy: what a change of the
-code must leave as it is.
+"""Every method through all phases, small, and sha256 of each image, label file, weight and accuracy: what a
+change of the code must leave as it is.
 
 python -m tests.hashes before.txt        # at one commit
 python -m tests.hashes after.txt         # at another, on the same machine, with as many threads; then: diff before.txt after.txt
@@ -40,21 +40,25 @@ CASES = {   # name: {phase, or * for all: flags}
     "gvbsm": {"*": TWO},
     "best": {"*": f"{TWO} --preset best --tag best"},
     "classes": {"*": f"{TWO} --tag classes --teachers classes", "collect_stats": "--class-statistics",
-                "recover": "--class-statistics --init real --flip --roll 3 --crop pad2", "train_eval": "--labels online"},
-    "plain": {"*": f"{TWO} --tag plain", "recover": "--statistics plain --groups-per-step 2", "train_eval": "--labels hard"},
+                "recover": "--class-statistics --init real --flip --roll 3 --crop pad2",
+                "train_eval": "--labels online"},
+    "plain": {"*": f"{TWO} --tag plain", "recover": "--statistics plain --groups-per-step 2",
+              "train_eval": "--labels hard"},
     "crops": {"*": f"{TWO} --tag crops", "recover": "--init crops --mosaic 2 --unit-gradients --choice cycle",
               "train_eval": "--protocol continual --steps 2 --orders 2 --student-seeds 0"},
-    "random": {"*": f"{TWO} --method random", "train_eval": "--protocol prune --students wrn10_1 --student-seeds 0"},
+    "random": {"*": f"{TWO} --method random", "train_eval": "--protocol prune --students wrn10_1 "
+               "--student-seeds 0"},
     "herding": {"*": f"{TWO} --method herding"},
     "kcenter": {"*": f"{TWO} --method kcenter"},
     "forgetting": {"*": f"{TWO} --method forgetting"},
     "sre2l": {"*": f"{ONE} --method sre2l"},
     "cda": {"*": f"{ONE} --method cda"},
     "scdd": {"*": f"{ONE} --method scdd", "squeeze": MOCO},
-    "teddy": {"*": "--method teddy", "squeeze": f"{ONE} --save-epochs 1:2:1 --pruned 2", "collect_stats": POOL,
-              "recover": f"{POOL} --subset 2", "relabel": POOL, "train_eval": POOL},
+    "teddy": {"*": "--method teddy", "squeeze": f"{ONE} --save-epochs 1:2:1 --pruned 2",
+              "collect_stats": POOL, "recover": f"{POOL} --subset 2", "relabel": POOL, "train_eval": POOL},
     "dm": {"*": f"{ONE} --method dm", "recover": "--iterations 3 --real-batch 8"},
-    "bilp": {"*": f"{ONE} --method bilp", "squeeze": SCORES, "recover": "--iterations 3 --real-batch 8 --adaptive-period 2"},
+    "bilp": {"*": f"{ONE} --method bilp", "squeeze": SCORES,
+             "recover": "--iterations 3 --real-batch 8 --adaptive-period 2"},
 }
 
 
@@ -68,7 +72,8 @@ def flags(case, phase, runs):
 def few_shapes(split, drawn=data.draw_shapes):
     """`shapes` with 20 training and 10 test images a class."""
     images, labels = drawn(split)
-    rows = torch.arange(len(labels)).view(len(data.SHAPES), -1)[:, :20 if split == "train" else 10].flatten().numpy()
+    rows = torch.arange(len(labels)).view(len(data.SHAPES),
+                                          -1)[:, :20 if split == "train" else 10].flatten().numpy()
     return images[rows], labels[rows]
 
 
@@ -85,7 +90,8 @@ def run(case, runs):
 
 def one_phase(case, phase, runs):
     """A process with one phase of a case, on the few shapes."""
-    return [sys.executable, "-c", "import sys; from tests import hashes; hashes.main(sys.argv[1:])", "--phase", case, phase, str(runs)]
+    return [sys.executable, "-c", "import sys; from tests import hashes; hashes.main(sys.argv[1:])",
+            "--phase", case, phase, str(runs)]
 
 
 def interrupted(runs):
@@ -104,8 +110,10 @@ def torchrun(runs):
     """`gvbsm` by two processes."""
     for phase in PHASES:
         command = one_phase("gvbsm", phase, runs)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-        subprocess.run(launch + command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                  "--no-python"]
+        subprocess.run(launch + command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
 
 
 def digest(value, into):
@@ -125,8 +133,9 @@ def digest(value, into):
 
 
 ARTEFACTS = {".png", ".npy", ".pt", ".json"}
-WEIGHTS = "weights", "top1", "forgetting", "kept", "widths", "statistics", "class_statistics", "scores"   # of a .pt
-METRICS = "top1", "top1_per_seed", "top1_by_epoch", "first_bn_variance", "images", "image_set"            # of a .json
+# of a .pt
+WEIGHTS = "weights", "top1", "forgetting", "kept", "widths", "statistics", "class_statistics", "scores"
+METRICS = "top1", "top1_per_seed", "top1_by_epoch", "first_bn_variance", "images", "image_set"  # of a .json
 
 
 def hashes(runs):
@@ -147,10 +156,12 @@ def hashes(runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", help="file for the hashes; standard output without it")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--no-processes", action="store_true", help="leave out the killed run and the one by torchrun")
+    parser.add_argument("--no-processes", action="store_true",
+                        help="leave out the killed run and the one by torchrun")
     parser.add_argument("--phase", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     data.draw_shapes = few_shapes

@@ -35,16 +35,18 @@ def counted_reductions(monkeypatch):
 
 
 def saved_bytes(model, step):
-    """Memory that the graph of step() keeps for its backward pass, beside the weights; each storage counts once."""
+    """Memory that the graph of step() keeps for its backward pass, beside the weights; each storage counts
+    once."""
     kept, weights = {}, {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor              # a reference, so that no address is used again
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # a reference, so that no address is used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    return sum(tensor.untyped_storage().nbytes() for address,
+               tensor in kept.items() if address not in weights)
 
 
 def counted_operations(function):

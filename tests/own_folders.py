@@ -27,13 +27,14 @@ from utils.shapes import SHAPES
 CLASSES, PIXELS, IMAGES = (2, 3, 5, 10, 20, 50, 200), (16, 32, 48, 64, 96), (20, 200)
 METHODS = "random", "gvbsm"
 SHORTER = {"squeeze": lambda images: ["--epochs", str(min(30, max(2, 200 * 32 // images)))],
-           "recover": lambda images: "--iterations 300 --grid-every 0".split(), "relabel": lambda images: "--epochs 200".split(),
+           "recover": lambda images: "--iterations 300 --grid-every 0".split(),
+           "relabel": lambda images: "--epochs 200".split(),
            "train_eval": lambda images: "--epochs 200 --students convnet_w64 --evaluations 1".split()}
 
 
 def draw(number, pixels, rng):
-    """uint8 [pixels, pixels, 3] of class `number` (0..199): one of ten shapes, of five hues, on stripes of four directions;
-    place, size, brightness, phase and noise are drawn."""
+    """uint8 [pixels, pixels, 3] of class `number` (0..199): one of ten shapes, of five hues, on stripes of
+    four directions; place, size, brightness, phase and noise are drawn."""
     shape, hue, turn = number % 10, number // 10 % 5, (number // 50 + number) % 4
     x, y = np.meshgrid(*[np.linspace(-1, 1, pixels, dtype=np.float32)] * 2)
     angle = turn * np.pi / 4
@@ -48,7 +49,8 @@ def draw(number, pixels, rng):
 
 
 def make_folder(root, classes, pixels, images, tested=10):
-    """A data set of `classes` classes with `images` training and `tested` test images each.   pixels: of a side"""
+    """A data set of `classes` classes with `images` training and `tested` test images each.   pixels: of a
+    side"""
     for split, count in ("train", images), ("val", tested):
         for number in range(classes):
             folder = Path(root, split, f"class{number:03}")
@@ -68,34 +70,41 @@ def run_cell(root, classes, pixels, images, ipc=3, methods=METHODS, shorter=SHOR
         for phase in "squeeze", "collect_stats", "recover", "relabel", "train_eval":
             with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
                 try:
-                    import_module(phase).main(flags + ["--method", method] + shorter.get(phase, lambda _: [])(classes * images))
+                    import_module(phase).main(flags + ["--method", method]
+                                              + shorter.get(phase, lambda _: [])(classes * images))
                 except SystemExit as end:
                     if end.code:
                         yield {"method": method, "failed": phase, "said": out.getvalue()[-400:]}
                         break
             results[phase] = json.loads(re.findall(r"^RESULT (.*)$", out.getvalue(), re.M)[-1])
         else:
-            yield {"method": method, "teachers": results["squeeze"]["top1"], "student": results["train_eval"]["top1"],
+            yield {"method": method, "teachers": results["squeeze"]["top1"],
+                   "student": results["train_eval"]["top1"],
                    "seconds": round(time.time() - started), "found": out.getvalue().splitlines()[0]}
 
 
 def table(cells):
-    """One row for each number of classes and images, one column for each size: weakest teacher / random / gvbsm."""
+    """One row for each number of classes and images, one column for each size: weakest teacher / random /
+    gvbsm."""
     lines = ["| classes | images a class | " + " | ".join(f"{size} pixels" for size in PIXELS) + " |",
              "|" + " --- |" * (2 + len(PIXELS))]
     for classes, images in itertools.product(CLASSES, IMAGES):
         row = []
         for size in PIXELS:
-            found = {cell["method"]: cell for cell in cells if (cell["classes"], cell["images"], cell["pixels"]) == (classes, images, size)}
-            teacher = [f"{min(cell['teachers'].values()):.0f}" for cell in found.values() if "teachers" in cell][:1] or ["-"]
-            row.append(" / ".join(teacher + [f"{found[m]['student']:.0f}" if "student" in found.get(m, {}) else "-" for m in METHODS])
+            found = {cell["method"]: cell for cell in cells
+                     if (cell["classes"], cell["images"], cell["pixels"]) == (classes, images, size)}
+            teacher = [f"{min(cell['teachers'].values()):.0f}" for cell in found.values()
+                       if "teachers" in cell][:1] or ["-"]
+            row.append(" / ".join(teacher + [f"{found[m]['student']:.0f}" if "student" in found.get(m, {})
+                                             else "-" for m in METHODS])
                        if found else "not run")
         lines.append(f"| {classes} ({100 / classes:.3g} %) | {images} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON lines, one a cell and method")
     for name, values in ("classes", CLASSES), ("pixels", PIXELS), ("images", IMAGES):
         parser.add_argument(f"--{name}", nargs="+", type=int, default=values)
@@ -106,9 +115,11 @@ def main(argv=None):
     if args.table:
         return print(table(done))
     torch.set_num_threads(1)
-    known = {(cell["classes"], cell["pixels"], cell["images"]) for cell in done if cell["method"] == METHODS[-1]}
+    known = {(cell["classes"], cell["pixels"], cell["images"]) for cell in done if cell["method"]
+             == METHODS[-1]}
     cells = [cell for cell in itertools.product(args.classes, args.pixels, args.images) if cell not in known]
-    for classes, pixels, images in sorted(cells, key=lambda cell: (cell[0] * cell[2] + 20 * cell[0]) * min(cell[1], 64) ** 2):
+    for classes, pixels, images in sorted(cells, key=lambda cell: (cell[0] * cell[2] + 20 * cell[0])
+                                          * min(cell[1], 64) ** 2):
         with TemporaryDirectory() as root:
             for result in run_cell(root, classes, pixels, images, args.ipc):
                 line = {"classes": classes, "pixels": pixels, "images": images, "ipc": args.ipc, **result}

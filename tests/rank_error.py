@@ -1,5 +1,6 @@
-"""BiLP's rank error (arXiv:2305.18381, supplement Sec. 2): how far the ranks of real images by the Taylor form of their
-treatment effect are from those by leaving each one out. The paper: 2.7 % on CIFAR-10 at 10 images a class.
+"""BiLP's rank error (arXiv:2305.18381, supplement Sec. 2): how far the ranks of real images by the Taylor
+form of their treatment effect are from those by leaving each one out. The paper: 2.7 % on CIFAR-10 at 10
+images a class.
 
 python -m tests.rank_error --dataset cifar10 --ipc 10
 python -m tests.rank_error                                  # on shapes: a minute, no download
@@ -18,8 +19,8 @@ from utils.run import generator, pick_device
 
 
 def rank_errors(split, mean_std, *, ipc, batch, products, seed=0):
-    """The rank error of each class: `batch` of its images, for `ipc` others of them as synthetic images and a fresh ConvNet.
-    mean_std [2, 3] on the device"""
+    """The rank error of each class: `batch` of its images, for `ipc` others of them as synthetic images and a
+    fresh ConvNet. mean_std [2, 3] on the device"""
     torch.manual_seed(generator("rank error", seed).initial_seed())
     network = build_model("convnet_w128", len(split.classes), split.image_size)
     embed = nn.Sequential(*list(network)[:-1]).to(mean_std.device).requires_grad_(False)
@@ -30,16 +31,19 @@ def rank_errors(split, mean_std, *, ipc, batch, products, seed=0):
                            for rows in (members[:ipc], members[ipc:ipc + batch]))
         with torch.no_grad():
             features = embed(real)
-        yield rank_error(ite_norms(embed, synthetic, features, products), leave_one_out_norms(embed, synthetic, features))
+        yield rank_error(ite_norms(embed, synthetic, features, products),
+                         leave_one_out_norms(embed, synthetic, features))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="shapes")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--batch", type=int, default=128, help="real images of a class that are ranked")
-    parser.add_argument("--products", type=int, default=16, help="directions of the Taylor form, see utils/dm.py")
+    parser.add_argument("--products", type=int, default=16,
+                        help="directions of the Taylor form, see utils/dm.py")
     parser.add_argument("--classes", type=int, default=10, help="of so many classes, the first ones")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
@@ -50,7 +54,8 @@ def main(argv=None):
     for name, error in zip(split.classes[:args.classes], every):
         print(f"{name:<12} {100 * error:5.2f} %", flush=True)
         errors.append(error)
-    print(f"{'mean':<12} {100 * statistics.fmean(errors):5.2f} %   (0 for equal ranks, 33.3 % for random ones)")
+    print(f"{'mean':<12} {100 * statistics.fmean(errors):5.2f} %   (0 for equal ranks, 33.3 % for random "
+          f"ones)")
 
 
 if __name__ == "__main__":

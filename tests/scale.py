@@ -1,8 +1,10 @@
-"""How recover.py, relabel.py and train_eval.py grow with images, classes and pixels: `python -m tests.bench scale`.
+"""How recover.py, relabel.py and train_eval.py grow with images, classes and pixels: `python -m tests.bench
+scale`.
 
-Each row is one process of a phase on noise, with networks so small that what is around them shows. It runs twice, with few
-and with many steps (iterations of recover, epochs of the others): their difference is the time of an image in a step, the
-rest is spent before and after. Processor seconds of one thread, so that other processes count little.
+Each row is one process of a phase on noise, with networks so small that what is around them shows. It runs
+twice, with few and with many steps (iterations of recover, epochs of the others): their difference is the
+time of an image in a step, the rest is spent before and after. Processor seconds of one thread, so that other
+processes count little.
 """
 import os
 import subprocess
@@ -27,7 +29,8 @@ importlib.import_module(sys.argv[1]).main(sys.argv[2:])
 print(time.process_time(), re.search(r"VmHWM:\\s*(\\d+)", (pathlib.Path("/") / "proc" / "self" / "status").read_text())[1])
 """
 CASES = [   # images, classes, pixels
-    (10, 10, 32), (100, 10, 32), (1000, 10, 32), (1000, 100, 32), (1000, 1000, 32), (100, 10, 64), (100, 10, 224)]
+    (10, 10, 32), (100, 10, 32), (1000, 10, 32), (1000, 100, 32), (1000, 1000, 32), (100, 10, 64),
+    (100, 10, 224)]
 
 
 def write_noise(folder, classes, size):
@@ -43,8 +46,8 @@ def write_noise(folder, classes, size):
 
 def measure(phase, *flags):
     """A process of a phase.   -> its processor seconds, its peak memory in MB (Linux)"""
-    out = subprocess.run([sys.executable, "-c", PROCESS, phase, *map(str, flags)], cwd=ROOT, check=True, text=True,
-                         stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
+    out = subprocess.run([sys.executable, "-c", PROCESS, phase, *map(str, flags)], cwd=ROOT, check=True,
+                         text=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
     seconds, kilobytes = out.splitlines()[-1].split()
     return float(seconds), int(kilobytes) / 1000
 
@@ -55,8 +58,9 @@ def steps(images, size):
 
 
 def bench_scale(rounds, quick, device):
-    """recover.py, relabel.py and train_eval.py by images, classes and pixels (tests/scale.py): milliseconds of an image in an
-    iteration or epoch, seconds around them, and peak memory with few and many steps; processor time of one thread, one round."""
+    """recover.py, relabel.py and train_eval.py by images, classes and pixels (tests/scale.py): milliseconds
+    of an image in an iteration or epoch, seconds around them, and peak memory with few and many steps;
+    processor time of one thread, one round."""
     for images, classes, size in [(4, 2, 16)] if quick else CASES:
         with TemporaryDirectory() as folder:
             data = Path(folder, "noise")
@@ -69,7 +73,9 @@ def bench_scale(rounds, quick, device):
                     measure(phase, *flags)
                     continue
                 few, many = steps(images, size)
-                (first, less), (second, more) = (measure(phase, *flags, name, n, "--overwrite") for n in (few, many))
+                (first, less), (second, more) = (measure(phase, *flags, name, n, "--overwrite")
+                                                 for n in (few, many))
                 each = (second - first) / (many - few)
                 yield f"{phase}, {images} images, {classes} classes, {size} pixels", {
-                    "ms_image": 1e3 * each / images, "around_s": first - few * each, "few_mb": less, "many_mb": more}
+                    "ms_image": 1e3 * each / images, "around_s": first - few * each, "few_mb": less,
+                    "many_mb": more}

@@ -1,4 +1,5 @@
-"""recover.py on `shapes`, killed many times in a row and continued, against the bytes of a run that nobody disturbed.
+"""recover.py on `shapes`, killed many times in a row and continued, against the bytes of a run that nobody
+disturbed.
 
     python -m tests.soak [--kills 30] [--processes 2]
 
@@ -21,27 +22,32 @@ FLAGS = "--dataset shapes --backbones convnet_w32 wrn10_1 --device cpu"
 
 
 def command(phase, folder, *flags, processes=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone",
+                f"--nproc-per-node={processes}"] if processes > 1 else []
     return [sys.executable, *launcher, ROOT / f"{phase}.py", *FLAGS.split(), "--run-dir", folder, *flags]
 
 
 def results(folder):
-    return {path.relative_to(folder): path.read_bytes() for kind in ("*.png", "log*.jsonl") for path in folder.rglob(kind)}
+    return {path.relative_to(folder): path.read_bytes() for kind in ("*.png", "log*.jsonl")
+            for path in folder.rglob(kind)}
 
 
 def how_far(folder):
     kept = [torch.load(path, weights_only=True)["state"] for path in folder.rglob("batch*.pt")]
     return f"{len(list(folder.rglob('images/*/*.png')))} images done, of others " + (
-        ", ".join(f"batches {state['numbers']} at iteration {state['iterations']}" for state in kept) or "nothing kept")
+        ", ".join(f"batches {state['numbers']} at iteration {state['iterations']}" for state in kept)
+        or "nothing kept")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--processes", type=int, default=1, help="of torchrun, in the run that is killed")
     args = parser.parse_args(argv)
-    flags, quiet = ["--iterations", str(args.iterations)], {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    flags, quiet = ["--iterations", str(args.iterations)], {"stdout": subprocess.DEVNULL,
+                                                            "stderr": subprocess.DEVNULL}
     os.environ["OMP_NUM_THREADS"] = "1"
     with TemporaryDirectory() as root:
         whole, killed = Path(root, "whole"), Path(root, "killed")
@@ -65,7 +71,8 @@ def main(argv=None):
             print(f"kill {kill + 1} after {moment:.2f} s; {how_far(killed)}", flush=True)
         subprocess.run(command("recover", killed, *flags), check=True, **quiet)
         one, other = results(whole), results(killed)
-        differing = sorted(str(name) for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+        differing = sorted(str(name) for name in one.keys() | other.keys() if one.get(name)
+                           != other.get(name))
         print(f"{len(one)} files, {len(differing)} differ: {' '.join(differing[:5])}")
         return bool(differing)
 

@@ -1,4 +1,5 @@
-"""Weights of other people's: classifiers and self-supervised encoders in the layouts they are published in, and bad files."""
+"""Weights of other people's: classifiers and self-supervised encoders in the layouts they are published in,
+and bad files."""
 import argparse
 
 import pytest
@@ -37,15 +38,20 @@ def layouts(model):
     other = trained_like(seed=1)
     return {
         "moco v2": {"epoch": 200, "arch": "resnet18", "optimizer": {"param_groups": []}, "state_dict": {
-            **prefixed(body(model), "module.encoder_q."), "module.encoder_q.fc.0.weight": torch.zeros(512, 512),
-            "module.encoder_q.fc.2.weight": torch.zeros(128, 512), **prefixed(body(other), "module.encoder_k."),
+            **prefixed(body(model), "module.encoder_q."),
+            "module.encoder_q.fc.0.weight": torch.zeros(512, 512),
+            "module.encoder_q.fc.2.weight": torch.zeros(128, 512),
+            **prefixed(body(other), "module.encoder_k."),
             "module.queue": torch.zeros(128, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}},
         "moco v3": {"epoch": 300, "state_dict": {
-            **prefixed(body(model), "module.base_encoder."), "module.base_encoder.fc.0.weight": torch.zeros(8, 512),
-            **prefixed(body(other), "module.momentum_encoder."), "module.predictor.0.weight": torch.zeros(8, 8)}},
+            **prefixed(body(model), "module.base_encoder."),
+            "module.base_encoder.fc.0.weight": torch.zeros(8, 512),
+            **prefixed(body(other), "module.momentum_encoder."),
+            "module.predictor.0.weight": torch.zeros(8, 8)}},
         "swav": {**prefixed(body(model), "module."), "module.projection_head.0.weight": torch.zeros(8, 512),
                  "module.prototypes.weight": torch.zeros(3, 8)},
-        "dino": {"student": prefixed(body(other), "module.backbone."), "epoch": 100, "args": argparse.Namespace(lr=1.0),
+        "dino": {"student": prefixed(body(other), "module.backbone."), "epoch": 100,
+                 "args": argparse.Namespace(lr=1.0),
                  "teacher": {**prefixed(body(model), "backbone."), "head.mlp.0.weight": torch.zeros(8, 512)}},
     }
 
@@ -56,7 +62,8 @@ WRAPPED = {
     "state_dict": lambda tensors: {"state_dict": prefixed(tensors, "module."), "epoch": 3, "optimizer": {}},
     "model": lambda tensors: {"model": tensors, "args": argparse.Namespace(lr=0.1)},
     "backbone": lambda tensors: {"state_dict": prefixed(tensors, "model.backbone.")},
-    "without counters": lambda tensors: {key: value for key, value in tensors.items() if "num_batches" not in key}}
+    "without counters": lambda tensors: {key: value for key,
+                                         value in tensors.items() if "num_batches" not in key}}
 
 
 @pytest.mark.parametrize("wrapping", WRAPPED)
@@ -89,7 +96,8 @@ def test_a_prefix_is_that_of_the_network_with_most_names():
 @pytest.mark.parametrize("stored, told", [
     (lambda net: body(net), "fc.weight is missing; name the --backbones that it is of, or --objective probe"),
     (lambda net: {**net.state_dict(), "extra.weight": torch.zeros(1)}, "extra.weight is left over"),
-    (lambda net: trained_like(classes=1000).state_dict(), "fc.weight is 1000x512, not 4x512: it has other classes"),
+    (lambda net: trained_like(classes=1000).state_dict(),
+     "fc.weight is 1000x512, not 4x512: it has other classes"),
     (lambda net: trained_like("resnet34").state_dict(), "layer1.2.conv1.weight is left over"),
     (lambda net: {**net.state_dict(), "bn1.bias": torch.full((64,), torch.nan)}, "bn1.bias is not finite"),
     (lambda net: {"epoch": 3, "state_dict": {}}, "there is no state dict in it"),
@@ -144,7 +152,7 @@ def test_an_adopted_classifier_is_a_teacher_like_a_trained_one(size, bare):
     (bare.root / "theirs.pt").rename(bare.root / "moved.pt")
     bare.call("squeeze", flags, "--weights", bare.root / "moved.pt")
     assert "already done" in bare.printed
-    assert "--weights sha256:" in bare.mistake("squeeze", flags)                           # a trained one is another
+    assert "--weights sha256:" in bare.mistake("squeeze", flags)  # a trained one is another
     for phase in "collect_stats", "recover", "relabel", "train_eval":
         bare.call(phase, flags, "--iterations 1" * (phase == "recover"))
 
@@ -160,7 +168,8 @@ def test_a_network_for_small_images_is_adopted_as_it_is(bare):
 
 @pytest.mark.parametrize("flags, told", [
     ("--weights theirs.pt --backbones wrn10_1 convnet_w8", "--weights theirs.pt: no such file"),
-    ("--objective probe", "--weights FILE"), ("--weights {} --backbones wrn10_1 convnet_w8", "--backbones names 2"),
+    ("--objective probe", "--weights FILE"), ("--weights {} --backbones wrn10_1 convnet_w8",
+                                              "--backbones names 2"),
     ("--weights {} --objective moco --backbones wrn10_1 --batch-size 16", "use --objective probe"),
     ("--weights {} --backbones wrn10_1 --pruned 1", "leave out --save-epochs and --pruned")])
 def test_what_weights_do_not_go_with_is_told(flags, told, bare):

@@ -10,9 +10,10 @@ from torchvision.transforms.functional import resized_crop
 from torchvision.transforms.v2 import functional as v2
 
 from tests.helpers import assert_near
-from utils.augment import (apply_colour, apply_epoch, apply_flip, apply_resized_crop, apply_shift, apply_view, draw_beta,
-                           draw_colour, draw_cutmix_box, draw_epoch, draw_flip, draw_resized_crop, draw_shift, draw_view,
-                           normalize, to_uint8, turn_hue)
+from utils.augment import (apply_colour, apply_epoch, apply_flip, apply_resized_crop, apply_shift, apply_view,
+                           draw_beta,
+                           draw_colour, draw_cutmix_box, draw_epoch, draw_flip, draw_resized_crop, draw_shift,
+                           draw_view, normalize, to_uint8, turn_hue)
 
 UNITS = [  # mean and standard deviation of CIFAR-10, of ImageNet, and none
     ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -62,7 +63,8 @@ def test_a_crop_that_is_shrunk_or_not_equals_torchvisions_antialiased_one(side, 
     crops, weights = apply_resized_crop(images, boxes, size), torch.rand(60, 3, size, size, dtype=dtype)
     expected = torch.stack([resized_crop(image, *box, [size, size], antialias=True)
                             for image, box in zip(images, boxes.tolist())])
-    assert crops.dtype == dtype and crops.shape == expected.shape and (crops - expected).abs().max() <= tolerance
+    assert crops.dtype == dtype and crops.shape == expected.shape and (crops
+                                                                       - expected).abs().max() <= tolerance
     mine, theirs = (torch.autograd.grad((weights * x).sum(), images)[0] for x in (crops, expected))
     assert_near(mine, theirs, tolerance)
 
@@ -94,9 +96,10 @@ def test_crops_are_distributed_as_torchvisions(side, scale, ratio, draw):
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all() and (ours[:, :2] + ours[:, 2:] <= side).all()
     describe = {
         "area": lambda t, l, h, w: h * w, "area squared": lambda t, l, h, w: (h * w) ** 2,
-        "aspect": lambda t, l, h, w: (w / h).log(), "spread of the aspect": lambda t, l, h, w: (w / h).log() ** 2,
-        "top": lambda t, l, h, w: t, "left": lambda t, l, h, w: l, "spread of the top": lambda t, l, h, w: t ** 2,
-        "bottom": lambda t, l, h, w: t + h == side, "right": lambda t, l, h, w: l + w == side,
+        "aspect": lambda t, l, h, w: (w / h).log(), "spread of the aspect": lambda t, l, h,
+        w: (w / h).log() ** 2,
+        "top": lambda t, l, h, w: t, "left": lambda t, l, h, w: l, "spread of the top": lambda t, l, h,
+        w: t ** 2, "bottom": lambda t, l, h, w: t + h == side, "right": lambda t, l, h, w: l + w == side,
         "whole": lambda t, l, h, w: h * w == side ** 2, "diagonal": lambda t, l, h, w: t * l}
     for function in describe.values():
         assert_same_mean(*(function(*boxes.double().unbind(1)) for boxes in (ours, theirs)))
@@ -125,10 +128,11 @@ def test_shifts_are_uniform_on_both_axes_including_their_bounds(draw):
 
 
 def test_a_shift_is_a_crop_of_the_padded_image_or_with_wrap_a_roll():
-    shift = torch.cartesian_prod(torch.arange(-9, 10), torch.arange(-9, 10))               # up to more than the image
+    shift = torch.cartesian_prod(torch.arange(-9, 10), torch.arange(-9, 10))  # up to more than the image
     images = torch.rand(len(shift), 2, 7, 7)
     padded = F.pad(images, [9] * 4)
-    for i, (moved, rolled) in enumerate(zip(apply_shift(images, shift), apply_shift(images, shift, wrap=True))):
+    for i, (moved, rolled) in enumerate(zip(apply_shift(images, shift),
+                                            apply_shift(images, shift, wrap=True))):
         down, right = shift[i].tolist()
         assert torch.equal(moved, padded[i, :, 9 - down:16 - down, 9 - right:16 - right])
         assert torch.equal(rolled, images[i].roll((down, right), (1, 2)))
@@ -176,7 +180,8 @@ def test_draw_beta_has_mean_and_variance_of_the_beta_distribution(alpha, draw):
 
 
 def test_cutmix_boxes_have_the_published_distribution(draw):
-    """lambda uniform, side = floor(S sqrt(1 - lambda)), uniform centre, clipped: every mean is a sum over sides."""
+    """lambda uniform, side = floor(S sqrt(1 - lambda)), uniform centre, clipped: every mean is a sum over
+    sides."""
     S = 12
     boxes = torch.stack([draw_cutmix_box(S, draw) for _ in range(5_000)])
     assert boxes.shape == (5_000, 4) and (boxes >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= S).all()
@@ -191,7 +196,7 @@ def test_cutmix_boxes_have_the_published_distribution(draw):
     assert_same_mean(boxes[:, 1], start)
     top, left, height, width = boxes.unbind(1)
     inside = (top > 0) & (left > 0) & (top + height < S) & (left + width < S)
-    assert inside.sum() > 500 and torch.equal(height[inside], width[inside])              # squares unless clipped
+    assert inside.sum() > 500 and torch.equal(height[inside], width[inside])  # squares unless clipped
 
 
 @pytest.mark.parametrize("mix", ("cutmix", "mixup", "none"))
@@ -208,14 +213,15 @@ def test_an_epoch_mixes_each_batch_with_itself_and_alike(mix, draw):
         assert len(box.unique(dim=0)) == len(ratio.unique()) == 1
         top, left, height, width = box[0].tolist()
         mask = torch.ones(S, S)
-        mask[top:top + height, left:left + width] = 0                                     # pixels of the base image
+        mask[top:top + height, left:left + width] = 0  # pixels of the base image
         ratios.append(ratio[0].item())
         if mix == "mixup":
             assert not box.any() and 0 < ratio[0] < 1
         else:
             assert ratio[0].item() == pytest.approx(mask.mean().item(), abs=1e-7)
     if mix == "none":
-        assert torch.equal(epoch["partner"], torch.arange(n)) and not epoch["box"].any() and (epoch["ratio"] == 1).all()
+        assert torch.equal(epoch["partner"], torch.arange(n)) and not epoch["box"].any() and (epoch["ratio"]
+                                                                                              == 1).all()
     else:
         assert len(set(ratios)) == 4 and (epoch["partner"] != torch.arange(n)).sum() > 30
 
@@ -287,7 +293,8 @@ def test_images_of_bytes_are_replayed_as_normalised_ones(mix, draw):
 def test_replaying_takes_nothing_back_from_the_device(mix, draw):
     """On the device `meta` there are no values, so whatever waited for one, or mixed devices, would fail."""
     epoch = {key: rows.to("meta") for key, rows in draw_epoch(40, 32, 16, mix, draw).items()}
-    images, units = torch.empty(40, 3, 32, 32, dtype=torch.uint8, device="meta"), torch.empty(2, 3, device="meta")
+    images, units = torch.empty(40, 3, 32, 32, dtype=torch.uint8, device="meta"), torch.empty(2, 3,
+                                                                                              device="meta")
     mixed = apply_epoch(images, epoch, epoch["order"][:16], mix, units)
     assert mixed.is_meta and mixed.shape == (16, 3, 32, 32)
     for size in 16, 32, 48:
@@ -342,7 +349,8 @@ def test_colours_change_as_torchvisions_image_by_image(size, draw):
 
 
 def test_a_turned_hue_is_that_of_hsv():
-    images, turns = torch.rand(20, 3, 4, 4, dtype=torch.float64), torch.rand(20, 1, 1, 1, dtype=torch.float64) - 0.5
+    images, turns = torch.rand(20, 3, 4, 4, dtype=torch.float64), torch.rand(20, 1, 1, 1,
+                                                                             dtype=torch.float64) - 0.5
     images[:10] = images[:10].round()
     for before, turn, after in zip(images, turns, turn_hue(images, turns)):
         for old, new in zip(before.flatten(1).T.tolist(), after.flatten(1).T):

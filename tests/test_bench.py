@@ -20,7 +20,8 @@ def test_a_bench_prints_a_ratio_for_each_case(name, capsys):
     bench.main([name, "--quick", "--rounds", "1", "--json"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     measured = {"recover": "drop 0", "scale": "few_mb"}.get(name, "ratio")
-    assert rows and all(row["bench"] == name and row[measured] > 0 and row["torch"] == torch.__version__ for row in rows)
+    assert rows and all(row["bench"] == name and row[measured] > 0 and row["torch"] == torch.__version__
+                        for row in rows)
     bench.main([name, "--quick", "--rounds", "1"])
     first, *table = capsys.readouterr().out.splitlines()
     assert all(word in first for word in ("date 20", "threads 1", "torch")) and len(table) >= len(rows) + 2

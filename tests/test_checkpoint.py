@@ -1,4 +1,5 @@
-"""Properties of `Checkpoint`: a saved state comes back, whatever ended the process, and only to the work that it belongs to."""
+"""Properties of `Checkpoint`: a saved state comes back, whatever ended the process, and only to the work that
+it belongs to."""
 import json
 import os
 import random
@@ -32,7 +33,8 @@ def begin(tmp_path):
 
 @pytest.fixture
 def child(tmp_path):
-    """child(function): what a forked process printed on stderr, and how it ended: its exit code, or minus the signal."""
+    """child(function): what a forked process printed on stderr, and how it ended: its exit code, or minus the
+    signal."""
     def forked(function, at_work=lambda pid: None):
         if not (pid := os.fork()):
             code = 1
@@ -119,8 +121,10 @@ def test_pieces_have_states_of_their_own(begin):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("overwrite, words", [(False, "progress saved; the same command goes on"), (True, "the same command without --overwrite")])
-def test_after_a_signal_the_next_step_is_kept_at_once_and_ends_the_process(number, overwrite, words, begin, capsys):
+@pytest.mark.parametrize("overwrite, words", [(False, "progress saved; the same command goes on"),
+                                              (True, "the same command without --overwrite")])
+def test_after_a_signal_the_next_step_is_kept_at_once_and_ends_the_process(number, overwrite, words, begin,
+                                                                           capsys):
     with pytest.raises(SystemExit) as end, begin(minutes=60, overwrite=overwrite) as work:
         work.save_if_due(lambda: 1)
         signals.stopped_by = number
@@ -132,7 +136,8 @@ def test_after_a_signal_the_next_step_is_kept_at_once_and_ends_the_process(numbe
 
 
 def test_killed_at_any_moment_the_state_is_whole_and_no_older_than_was_said(begin, child, tmp_path):
-    """A child keeps ever larger states and says so after each; a state that is loaded is one of them, or the next."""
+    """A child keeps ever larger states and says so after each; a state that is loaded is one of them, or the
+    next."""
     last, said = 0, tmp_path / "said"
     said.write_text("0")
 
@@ -155,7 +160,8 @@ def test_killed_at_any_moment_the_state_is_whole_and_no_older_than_was_said(begi
         assert child(count, kill)[1] == -signal.SIGKILL
         with pytest.raises(Crash), begin(minutes=60) as work:
             state = work.load()
-            assert 0 <= state["step"] - int(said.read_text()) <= 1 and (state["weights"] == state["step"]).all()
+            assert 0 <= state["step"] - int(said.read_text()) <= 1 and (state["weights"]
+                                                                        == state["step"]).all()
             last = state["step"]
             raise Crash
     os.close(file)
@@ -165,7 +171,8 @@ def test_a_full_disk_is_told_in_a_line_and_what_was_kept_stays(begin, child, tmp
     def fill():
         with begin() as work:
             work.save_if_due(lambda: torch.zeros(9))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))   # no file may grow beyond it
+            # no file may grow beyond it
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
             work.save_if_due(lambda: torch.ones(9))
 
     errors, code = child(fill)
@@ -176,7 +183,8 @@ def test_a_full_disk_is_told_in_a_line_and_what_was_kept_stays(begin, child, tmp
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"lr": 0.5}, ["--lr 0.1 (now 0.5)", "--overwrite"]), ({"weights": "b"}, ["other weights", "--overwrite"])])
+    ({"lr": 0.5}, ["--lr 0.1 (now 0.5)", "--overwrite"]),
+    ({"weights": "b"}, ["other weights", "--overwrite"])])
 def test_unfinished_work_goes_on_with_the_same_arguments_and_inputs_alone(changes, words, begin, capsys):
     crashed(begin(), 1)
     line = told(capsys, begin(**changes))

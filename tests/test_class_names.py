@@ -37,7 +37,8 @@ def test_class_map(tmp_path):
     for name in "x", "y", "cat":
         save(tmp_path / "images" / name / "0.png")
     (tmp_path / "map.json").write_text(json.dumps({"x": "dog", "y": ["ant", "an insect"], "z": "bee"}))
-    labels, found, _ = list_folder(tmp_path / "images", ["ant", "cat", "dog"], read_class_map(tmp_path / "map.json"))
+    labels, found, _ = list_folder(tmp_path / "images", ["ant", "cat", "dog"],
+                                   read_class_map(tmp_path / "map.json"))
     assert found == ["cat", "x", "y"] and labels.tolist() == [1, 2, 0]
 
 

@@ -1,5 +1,6 @@
-"""Unfinished work: killed at any moment, stopped by a signal, or interrupted after a step, a phase goes on with the same
-command to the bytes of a run that nobody disturbed. Processes are forked from one that has imported the scripts."""
+"""Unfinished work: killed at any moment, stopped by a signal, or interrupted after a step, a phase goes on
+with the same command to the bytes of a run that nobody disturbed. Processes are forked from one that has
+imported the scripts."""
 import json
 import multiprocessing
 import os
@@ -27,10 +28,12 @@ PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 LONG = {  # flags with which a phase takes a second or so
     "squeeze": "--epochs 20 --batch-size 4", "collect_stats": "--batch-size 2",
     "recover": "--iterations 60 --batch-size 4", "relabel": "--epochs 120",
-    "train_eval": "--epochs 40 --batch-size 2 --whole-up-to 0 --student-seeds 0 1 --students convnet_w8 wrn10_1 --labels hard"}
+    "train_eval": "--epochs 40 --batch-size 2 --whole-up-to 0 --student-seeds 0 1 --students convnet_w8 "
+    "wrn10_1 --labels hard"}
 FAST = "--checkpoint-minutes 0.0005"
 STEPS = {  # what a phase calls once in each of its steps, and how often
-    "squeeze": ("apply_view", 2 * 20 * 12), "collect_stats": ("normalize", 2 * 24), "recover": ("matching_gradient", 2 * 60),
+    "squeeze": ("apply_view", 2 * 20 * 12), "collect_stats": ("normalize", 2 * 24),
+    "recover": ("matching_gradient", 2 * 60),
     "relabel": ("label_epoch", 120), "train_eval": ("student_loss", 2 * 2 * 40 * 4)}
 forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload([*PHASES])
@@ -103,7 +106,9 @@ def halfway(undisturbed, new_project):
 
 def check(project, phase, undisturbed):
     expected = {name: content for name, content in undisturbed.outputs.items() if name in project.outputs()}
-    assert project.outputs() == expected and len(expected) > len([e for e in undisturbed.before[phase].values() if e])
+    assert project.outputs() == expected and len(expected) > len([e
+                                                                  for e in undisturbed.before[phase].values()
+                                                                  if e])
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -134,8 +139,8 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("phase, number, share", [
-    ("squeeze", signal.SIGTERM, 2 / 3), ("collect_stats", signal.SIGINT, 1), ("recover", signal.SIGINT, 2 / 3),
-    ("relabel", signal.SIGTERM, 1), ("train_eval", signal.SIGTERM, 2 / 3)])
+    ("squeeze", signal.SIGTERM, 2 / 3), ("collect_stats", signal.SIGINT, 1),
+    ("recover", signal.SIGINT, 2 / 3), ("relabel", signal.SIGTERM, 1), ("train_eval", signal.SIGTERM, 2 / 3)])
 def test_a_signal_ends_the_phase_behind_the_step_at_work_and_nothing_is_done_twice(
         phase, number, share, undisturbed, halfway, counted, capsys):
     project, at = halfway(phase), int(share * STEPS[phase][1])
@@ -150,7 +155,8 @@ def test_a_signal_ends_the_phase_behind_the_step_at_work_and_nothing_is_done_twi
     check(project, phase, undisturbed)
 
 
-@pytest.mark.parametrize("phase, flags", [("squeeze", "--epochs 2 --batch-size 8"), ("collect_stats", "--batch-size 8")])
+@pytest.mark.parametrize("phase, flags", [("squeeze", "--epochs 2 --batch-size 8"),
+                                          ("collect_stats", "--batch-size 8")])
 def test_images_that_are_streamed_by_workers_go_on_too(phase, flags, bare, monkeypatch):
     flags += " --backbones wrn10_1 --crop resized --workers 1"
     if phase == "squeeze":
@@ -180,7 +186,8 @@ def test_images_that_are_streamed_by_workers_go_on_too(phase, flags, bare, monke
 
 @pytest.mark.parametrize("phase, flags, step, file", [
     ("squeeze", "--backbones efficientnet_b0 --epochs 2", 3, "teachers/supervised/efficientnet_b0.pt"),
-    ("train_eval", "--students efficientnet_b0 --labels hard --epochs 3", 2, "gvbsm-ipc2/eval/efficientnet_b0-hard.json")])
+    ("train_eval", "--students efficientnet_b0 --labels hard --epochs 3", 2,
+     "gvbsm-ipc2/eval/efficientnet_b0-hard.json")])
 def test_networks_that_draw_while_they_train_go_on_with_the_same_numbers(
         phase, flags, step, file, undisturbed, halfway, counted):
     whole, project = halfway("train_eval"), halfway("train_eval")
@@ -246,7 +253,8 @@ def test_more_student_seeds_train_what_is_new_alone(halfway, counted):
     counted("train_eval", 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         train_eval.main(project.arguments("train_eval", flags, "0 2 1"))
-    assert project.call("train_eval", flags, "2") == first | {"seconds": 1000}   # it stays until there is more, and that too
+    # it stays until there is more, and that too
+    assert project.call("train_eval", flags, "2") == first | {"seconds": 1000}
     left = counted("train_eval", 0, None)
     assert 1000 < project.call("train_eval", flags, "0 2 1")["seconds"] < 1100
     assert len(left) == 2 * 6 * 4 - 9 and project.outputs() == whole.outputs()
@@ -254,7 +262,8 @@ def test_more_student_seeds_train_what_is_new_alone(halfway, counted):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_full_disk_ends_the_phase_in_one_line_and_what_was_kept_stays(phase, undisturbed, halfway, tmp_path):
+def test_a_full_disk_ends_the_phase_in_one_line_and_what_was_kept_stays(phase, undisturbed, halfway,
+                                                                        tmp_path):
     project = halfway(phase)
     process = start(project, phase, LONG[phase], "--checkpoint-minutes 0", at=40, action=fill_the_disk,
                     errors=tmp_path / "errors")
@@ -277,7 +286,8 @@ def test_a_signal_before_there_is_anything_to_keep_ends_at_once(number, code, ba
 
 
 @pytest.mark.parametrize("phase, flags, told", [
-    ("recover", "--alpha 0.5", "--alpha 0.8 (now 0.5)"), ("train_eval", "--gamma 0.5", "--gamma 0.15 (now 0.5)")])
+    ("recover", "--alpha 0.5", "--alpha 0.8 (now 0.5)"),
+    ("train_eval", "--gamma 0.5", "--gamma 0.15 (now 0.5)")])
 def test_unfinished_work_goes_on_with_the_same_arguments_and_in_one_process_alone(
         phase, flags, told, undisturbed, halfway):
     project, busy = halfway(phase), forkserver.Event()
@@ -305,7 +315,7 @@ def test_unfinished_work_goes_on_with_the_same_files_alone(phase, halfway, count
     path = project.teachers / "convnet_w8.pt"
     record = torch.load(path, weights_only=True)
     torch.save(record | {"top1": 99.0}, path)
-    if phase == "recover":                                           # else the statistics are said to be of other weights
+    if phase == "recover":  # else the statistics are said to be of other weights
         path = project.teachers / "convnet_w8.stats.pt"
         stored = torch.load(path, weights_only=True)
         torch.save(stored | {"checkpoint": provenance.fingerprint(project.teachers / "convnet_w8.pt")}, path)

@@ -33,7 +33,8 @@ def mistake(capsys, *words):
 
 
 def pixels_of(folder):
-    return {path.relative_to(folder).as_posix(): np.asarray(Image.open(path)) for path in folder.rglob("*.png")}
+    return {path.relative_to(folder).as_posix(): np.asarray(Image.open(path))
+            for path in folder.rglob("*.png")}
 
 
 def bytes_of(folder):
@@ -42,7 +43,8 @@ def bytes_of(folder):
 
 @pytest.fixture
 def tensors(tmp_path):
-    """Bytes of 6 images of 3 classes, the same as floats in CIFAR-10's units, their classes; and both files of floats."""
+    """Bytes of 6 images of 3 classes, the same as floats in CIFAR-10's units, their classes; and both files
+    of floats."""
     pixels = torch.randint(256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     mean, std = torch.tensor(UNITS["cifar10"])[..., None, None]
     images, labels = (pixels / 255 - mean) / std, torch.tensor([2, 0, 1, 1, 0, 2])
@@ -79,7 +81,8 @@ def test_names_of_classes_and_units_come_from_the_data_set(beasts, tensors, tmp_
 @pytest.mark.parametrize("index, expected", [([], 1), (["--index", 0], 0)])
 def test_condensation_files_give_the_last_experiment_or_the_one_named(tensors, tmp_path, index, expected):
     pixels, images, labels = tensors
-    torch.save({"data": [[images, labels], [images.flip(3), labels]],        # accuracies as main_DM.py collects them
+    # accuracies as main_DM.py collects them
+    torch.save({"data": [[images, labels], [images.flip(3), labels]],
                 "accs_all_exps": {"ConvNet": [np.sum([True, True]) / 3]}}, tmp_path / "res.pt")
     call(tmp_path / "res.pt", tmp_path / "out", *index, *units())
     check_folder(tmp_path / "out", pixels.flip(3) if expected else pixels, labels)
@@ -97,28 +100,31 @@ def test_numbers_of_numpy_1_are_read(tensors, tmp_path):
 def test_npz(tensors, tmp_path, layout):
     pixels, images, labels = (part.numpy() for part in tensors)
     held = {"floats": images, "bytes": pixels, "channels last": pixels.transpose(0, 2, 3, 1)}[layout]
-    np.savez(tmp_path / "set.npz", images=held, labels=labels, classes=3, mean=0.5)      # neither names nor units
+    np.savez(tmp_path / "set.npz", images=held, labels=labels, classes=3, mean=0.5)  # neither names nor units
     call(tmp_path / "set.npz", tmp_path / "out", *(units() if layout == "floats" else ()))
     check_folder(tmp_path / "out", tensors[0], tensors[2])
 
 
 @pytest.mark.parametrize("suffix", ["pt", "npz"])
 def test_a_folder_there_and_back_has_equal_bytes(tensors, tmp_path, suffix):
-    values = torch.arange(256, dtype=torch.uint8).repeat(18).view(6, 3, 16, 16)          # every byte in every channel
+    values = torch.arange(256, dtype=torch.uint8).repeat(18).view(6, 3, 16, 16)  # every byte in every channel
     np.savez(tmp_path / "set.npz", images=values, labels=tensors[2], classes=["a:b", "c d", "."])
     call(tmp_path / "set.npz", tmp_path / "one")
     call(tmp_path / "one", tmp_path / f"tensors.{suffix}", *units("tiny"))
-    call(tmp_path / f"tensors.{suffix}", tmp_path / "two")                               # the file knows its units
+    call(tmp_path / f"tensors.{suffix}", tmp_path / "two")  # the file knows its units
     assert len(bytes_of(tmp_path / "one")) == 6 and bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
 def test_folders_that_are_numbers_keep_them(tmp_path):
     np.savez(tmp_path / "set.npz", images=np.zeros((12, 3, 8, 8), np.uint8), labels=np.arange(12))
     call(tmp_path / "set.npz", tmp_path / "one")
-    assert (tmp_path / "one" / "00").rename(tmp_path / "one" / "0") and (tmp_path / "one" / "02").rename(tmp_path / "one" / "2")
+    assert (tmp_path / "one" / "00").rename(tmp_path / "one" / "0") and (tmp_path / "one"
+                                                                         / "02").rename(tmp_path / "one"
+                                                                                        / "2")
     call(tmp_path / "one", tmp_path / "out.npz", *units())
     with np.load(tmp_path / "out.npz") as found:
-        assert found["classes"][[0, 2, 10]].tolist() == ["0", "2", "10"] and sorted(found["labels"]) == list(range(12))
+        assert found["classes"][[0, 2, 10]].tolist() == ["0", "2",
+                                                         "10"] and sorted(found["labels"]) == list(range(12))
 
 
 def test_floats_of_a_folder_are_normalised(tensors, tmp_path):
@@ -135,7 +141,8 @@ def test_how_far_pixels_move():
     images[0, 0, 0] = torch.tensor([-10 / 255, 100.25 / 255])
     pixels, moved = to_pixels(images, [[0.0] * 3, [1.0] * 3])
     assert pixels[0, 0, 0].tolist() == [0, 100]
-    assert moved == (f"rounding moved pixels by {0.25 / 12:.3f} of 255 on average; clamping moved {100 / 12:.1f} % of them, "
+    assert moved == (f"rounding moved pixels by {0.25 / 12:.3f} of 255 on average; clamping moved "
+                     f"{100 / 12:.1f} % of them, "
                      "by up to 10.0")
 
 
@@ -154,17 +161,20 @@ class Code:
 @pytest.mark.parametrize("name, change, told", [
     ("text", lambda x, y: (b"no tensors", y), "images.pt is no whole file of tensors"),
     ("code", lambda x, y: ({"data": Code()}, y), "it would run"),
-    ("nan", lambda x, y: (x.index_fill(0, torch.tensor([4]), torch.nan), y), "pixels of image 4 are not finite"),
+    ("nan", lambda x, y: (x.index_fill(0, torch.tensor([4]), torch.nan), y),
+     "pixels of image 4 are not finite"),
     ("length", lambda x, y: (x, y[1:]), "labels of shape [5] for 6 images"),
     ("fraction", lambda x, y: (x, y + 0.5), "labels of shape [6] for 6 images"),
     ("channels", lambda x, y: (x[:, [0, 1, 2, 0]], y), "images of shape [6, 4, 8, 8]"),
     ("numbers", lambda x, y: (x.long(), y), "images of type torch.int64"),
     ("list", lambda x, y: (["a"], y), "holds no images and labels"),
 ])
-def test_bad_files_end_in_one_line_that_names_them(tensors, tmp_path, capsys, monkeypatch, name, change, told):
+def test_bad_files_end_in_one_line_that_names_them(tensors, tmp_path, capsys, monkeypatch, name, change,
+                                                   told):
     monkeypatch.chdir(tmp_path)
     for file, value in zip(("images.pt", "labels.pt"), change(*tensors[1:])):
-        (tmp_path / file).write_bytes(value) if isinstance(value, bytes) else torch.save(value, tmp_path / file)
+        (tmp_path / file).write_bytes(value) if isinstance(value, bytes) else torch.save(value,
+                                                                                         tmp_path / file)
     error = mistake(capsys, "images.pt", "labels.pt", "out", *units())
     assert told in error and ("images.pt" in error or "labels.pt" in error)
     assert sorted(os.listdir()) == ["images.pt", "images_best.pt", "labels.pt", "labels_best.pt"]
@@ -214,7 +224,8 @@ def test_hub_folder(run, tmp_path):
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "path: images/*/*.png" in card and "8 distilled images of the 4 classes of beasts" in card
     assert "TO BE FILLED IN" in card and "soft labels of 3 epochs" in card and "{" not in card
-    assert (np.load(tmp_path / "hub" / "labels" / "logits.npy") == np.load(run / "labels" / "logits.npy")).all()
+    assert (np.load(tmp_path / "hub" / "labels" / "logits.npy")
+            == np.load(run / "labels" / "logits.npy")).all()
     for mine, theirs in zip(DistilledDataset(run, 1)[3], DistilledDataset(tmp_path / "hub", 1)[3]):
         assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
     assert str(run.parents[2]) not in "".join(path.read_text() for path in tmp_path.rglob("*.[jm][sd]*"))
@@ -223,7 +234,8 @@ def test_hub_folder(run, tmp_path):
 def test_hub_card_without_labels_speaks_of_none(squeezed, project, tmp_path):
     project.call("recover")
     call(project.run(), "--hub", tmp_path / "hub")
-    assert "logits" not in (tmp_path / "hub" / "README.md").read_text() and not (tmp_path / "hub" / "labels").exists()
+    assert "logits" not in (tmp_path / "hub" / "README.md").read_text() and not (tmp_path / "hub"
+                                                                                 / "labels").exists()
 
 
 def test_zip_is_the_same_each_time_and_unpacks_to_the_images(run, tmp_path, capsys):
@@ -241,7 +253,8 @@ def test_zip_is_the_same_each_time_and_unpacks_to_the_images(run, tmp_path, caps
 def test_archives_of_the_evidence_are_whole(archive):
     assert hashlib.sha256(archive.read_bytes()).hexdigest() == archive.with_name(f"{archive.name}.sha256").read_text().split()[0]
     with zipfile.ZipFile(archive) as files:
-        assert all(info.compress_type == zipfile.ZIP_STORED and info.filename.startswith("images/") for info in files.infolist())
+        assert all(info.compress_type == zipfile.ZIP_STORED and info.filename.startswith("images/")
+                   for info in files.infolist())
         assert Image.open(files.open(files.namelist()[-1])).mode == "RGB"
 
 

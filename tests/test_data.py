@@ -27,7 +27,8 @@ def save(path, pixels, **options):
 
 def make_folder(root, splits=("train", "val"), classes=("cat", "dog"), count=2, shape=(8, 8, 3), ext="png"):
     """<root>/<split>/<class>/<number>.<ext>, each image of another seed."""
-    for seed, (split, name, number) in enumerate((s, c, n) for s in splits for c in classes for n in range(count)):
+    for seed, (split, name, number) in enumerate((s, c, n) for s in splits for c in classes
+                                                 for n in range(count)):
         save(root / split / name / f"{number}.{ext}", noise(*shape, seed=seed))
     return root
 
@@ -82,7 +83,8 @@ def test_shapes_can_be_had_in_another_size():
 
 def test_no_shape_is_another_one_turned_or_mirrored():
     y, x = np.mgrid[-1:1:65j, -1:1:65j]
-    turns = [(x * np.cos(a) + y * np.sin(a), y * np.cos(a) - x * np.sin(a)) for a in np.arange(24) * np.pi / 12]
+    turns = [(x * np.cos(a) + y * np.sin(a), y * np.cos(a) - x * np.sin(a)) for a in np.arange(24) * np.pi
+             / 12]
     turned = {name: np.stack([f(u, v) < 0 for u, v in turns] + [f(u, -v) < 0 for u, v in turns])
               for name, f in data.SHAPES.items()}
     for one, other in itertools.permutations(data.SHAPES, 2):
@@ -104,7 +106,8 @@ def test_a_folder_is_read_in_sorted_order_and_other_files_are_ignored(tmp_path, 
     assert split.classes == ["Ant", "bee", "zebra"] and split.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
     assert len(split) == 7 and split.labels.dtype == torch.int64
     assert split.images.dtype == torch.uint8 and not split.streamed
-    files = [root / "train" / name for name in ("Ant/0.png", "Ant/1.png", "bee/0.png", "bee/1.png", "bee/10.PNG")]
+    files = [root / "train" / name for name in ("Ant/0.png", "Ant/1.png", "bee/0.png", "bee/1.png",
+                                                "bee/10.PNG")]
     assert torch.equal(split.images[:5], torch.stack([pixels(file) for file in files]))
     test = load_split(str(root), "nowhere", "test")
     assert len(test) == 6 and torch.equal(test.images[5], pixels(root / beside / "zebra/1.png"))
@@ -132,7 +135,8 @@ def test_a_split_moves_to_a_device_unless_it_is_streamed(tmp_path):
 
 
 def make_cifar(root, dataset, monkeypatch):
-    """An archive like that of CIFAR-10 or -100, 20 images to a file; the md5 sums of the real one are not checked."""
+    """An archive like that of CIFAR-10 or -100, 20 images to a file; the md5 sums of the real one are not
+    checked."""
     cifar = data.CIFAR[dataset]
     for name in ("train_list", "test_list"):
         monkeypatch.setattr(cifar, name, [[file, None] for file, _ in getattr(cifar, name)])
@@ -142,7 +146,8 @@ def make_cifar(root, dataset, monkeypatch):
     key, classes = ("labels", 10) if dataset == "cifar10" else ("fine_labels", 100)
     entries = {}
     for seed, (file, _) in enumerate(cifar.train_list + cifar.test_list):
-        entries[file] = {"data": noise(20, 3072, seed=seed), key: [(7 * i + seed) % classes for i in range(20)]}
+        entries[file] = {"data": noise(20, 3072, seed=seed),
+                         key: [(7 * i + seed) % classes for i in range(20)]}
         (folder / file).write_bytes(pickle.dumps(entries[file]))
     names = {cifar.meta["key"]: [f"class{k:02}" for k in range(classes)]}
     (folder / cifar.meta["filename"]).write_bytes(pickle.dumps(names))
@@ -150,7 +155,8 @@ def make_cifar(root, dataset, monkeypatch):
 
 
 @pytest.mark.parametrize("dataset, classes, count", [("cifar10", 10, 100), ("cifar100", 100, 20)])
-def test_the_cifar_archives_are_read_as_torchvision_lays_them_out(tmp_path, monkeypatch, dataset, classes, count):
+def test_the_cifar_archives_are_read_as_torchvision_lays_them_out(tmp_path, monkeypatch, dataset, classes,
+                                                                  count):
     entries = make_cifar(tmp_path, dataset, monkeypatch)
     split = load_split(dataset, tmp_path, "train")
     rows = np.concatenate([entry["data"] for file, entry in entries.items() if "test" not in file])
@@ -221,7 +227,8 @@ def test_large_images_are_streamed_with_the_same_bytes_whatever_the_workers(imag
     assert [len(labels) for _, labels in alone.batches(3)] == [3, 3, 2]
     for index, crop_seed in (3, None), (3, 5), (torch.tensor([6, 1, 4, 0]).split(3), 0):
         first, second = (list(split.batches(index, crop_seed)) for split in (alone, helped))
-        assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(first, second, strict=True))
+        assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x),
+                   (b, y) in zip(first, second, strict=True))
         assert first[0][0].shape == (3, 3, 224, 224) and first[0][0].dtype == torch.uint8
 
 
@@ -239,7 +246,8 @@ def test_reading_the_stream_equals_the_customary_resize_and_centre_crop(imagenet
     split, index = load_split("imagenet", imagenet, "test"), torch.tensor([5, 0])
     customary = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])
     image = Image.open(imagenet / "imagenet/val/dog/1.JPEG")
-    assert torch.equal(split.read(index)[0], customary(image)) and torch.equal(gather(split)[index], split.read(index))
+    assert torch.equal(split.read(index)[0], customary(image)) and torch.equal(gather(split)[index],
+                                                                               split.read(index))
     assert split.labels[index].tolist() == [1, 0]
 
 
@@ -277,7 +285,8 @@ def test_an_image_of_any_mode_becomes_rgb_with_white_behind_what_is_transparent(
     folder.mkdir()
     image.save(folder / "image.png")
     images = load_folder(tmp_path, 8)[0]
-    assert torch.equal(images, torch.tensor(colour, dtype=torch.uint8)[None, :, None, None].expand(1, 3, 8, 8))
+    assert torch.equal(images, torch.tensor(colour, dtype=torch.uint8)[None, :, None, None].expand(1, 3, 8,
+                                                                                                   8))
 
 
 @pytest.mark.parametrize("height, width", [(4, 4), (16, 16), (30, 90), (91, 32), (2, 8)])
@@ -299,11 +308,13 @@ def test_distilled_images_come_back_bit_by_bit_with_their_relative_paths(tmp_pat
     assert torch.equal(images, torch.stack([pixels(tmp_path / name) for name in ids]))
 
 
-@pytest.mark.parametrize("shape, asked, size", [((48, 48, 3), None, 48), ((48, 48, 3), 32, 32), ((100, 80, 3), 96, 96)])
+@pytest.mark.parametrize("shape, asked, size", [((48, 48, 3), None, 48), ((48, 48, 3), 32, 32),
+                                                ((100, 80, 3), 96, 96)])
 def test_a_folder_is_described_by_its_own_training_pixels(tmp_path, shape, asked, size):
     root = make_folder(tmp_path / "mine", shape=shape)
     found = describe(str(root), "nowhere", asked)
-    assert json.loads(json.dumps(found)) == found and found["classes"] == ["cat", "dog"] and found["image_size"] == size
+    assert json.loads(json.dumps(found)) == found and found["classes"] == ["cat",
+                                                                           "dog"] and found["image_size"] == size
     assert found["patch"] == (4 if size <= 64 else 16)
     split = load_split(str(root), "nowhere", "train", asked)
     images = split.read(torch.arange(4)).double() / 255
@@ -320,8 +331,10 @@ def test_a_channel_without_contrast_has_a_std_to_divide_by(tmp_path):
 
 
 @pytest.mark.parametrize("sizes, size", [
-    ([(28, 28)] * 2, 28), ([(64, 64)], 64), ([(65, 65)], 64), ([(96, 96)], 64), ([(97, 97)], 96), ([(32, 48)], 32),
-    ([(32, 32), (64, 64), (64, 64)], 64), ([(24, 30), (90, 50), (55, 70)], 48), ([(500, 375)], 224), ([(5, 7)], 8)])
+    ([(28, 28)] * 2, 28), ([(64, 64)], 64), ([(65, 65)], 64), ([(96, 96)], 64), ([(97, 97)], 96),
+    ([(32, 48)], 32),
+    ([(32, 32), (64, 64), (64, 64)], 64), ([(24, 30), (90, 50), (55, 70)], 48), ([(500, 375)], 224),
+    ([(5, 7)], 8)])
 def test_mixed_images_are_cut_to_the_size_that_most_of_them_have(tmp_path, sizes, size):
     for number, shape in enumerate(sizes):
         save(tmp_path / f"train/a/{number}.png", noise(*shape, 3))
@@ -331,7 +344,8 @@ def test_mixed_images_are_cut_to_the_size_that_most_of_them_have(tmp_path, sizes
 
 
 @pytest.mark.parametrize("size, classes, column", [
-    (16, 2, "cifar10"), (64, 20, "cifar10"), (32, 21, "cifar100"), (33, 21, "tiny"), (64, 200, "tiny"), (65, 2, "imagenet")])
+    (16, 2, "cifar10"), (64, 20, "cifar10"), (32, 21, "cifar100"), (33, 21, "tiny"), (64, 200, "tiny"),
+    (65, 2, "imagenet")])
 def test_the_settings_of_a_folder_go_by_size_and_number_of_classes(size, classes, column, tmp_path):
     for number in range(classes):
         (tmp_path / "train" / str(number)).mkdir(parents=True)
@@ -346,7 +360,8 @@ def test_every_tenth_image_of_a_class_is_held_out(tmp_path):
     for label in range(len(whole.classes)):
         mine = whole.images[whole.labels == label]
         assert torch.equal(held.images[held.labels == label], mine[[9, 19]])
-        assert torch.equal(train.images[train.labels == label], mine[[i for i in range(23) if i not in (9, 19)]])
+        assert torch.equal(train.images[train.labels == label],
+                           mine[[i for i in range(23) if i not in (9, 19)]])
 
 
 def test_nothing_to_hold_out_is_told(tmp_path, capsys):
@@ -371,9 +386,11 @@ def test_a_name_that_is_neither_known_nor_a_folder_fails(tmp_path, capsys):
     ("cifar10", ["cifar10/train", "cifar-10-batches-py", "--download"]),
     ("cifar100", ["cifar100/train", "cifar-100-python", "--download"]),
     ("tiny", ["tiny/train", "tiny-imagenet-200", "--download"]), ("imagenet", ["imagenet/train/<class>"])])
-def test_an_absent_data_set_fails_with_the_places_looked_at_and_fetches_nothing(tmp_path, capsys, dataset, parts):
+def test_an_absent_data_set_fails_with_the_places_looked_at_and_fetches_nothing(tmp_path, capsys, dataset,
+                                                                                parts):
     for call in (describe, lambda *args: load_split(*args, "test")):
-        assert_fails(capsys, [f"--dataset {dataset}", tmp_path, "--data-dir", *parts], call, dataset, tmp_path)
+        assert_fails(capsys, [f"--dataset {dataset}", tmp_path, "--data-dir", *parts], call, dataset,
+                     tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -403,7 +420,8 @@ def test_tiny_imagenet_is_fetched_when_asked_and_then_kept(tmp_path, monkeypatch
     monkeypatch.setattr(data, "download_and_extract_archive", fetch)
     for split in ("train", "test"):
         assert len(load_split("tiny", tmp_path / "new", split, download=True)) == 6
-    assert fetched == [data.TINY_URL] and [path.name for path in (tmp_path / "new").iterdir()] == ["tiny-imagenet-200"]
+    assert fetched == [data.TINY_URL] and [path.name
+                                           for path in (tmp_path / "new").iterdir()] == ["tiny-imagenet-200"]
 
 
 def test_a_folder_without_test_images_fails(tmp_path, capsys):
@@ -448,7 +466,8 @@ def test_an_unreadable_image_fails_in_one_line_that_names_it(tmp_path, capsys, d
         list(split.batches(2, crop_seed=0))
     assert_fails(capsys, [victim, "remove it"], use)
     if image_size == 96:
-        assert_fails(capsys, [victim], load_split(str(root), "x", "train", 96, workers).read, torch.tensor([0, 2]))
+        assert_fails(capsys, [victim], load_split(str(root), "x", "train", 96, workers).read,
+                     torch.tensor([0, 2]))
 
 
 def test_an_unreadable_header_fails(tmp_path, capsys):

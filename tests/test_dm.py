@@ -1,4 +1,5 @@
-"""Distribution matching: its loss and augmentation, BiLP's effects and thresholds, and recover.py --method dm."""
+"""Distribution matching: its loss and augmentation, BiLP's effects and thresholds, and recover.py --method
+dm."""
 import json
 import math
 import os
@@ -140,7 +141,8 @@ def test_scales_lie_between_1_in_1_2_and_1_2_for_each_axis():
     matrices = torch.stack([draw["scale"] for draw in draws("scale", 150)])
     factors = matrices.diagonal(dim1=1, dim2=2)
     assert matrices.count_nonzero() == 300 and factors.min() == pytest.approx(1 / 1.2, abs=0.02)
-    assert factors.max() == pytest.approx(1.2, abs=0.02) and factors.max() <= 1.2 and (factors[:, 0] != factors[:, 1]).all()
+    assert factors.max() == pytest.approx(1.2, abs=0.02) and factors.max() <= 1.2 and (factors[:, 0]
+                                                                                       != factors[:, 1]).all()
 
 
 # The loss and the effects
@@ -154,8 +156,10 @@ def test_the_loss_is_the_squared_distance_of_the_means():
 
 
 def effects(N, n, size=16, width=32, family="colour"):
-    """Features of N related real images, n synthetic ones, and the function between: a random ConvNet behind a view."""
-    net = nn.Sequential(*list(build_model(f"convnet_w{width}", 2, size).children())[:-1]).double().requires_grad_(False)
+    """Features of N related real images, n synthetic ones, and the function between: a random ConvNet behind
+    a view."""
+    net = nn.Sequential(*list(build_model(f"convnet_w{width}", 2,
+                                          size).children())[:-1]).double().requires_grad_(False)
     draw, coarse = draws(family, 1, size)[0], F.interpolate(randn(N + n, 3, 4, 4), size=size, mode="bilinear")
     images = coarse + 0.3 * randn(N + n, 3, size, size)
 
@@ -176,7 +180,8 @@ def test_the_taylor_form_in_all_directions_is_leaving_one_out(family, n):
 def test_leaving_one_out_is_the_difference_of_two_gradients_by_hand():
     weight, synthetic, features = randn(12, 5), randn(2, 3, 2, 2), randn(4, 5)
     norms = leave_one_out_norms(lambda x: x.flatten(1) @ weight, synthetic, features)
-    for i in range(4):      # a linear embedding: d m_s / d s_j = W / n, so the gradient at each s_j is -2/n W (m_r - m_s)
+    # a linear embedding: d m_s / d s_j = W / n, so the gradient at each s_j is -2/n W (m_r - m_s)
+    for i in range(4):
         others = torch.stack([features[j] for j in range(4) if j != i])
         difference = 2 / 2 * weight @ (features.mean(0) - others.mean(0))
         assert norms[i].item() == pytest.approx(math.sqrt(2) * difference.norm().item(), rel=1e-12)
@@ -192,7 +197,8 @@ def test_the_ranks_of_the_effects_are_those_of_leaving_one_out_within_a_few_perc
             norms = ite_norms(embed, synthetic, features, products)
             errors.append(rank_error(norms, exact))
             assert products < 32 or (norms / exact - 1).abs().max() < 0.1
-        assert rank_error(torch.rand(48), exact) > 0.15 and rank_error(features.norm(dim=1), exact) > fmean(found[16])
+        assert rank_error(torch.rand(48), exact) > 0.15 and rank_error(features.norm(dim=1),
+                                                                       exact) > fmean(found[16])
     assert fmean(found[32]) < 0.02 < fmean(found[2]) and fmean(found[16]) < 0.05
 
 
@@ -208,7 +214,8 @@ def test_over_networks_of_other_scale_the_ratio_falls_out_on_average():
     state, shares = new_pruning(1, 500), []
     for _ in range(300):
         scale = 1 + 0.1 * torch.randn(())
-        shares.append(prune(state, 0, torch.arange(500), scale * (5 + 0.5 * torch.randn(500)), 0.3).double().mean().item())
+        shares.append(prune(state, 0, torch.arange(500), scale * (5 + 0.5 * torch.randn(500)),
+                            0.3).double().mean().item())
     assert fmean(shares[50:]) == pytest.approx(0.7, abs=0.04)
 
 
@@ -220,7 +227,8 @@ def test_the_rank_error_is_0_for_the_same_order_and_a_third_for_a_random_one():
     scores = torch.tensor([3.0, 1, 2, 9])
     assert rank_error(scores, scores ** 2) == 0
     assert rank_error(scores, torch.tensor([1.0, 3, 2, 9])) == (2 + 2) / 12
-    assert fmean(rank_error(torch.rand(200), torch.rand(200)) for _ in range(20)) == pytest.approx(1 / 3, abs=0.02)
+    assert fmean(rank_error(torch.rand(200), torch.rand(200)) for _ in range(20)) == pytest.approx(1 / 3,
+                                                                                                   abs=0.02)
 
 
 # The pruning
@@ -239,7 +247,8 @@ def test_running_statistics_move_by_a_tenth_and_their_normal_quantiles_decide():
         assert state["var"][1].item() == pytest.approx(var, rel=1e-6)
         low, high = (NormalDist(mean, math.sqrt(var)).inv_cdf(share) for share in (0.15, 0.85))
         assert kept.tolist() == [low <= value <= high for value in values]
-        assert torch.equal(state["keep"][index], kept) and state["keep"][:100].all() and state["keep"][300:].all()
+        assert torch.equal(state["keep"][index],
+                           kept) and state["keep"][:100].all() and state["keep"][300:].all()
     assert state["mean"][[0, 2]].isnan().all() and 0 < kept.sum() < 200
 
 
@@ -248,7 +257,9 @@ def test_both_tails_fall_out_and_together_they_are_the_ratio():
     kept = prune(state, 0, torch.arange(4000), norms, 0.3)
     assert kept.double().mean() == pytest.approx(0.7, abs=0.02)
     below, above = norms < norms[kept].min(), norms > norms[kept].max()
-    assert below.double().mean() == pytest.approx(0.15, abs=0.02) and above.double().mean() == pytest.approx(0.15, abs=0.02)
+    assert below.double().mean() == pytest.approx(0.15,
+                                                  abs=0.02) and above.double().mean() == pytest.approx(0.15,
+                                                                                                       abs=0.02)
     assert not kept[below | above].any() and (kept | below | above).all()
 
 
@@ -269,11 +280,13 @@ DM = "--method dm --iterations 6 --lr 1 --real-batch 8 --ipc 2 --adaptive-period
 def test_the_loss_falls_below_that_of_the_real_images_and_writes_a_grid(project):
     losses = {}
     for lr in 0, 1:
-        result = project.call("recover", DM, f"--iterations 25 --lr {lr} --tag lr{lr} --adaptive-ratio 0 --real-batch 12")
+        result = project.call("recover", DM, f"--iterations 25 --lr {lr} --tag lr{lr} --adaptive-ratio 0 "
+                              f"--real-batch 12")
         lines = project.log(f"dm-ipc2-lr{lr}")[1:]
         losses[lr] = [line["dm"] for line in lines]
         assert len(lines) == 25 and all(line["kept"] == 1 for line in lines)
-    assert losses[0][0] == losses[1][0] and fmean(losses[1][10:]) < 0.9 * fmean(losses[0][10:])      # the same networks
+    # the same networks
+    assert losses[0][0] == losses[1][0] and fmean(losses[1][10:]) < 0.9 * fmean(losses[0][10:])
     assert result["images"] == 8 and "teacher_top1" not in result and result["made_from"] == {} and (project.run("dm-ipc2-lr1") / "grid.png").exists()
 
 
@@ -312,7 +325,9 @@ def test_networks_are_fresh_in_every_iteration_and_leave_torchs_generator_alone(
 @pytest.mark.parametrize("at", [3, 4, 6])
 @pytest.mark.parametrize("ratio", [0, 0.3])
 def test_interrupted_matching_goes_on_to_the_same_bytes(at, ratio, squeezed, new_project, monkeypatch):
-    flags, (whole, stopped) = f"{DM} --adaptive-ratio {ratio} --adaptive-period 3", (new_project(squeezed.dataset) for _ in "ab")
+    flags, (whole,
+            stopped) = f"{DM} --adaptive-ratio {ratio} --adaptive-period 3", (new_project(squeezed.dataset)
+                                                                              for _ in "ab")
     for one in whole, stopped:
         shutil.copytree(squeezed.root / "runs", one.root / "runs")
     whole.call("recover", flags)
@@ -346,7 +361,7 @@ def test_pruning_changes_what_is_matched_and_is_lazy(project, monkeypatch):
         everything = set(range(12 * label, 12 * label + 12))
         assert set(batches[0][label]) == set(batches[3][label]) == everything            # scored: of all
         kept = set(batches[1][label])
-        assert kept == set(batches[2][label]) and kept < everything                      # in between: of those kept
+        assert kept == set(batches[2][label]) and kept < everything  # in between: of those kept
     shares = [line["kept"] for line in project.log("dm-ipc2")[1:]]
     assert shares[0] == shares[1] == shares[2] == fmean(len(batches[1][label]) / 12 for label in range(4)) < 1
     pruned = project.images("dm-ipc2")
@@ -363,7 +378,8 @@ def test_a_state_is_plain_and_read_back(tmp_path):
     assert all(torch.equal(again[key].nan_to_num(), state[key].nan_to_num()) for key in state)
 
 
-@pytest.mark.parametrize("flags, told", [("--ipc 13", "--ipc 13 is more than the 12"), ("--adaptive-ratio 1", "--adaptive-ratio"),
+@pytest.mark.parametrize("flags, told", [("--ipc 13", "--ipc 13 is more than the 12"),
+                                         ("--adaptive-ratio 1", "--adaptive-ratio"),
                                          ("--lr 1e30 --iterations 3", "not finite")])
 def test_mistakes_end_in_a_line(flags, told, project, capsys):
     with pytest.raises(SystemExit) as end:
@@ -375,7 +391,8 @@ def test_distilled_images_train_a_student_by_their_classes(project):
     project.call("recover", DM)
     result = project.call("train_eval", "--method dm --labels hard")
     assert result["method"] == "dm" and result["labels"] == "hard"
-    assert json.loads((project.run("dm-ipc2") / "eval/convnet_w8-hard.json").read_text())["top1"] == result["top1"]
+    assert json.loads((project.run("dm-ipc2")
+                       / "eval/convnet_w8-hard.json").read_text())["top1"] == result["top1"]
 
 
 @pytest.mark.slow
@@ -388,25 +405,31 @@ def test_streamed_images_are_matched_too(bare):
 def test_images_that_squeezing_pruned_are_never_matched(bare, monkeypatch):
     bare.call("squeeze", "--prune-ratio 0.5 --score-trials 1 --score-epochs 1")
     read, split_read = set(), Split.read
-    monkeypatch.setattr(Split, "read", lambda split, index: (read.update(index.tolist()), split_read(split, index))[1])
+    monkeypatch.setattr(Split, "read", lambda split,
+                        index: (read.update(index.tolist()), split_read(split, index))[1])
     bare.call("recover", DM, "--real-batch 100")
-    assert read == set(torch.load(bare.teachers / "convnet_w8.pt", weights_only=True)["kept"].tolist()) and len(read) == 24
+    assert read == set(torch.load(bare.teachers / "convnet_w8.pt",
+                                  weights_only=True)["kept"].tolist()) and len(read) == 24
 
 
 def test_matching_may_start_from_noise_and_then_shows_it(project):
     project.call("recover", DM, "--init noise --iterations 1 --lr 0")
     data = describe(str(project.dataset), None)
-    expected = to_uint8(torch.stack([recover.noise(label, index, 16, 0) for label in range(4) for index in range(2)]),
+    expected = to_uint8(torch.stack([recover.noise(label, index, 16, 0) for label in range(4)
+                                     for index in range(2)]),
                                 data["mean"], data["std"])
     assert torch.equal(expected.permute(0, 2, 3, 1).long(), torch.tensor(project.images("dm-ipc2")))
 
 
 def test_the_settings_are_those_of_table_12():
-    expected = {("cifar10", 1): (0.1, 10), ("cifar10", 10): (0.3, 5), ("cifar10", 50): (0.1, 5), ("cifar100", 1): (0.6, 10),
-                ("cifar100", 10): (0.4, 10)}
+    expected = {("cifar10", 1): (0.1, 10), ("cifar10", 10): (0.3, 5), ("cifar10", 50): (0.1, 5),
+                ("cifar100", 1): (0.6, 10), ("cifar100", 10): (0.4, 10)}
     for (dataset, ipc), (alpha, period) in expected.items():
-        squeezing, recovering = (preset_values("paper", dataset, phase, ipc, "bilp") for phase in ("squeeze", "recover"))
-        assert (squeezing["prune_ratio"], recovering["adaptive_ratio"], recovering["adaptive_period"]) == (alpha, 0.3, period)
+        squeezing, recovering = (preset_values("paper", dataset, phase, ipc, "bilp")
+                                 for phase in ("squeeze", "recover"))
+        assert (squeezing["prune_ratio"], recovering["adaptive_ratio"],
+                recovering["adaptive_period"]) == (alpha, 0.3, period)
         assert squeezing["teachers"] == recovering["teachers"] == f"bilp-{alpha}"
     plain = recover.get_parser().parse_args([])
-    assert plain.adaptive_ratio == 0 and "adaptive_ratio" not in preset_values("paper", "cifar10", "recover", 10, "dm")
+    assert plain.adaptive_ratio == 0 and "adaptive_ratio" not in preset_values("paper", "cifar10", "recover",
+                                                                               10, "dm")

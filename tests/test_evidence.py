@@ -52,12 +52,15 @@ def test_result_files_are_never_lost():
 @pytest.mark.parametrize("name", CELLS)
 def test_each_number_of_a_result_file_stands_in_its_row(name):
     cell = CELLS[name]
-    text = make_readme.page({name: cell} | {other: base for other, base in CELLS.items() if base["tag"] in report.BASES})
+    text = make_readme.page({name: cell} | {other: base for other,
+                                            base in CELLS.items() if base["tag"] in report.BASES})
     section = text[text.index(f"## {cell['dataset']}\n"):].split("\n## ")[0].split("<details>")[0]
     family = (cell["tag"] or "").startswith("family")
     run = report.run_name(cell["method"], cell["tag"]).replace("-family", "")
-    rows = [[part.strip() for part in line.strip("|").split("|")] for line in section.splitlines() if f"| {run} " in line]
-    numbers = [report.accuracy(result) for side in ("distilled", "real")[:1 if family else 2] for result in cell[side].values()]
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in section.splitlines()
+            if f"| {run} " in line]
+    numbers = [report.accuracy(result) for side in ("distilled", "real")[:1 if family else 2]
+               for result in cell[side].values()]
     assert numbers and any(all(number in ", ".join(row) for number in numbers) for row in rows)
     assert all(report.accuracy(result) in section for result in cell["real"].values())
 
@@ -75,7 +78,8 @@ def test_no_table_has_more_than_eight_columns():
 def test_the_commands_of_a_cell_give_the_arguments_it_was_measured_with(name):
     cell = CELLS[name]
     results = [result for side in ("distilled", "real") for result in cell[side].values()]
-    assert results and all({"top1_per_seed", "seeds", "versions", "hardware", "upstream"} <= result.keys() for result in results)
+    assert results and all({"top1_per_seed", "seeds", "versions", "hardware", "upstream"} <= result.keys()
+                           for result in results)
     assert_repeatable(cell, results)
 
 
@@ -85,7 +89,8 @@ def assert_repeatable(cell, results):
     for line in make_readme.commands([cell]):
         _, script, *words = shlex.split(line)
         phase = script.removesuffix(".py")
-        args = parse_args(import_module(phase).get_parser(), phase, words + make_readme.NO_RUNS, make_readme.data_of)
+        args = parse_args(import_module(phase).get_parser(), phase, words + make_readme.NO_RUNS,
+                          make_readme.data_of)
         args = train_eval.for_student(args, args.students[0]) if phase == "train_eval" else args
         understood.append((phase, relevant(args)))
     for result in results:
@@ -97,8 +102,10 @@ def assert_repeatable(cell, results):
 
 def test_a_result_older_than_a_flag_was_made_without_it_whatever_a_preset_says_now():
     words = "--dataset cifar10 --preset best".split()
-    args = relevant(parse_args(import_module("recover").get_parser(), "recover", words + make_readme.NO_RUNS, make_readme.data_of))
-    assert make_readme.command("recover", args) == "python recover.py --dataset cifar10 --ipc 10 --preset best"
+    args = relevant(parse_args(import_module("recover").get_parser(), "recover", words + make_readme.NO_RUNS,
+                               make_readme.data_of))
+    assert make_readme.command("recover",
+                               args) == "python recover.py --dataset cifar10 --ipc 10 --preset best"
     assert args.pop("init") == "herding"
     assert make_readme.command("recover", args).endswith(" --preset best --init noise")
 
@@ -109,17 +116,20 @@ def test_a_cell_holds_the_results_the_costs_and_the_bytes_of_its_run(project, ev
         project.call("train_eval", f"--method {method} --labels hard --student-seeds 0 1")
     evidence(project.results)
     (name, cell), = read_cells(tmp_path).items()
-    assert name == "beasts-gvbsm-ipc2-convnet_w8" and (cell["dataset"], cell["ipc"], cell["tag"]) == ("beasts", 2, None)
+    assert name == "beasts-gvbsm-ipc2-convnet_w8" and (cell["dataset"], cell["ipc"],
+                                                       cell["tag"]) == ("beasts", 2, None)
     assert cell["distilled"].keys() == cell["real"].keys() == {"stored", "hard"}
     stored = json.loads((project.run() / "eval/convnet_w8.json").read_text())
     assert cell["distilled"]["stored"] == stored and cell["real"]["hard"]["method"] == "random"
     squeezed = json.loads((project.teachers / "squeeze.json").read_text())
-    assert cell["costs"]["squeeze"]["seconds"] == pytest.approx(sum(squeezed["costs"][b]["seconds"] for b in ("convnet_w8", "wrn10_1")))
+    assert cell["costs"]["squeeze"]["seconds"] == pytest.approx(sum(squeezed["costs"][b]["seconds"]
+                                                                    for b in ("convnet_w8", "wrn10_1")))
     assert cell["costs"]["train_eval"]["seconds"] == stored["seconds"]
     assert all(cost["seconds"] >= 0 and cost["mib"] > 100 for cost in cell["costs"].values())
     assert cell["bytes"]["images"] == sum(path.stat().st_size for path in project.run().glob("images/*/*"))
     assert cell["bytes"]["labels"] == sum(path.stat().st_size for path in project.run().glob("labels/*.npy"))
-    assert cell["bytes"]["teachers"] == sum((project.teachers / f"{b}.pt").stat().st_size for b in ("convnet_w8", "wrn10_1"))
+    assert cell["bytes"]["teachers"] == sum((project.teachers / f"{b}.pt").stat().st_size
+                                            for b in ("convnet_w8", "wrn10_1"))
     assert cell["bytes"]["statistics"] > 0
 
 
@@ -129,7 +139,9 @@ def test_random_images_alone_are_kept_in_the_row_of_gvbsm(project, evidence, tmp
     (name, cell), = read_cells(tmp_path).items()
     assert name == "beasts-gvbsm-ipc2-convnet_w8" and cell["distilled"] == {} and list(cell["real"]) == ["stored"]
     assert cell["costs"]["recover"] is None and cell["bytes"]["images"] == 0
-    assert line[2:4] == ["gvbsm", "not run"] and float(line[4]) == pytest.approx(cell["real"]["stored"]["top1"], abs=0.05)
+    assert line[2:4] == ["gvbsm",
+                         "not run"] and float(line[4]) == pytest.approx(cell["real"]["stored"]["top1"],
+                                                                        abs=0.05)
 
 
 def test_images_that_match_no_statistics_cost_none(project, evidence, tmp_path):
@@ -142,7 +154,8 @@ def test_images_that_match_no_statistics_cost_none(project, evidence, tmp_path):
 def test_what_a_backbone_cost_is_unknown_where_its_result_does_not_say(project, evidence, tmp_path):
     project.chain(first="recover")
     path = project.teachers / "squeeze.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "costs"}))
+    path.write_text(json.dumps({key: value for key,
+                                value in json.loads(path.read_text()).items() if key != "costs"}))
     line, = lines_of(evidence(project.results), "run +\\| squeeze")
     assert line[1] == "–" and line[3] != "–"
 
@@ -156,7 +169,8 @@ def test_a_row_names_the_hardware_of_its_phases_in_turn(project, evidence, tmp_p
     assert lines_of(evidence(project.results), "run +\\| squeeze")[-1][-1] == f"{here}, then abacus"
     (kept,) = (tmp_path / "evidence").glob("*.json")
     cell = json.loads(kept.read_text())
-    cell["costs"] = {phase: {key: cost[key] for key in ("seconds", "mib")} for phase, cost in cell["costs"].items()}
+    cell["costs"] = {phase: {key: cost[key] for key in ("seconds", "mib")} for phase,
+                     cost in cell["costs"].items()}
     assert make_readme.hardware(cell) == here                            # files from before the costs told it
 
 
@@ -174,7 +188,8 @@ def test_the_commands_of_a_cell_repeat_every_phase_of_it(relabelled, evidence, t
     for cell in cells.values():
         assert_repeatable(cell, list(cell["distilled"].values()))
     lines = make_readme.commands([cells["beasts-sre2l-ipc2-odd-convnet_w8"]])
-    assert [line.split()[1] for line in lines] == ["squeeze.py", "recover.py", "relabel.py", "train_eval.py"]       # no Eq. 9 in SRe2L
+    # no Eq. 9 in SRe2L
+    assert [line.split()[1] for line in lines] == ["squeeze.py", "recover.py", "relabel.py", "train_eval.py"]
     assert "--recipe gvbsm" in lines[2] and "--no-logit-norm" in lines[2] and "--alpha 0.25" in lines[1]
 
 
@@ -182,59 +197,74 @@ def test_the_students_of_a_run_share_its_commands_and_its_row_of_costs(relabelle
     relabelled.call("train_eval", "--students convnet_w8 wrn10_1")
     text = evidence(relabelled.results)
     block, = re.findall("Commands of every run(.*?)</details>", text, re.S)
-    assert "\n# gvbsm-ipc2\n" in block and [line.split()[1] for line in block.splitlines() if line.startswith("python")] == [
+    assert "\n# gvbsm-ipc2\n" in block and [line.split()[1] for line in block.splitlines()
+                                            if line.startswith("python")] == [
         "squeeze.py", "collect_stats.py", "recover.py", "relabel.py", "train_eval.py", "train_eval.py"]
     (name, *_, costs, _), = lines_of(text, r"run +\| squeeze")
-    assert name == "gvbsm-ipc2" and re.fullmatch(r"convnet_w8 \d+ s, [\d.]+ GiB; wrn10_1 \d+ s, [\d.]+ GiB", costs)
+    assert name == "gvbsm-ipc2" and re.fullmatch(r"convnet_w8 \d+ s, [\d.]+ GiB; wrn10_1 \d+ s, [\d.]+ GiB",
+                                                 costs)
 
 
 def test_every_number_of_the_paper_without_an_untagged_run_is_listed():
     name = "cifar10-gvbsm-ipc10-best-convnet_w128"
-    text = make_readme.page({name: CELLS[name], "cifar10-gvbsm-ipc10-resnet18": CELLS["cifar10-gvbsm-ipc10-resnet18"]})
+    text = make_readme.page({name: CELLS[name],
+                             "cifar10-gvbsm-ipc10-resnet18": CELLS["cifar10-gvbsm-ipc10-resnet18"]})
     missing = {tuple(line[:3]): line[3] for line in lines_of(text, "data set")}
     assert len(missing) == 4 + 6 + 6 + 9 + 3 - 1 and missing["imagenet", "resnet101", "50"] == "61.0 ± 0.4"
-    assert missing["cifar10", "convnet_w128", "10"] == "46.5 ± 0.7" and missing["tiny", "resnet50", "100"] == "52.1 ± 0.3"
+    assert missing["cifar10", "convnet_w128", "10"] == "46.5 ± 0.7" and missing["tiny", "resnet50",
+                                                                                "100"] == "52.1 ± 0.3"
     assert ("cifar10", "resnet18", "10") not in missing
     assert [line[-1] for line in lines_of(text, "IPC")] == ["46.5 ± 0.7", "53.5 ± 0.6"]
 
 
 @pytest.fixture
 def made_up():
-    """made_up(method, tag, top1, dataset=): a cell whose student reached top1 with soft labels and 10 less with hard ones."""
+    """made_up(method, tag, top1, dataset=): a cell whose student reached top1 with soft labels and 10 less
+    with hard ones."""
     def make(method, tag, top1, dataset="cifar10", **recover):
         cell = json.loads(json.dumps(CELLS["cifar10-gvbsm-ipc10-ablation-convnet_w128"]))
         cell |= {"method": method, "tag": tag, "dataset": dataset}
-        result = cell["distilled"]["stored"] | {"method": method, "tag": tag, "dataset": dataset, "top1": top1}
-        result["upstream"] = result["upstream"] | {"recover": result["upstream"]["recover"] | {"tag": tag} | recover}
+        result = cell["distilled"]["stored"] | {"method": method, "tag": tag, "dataset": dataset,
+                                                "top1": top1}
+        result["upstream"] = result["upstream"] | {"recover": result["upstream"]["recover"] | {"tag": tag}
+                                                   | recover}
         cell["distilled"] = {"stored": result, "hard": result | {"labels": "hard", "top1": top1 - 10}}
-        cell["real"] = {labels: cell["real"]["stored"] | {"top1": 42.0 if labels == "stored" else 30.0} for labels in cell["distilled"]}
+        cell["real"] = {labels: cell["real"]["stored"] | {"top1": 42.0 if labels == "stored" else 30.0}
+                        for labels in cell["distilled"]}
         return cell
     return make
 
 
 def test_methods_of_the_tag_family_stand_in_one_table_the_best_first(made_up):
-    cells = [made_up("gvbsm", "family", 50), made_up("gvbsm", "family-fast", 60, iterations=5), made_up("dm", "family", 55)]
+    cells = [made_up("gvbsm", "family", 50), made_up("gvbsm", "family-fast", 60, iterations=5),
+             made_up("dm", "family", 55)]
     text = make_readme.page({f"cifar10-{i}-convnet_w128": cell for i, cell in enumerate(cells)})
     assert "### Every method under one recipe: cifar10, IPC 10, convnet_w128" in text and "\n| IPC " not in text
     lines = lines_of(text, r"run +\| soft")
     assert [line[:5] for line in lines] == [
-        ["gvbsm-fast", "60.0 ± 0.4", "+18.0", "50.0 ± 0.4", "+20.0"], ["dm", "55.0 ± 0.4", "+13.0", "45.0 ± 0.4", "+15.0"],
-        ["gvbsm", "50.0 ± 0.4", "+8.0", "40.0 ± 0.4", "+10.0"], ["random real", "42.0 ± 0.3", "", "30.0 ± 0.3", ""]]
+        ["gvbsm-fast", "60.0 ± 0.4", "+18.0", "50.0 ± 0.4", "+20.0"],
+        ["dm", "55.0 ± 0.4", "+13.0", "45.0 ± 0.4", "+15.0"],
+        ["gvbsm", "50.0 ± 0.4", "+8.0", "40.0 ± 0.4", "+10.0"],
+        ["random real", "42.0 ± 0.3", "", "30.0 ± 0.3", ""]]
     assert [line[6] for line in lines] == ["46.5 ± 0.7 (soft)", "48.9 ± 0.6 (hard)", "46.5 ± 0.7 (soft)", ""]
     assert lines[0][5] == "211" and lines[0][7].endswith(", `--iterations 5`") and lines[2][7].startswith("resnet18 convnet_w128")
 
 
 def test_a_data_set_and_a_tag_that_nobody_knows_get_their_rows(made_up):
-    text = make_readme.page({"cifar100-x-holdout-gvbsm-ipc10-odd-convnet_w128": made_up("gvbsm", "odd", 50, "cifar100-x-holdout"),
-                             "zoo-gvbsm-ipc10-ablation-odd-convnet_w128": made_up("gvbsm", "ablation-odd", 51, "zoo")})
-    for dataset, run, top1 in ("cifar100-x-holdout", "gvbsm-odd", "50.0 ± 0.4"), ("zoo", "gvbsm-ablation-odd", "51.0 ± 0.4"):
+    text = make_readme.page({"cifar100-x-holdout-gvbsm-ipc10-odd-convnet_w128": made_up("gvbsm", "odd", 50,
+                                                                                        "cifar100-x-holdout"),
+                             "zoo-gvbsm-ipc10-ablation-odd-convnet_w128": made_up("gvbsm", "ablation-odd", 51,
+                                                                                  "zoo")})
+    for dataset, run, top1 in ("cifar100-x-holdout", "gvbsm-odd", "50.0 ± 0.4"), ("zoo", "gvbsm-ablation-odd",
+                                                                                  "51.0 ± 0.4"):
         line, = lines_of(text[text.index(f"## {dataset}\n"):], "IPC")
         assert line[2:4] == [run, top1]
     assert "# gvbsm-ipc10-odd\n" in text
 
 
 def test_a_command_on_a_folder_that_is_not_here_takes_it_for_ten_classes_of_small_images(made_up):
-    args = made_up("gvbsm", "odd", 50)["distilled"]["stored"]["args"] | {"dataset": "gone/cifar100-x", "backbones": ["wrn16_2"]}
+    args = made_up("gvbsm", "odd", 50)["distilled"]["stored"]["args"] | {"dataset": "gone/cifar100-x",
+                                                                         "backbones": ["wrn16_2"]}
     line = make_readme.command("train_eval", args)
     assert line.startswith("python train_eval.py --dataset gone/cifar100-x --ipc 10 --tag ") and "--backbones wrn16_2" in line
 
@@ -245,7 +275,8 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
     for method in "random", "gvbsm":
         relabelled.chain(base, f"--method {method}", first="recover")
     alpha = "--tag ablation-alpha0"
-    relabelled.call("collect_stats", "--class-statistics --overwrite")       # nothing to a recover.py without that flag
+    # nothing to a recover.py without that flag
+    relabelled.call("collect_stats", "--class-statistics --overwrite")
     relabelled.call("recover", alpha, "--alpha 0")
     relabelled.call("relabel", alpha)
     relabelled.call("train_eval", alpha)
@@ -253,7 +284,7 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
     kl = f"--tag ablation-kl --images {images}"
     relabelled.call("relabel", kl)
     relabelled.call("train_eval", kl, "--loss kl")
-    relabelled.call("squeeze", "--backbones convnet_w4 --save-epochs 1:1:1 --ipc 3")      # nothing to a teacher
+    relabelled.call("squeeze", "--backbones convnet_w4 --save-epochs 1:1:1 --ipc 3")  # nothing to a teacher
     more = "--backbones convnet_w8 wrn10_1 convnet_w4"
     relabelled.call("relabel", f"--tag ablation-more --images {images} {more}")
     relabelled.call("train_eval", f"--tag ablation-more --images {images} {more}")
@@ -265,16 +296,21 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
         relabelled.call(phase, "--method herding --tag ablation-kl", loss)
     text = evidence(relabelled.results)
     found = {line[1]: [line[2], line[5], line[4]] for line in lines_of(text, r"run +\| change")}
-    assert list(found) == ["base", "`recover.py --alpha 0.0`", "`train_eval.py --loss kl`", f"`{more}`", f"`{theirs}`",
+    assert list(found) == ["base", "`recover.py --alpha 0.0`", "`train_eval.py --loss kl`", f"`{more}`",
+                           f"`{theirs}`",
                            "`--method herding`", "`--method herding`, `train_eval.py --loss kl`"]
-    top1 = {tag: json.loads((relabelled.run(f"{run}-ipc2-{tag}") / "eval/convnet_w8.json").read_text())["top1"]
+    top1 = {tag: json.loads((relabelled.run(f"{run}-ipc2-{tag}")
+                             / "eval/convnet_w8.json").read_text())["top1"]
             for run, tag in (("gvbsm", "ablation"), ("gvbsm", "ablation-alpha0"), ("gvbsm", "ablation-kl"))}
-    herding = json.loads((relabelled.run("herding-ipc2-ablation") / "eval/convnet_w8.json").read_text())["top1"]
+    herding = json.loads((relabelled.run("herding-ipc2-ablation")
+                          / "eval/convnet_w8.json").read_text())["top1"]
     real = json.loads((relabelled.run("random-ipc2-ablation") / "eval/convnet_w8.json").read_text())["top1"]
     assert found["base"] == [f"{top1['ablation']:.1f}", "", f"{top1['ablation'] - real:+.1f}"]
-    assert found["`recover.py --alpha 0.0`"] == [f"{top1['ablation-alpha0']:.1f}", f"{top1['ablation-alpha0'] - top1['ablation']:+.1f}",
+    assert found["`recover.py --alpha 0.0`"] == [f"{top1['ablation-alpha0']:.1f}",
+                                                 f"{top1['ablation-alpha0'] - top1['ablation']:+.1f}",
                                                   f"{top1['ablation-alpha0'] - real:+.1f}"]
-    assert found["`--method herding`"] == [f"{herding:.1f}", f"{herding - top1['ablation']:+.1f}", f"{herding - real:+.1f}"]
+    assert found["`--method herding`"] == [f"{herding:.1f}", f"{herding - top1['ablation']:+.1f}",
+                                           f"{herding - real:+.1f}"]
     assert found[f"`{theirs}`"] == found["`recover.py --alpha 0.0`"]
     assert found["`train_eval.py --loss kl`"][2] == ""                   # no random images under that loss
     kept = {cell["tag"]: cell for cell in read_cells(tmp_path).values() if cell["method"] == "gvbsm"}

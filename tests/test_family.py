@@ -34,13 +34,14 @@ from utils.stats import layer_inputs, matched_layers, mixed_moments
 from utils.train import learning_rates
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
-SMALL = {"squeeze": "--epochs 2 --batch-size 64", "relabel": "--epochs 2", "train_eval": "--epochs 2 --students convnet_w8",
-         "recover": "--iterations 3", "collect_stats": ""}
+SMALL = {"squeeze": "--epochs 2 --batch-size 64", "relabel": "--epochs 2",
+         "train_eval": "--epochs 2 --students convnet_w8", "recover": "--iterations 3", "collect_stats": ""}
 POOL = "wrn10_1@1 wrn10_1@2"
 OWN = {  # what a method has beside, in small: flags of a phase, or of all
     "scdd": {"squeeze": "--batch-size 64 --queue 128 --epochs 2 --probe-epochs 1"},
     "dm": {"recover": "--iterations 2 --real-batch 16"},
-    "bilp": {"squeeze": "--score-trials 1 --score-epochs 1 --score-batch-size 256", "recover": "--iterations 2 --real-batch 16"},
+    "bilp": {"squeeze": "--score-trials 1 --score-epochs 1 --score-batch-size 256",
+             "recover": "--iterations 2 --real-batch 16"},
     "teddy": {"squeeze": "--save-epochs 1:2:1", "recover": f"--subset 1 --backbones {POOL}",
               **{phase: f"--backbones {POOL}" for phase in ("collect_stats", "relabel", "train_eval")}}}
 
@@ -68,18 +69,21 @@ def test_every_method_runs_all_five_phases_on_shapes_by_the_same_loop(method, sh
     monkeypatch.setattr(data, "draw_shapes", few_shapes)
     for phase in PHASES:
         own = OWN.get(method, {}).get(phase, "")
-        words = ["--dataset", "shapes", "--method", method, "--ipc", "2", "--device", "cpu", "--run-dir", str(shapes.root / "runs"),
-                 "--backbones", "wrn10_1", *SMALL[phase].split(), *own.split()]
+        words = ["--dataset", "shapes", "--method", method, "--ipc", "2", "--device", "cpu", "--run-dir",
+                 str(shapes.root / "runs"), "--backbones", "wrn10_1", *SMALL[phase].split(), *own.split()]
         __import__(phase).main(words)
     run = shapes.run(f"{method}-ipc2")
     result = json.loads((run / "eval/convnet_w8.json").read_text())
     assert result["method"] == method and result["images"] == 20 and len(list(run.glob("images/*/*.png"))) == 20
-    real = {image.permute(1, 2, 0).numpy().tobytes() for image in load_split("shapes", "", "train", 32).images}
+    real = {image.permute(1, 2, 0).numpy().tobytes()
+            for image in load_split("shapes", "", "train", 32).images}
     mine = {np.asarray(Image.open(path)).tobytes() for path in run.glob("images/*/*.png")}
-    assert len(mine) == 20 and (mine <= real if method in SELECTIONS else not mine & real or method in ("dm", "bilp"))
+    assert len(mine) == 20 and (mine <= real if method in SELECTIONS else not mine & real
+                                or method in ("dm", "bilp"))
 
 
-SETTINGS = {  # what the papers and releases print; a row: cifar10, cifar100, tiny, imagenet, "-" where there is nothing
+# what the papers and releases print; a row: cifar10, cifar100, tiny, imagenet, "-" where there is nothing
+SETTINGS = {
     "sre2l squeeze lr":            ("-", 0.1, 0.2, "-"),
     "sre2l squeeze weight_decay":  ("-", 5e-4, 1e-4, "-"),
     "sre2l squeeze batch_size":    ("-", 128, 256, "-"),
@@ -157,9 +161,10 @@ def test_the_pool_of_a_method_is_what_its_squeeze_saves():
 def test_batch_norm_alone_acts_in_the_original_loop_and_its_first_layer_counts_ten_times(method):
     for column in "cifar10", "cifar100", "tiny", "imagenet", "shapes":
         values = preset_values("paper", column, "recover", 10, method)
-        assert (values["alpha"], values["conv_weight"], values["dd_weight"], values["loop"]) == (0, 0, 0, "original")
-        weights = recover.layer_weights(build_model("resnet18", 10, 32), values["bn_weight"], values["conv_weight"],
-                                        values["first_multiplier"])
+        assert (values["alpha"], values["conv_weight"], values["dd_weight"], values["loop"]) == (0, 0, 0,
+                                                                                                 "original")
+        weights = recover.layer_weights(build_model("resnet18", 10, 32), values["bn_weight"],
+                                        values["conv_weight"], values["first_multiplier"])
         acting = {name: weight for name, weight in weights.items() if weight}
         assert next(iter(acting)) == "bn1" and len(acting) == 20
         assert acting.pop("bn1") == 10 * values["bn_weight"] and set(acting.values()) == {values["bn_weight"]}
@@ -186,7 +191,7 @@ def test_crops_are_drawn_from_the_floor_of_their_iteration_up():
     boxes = draw_view(1200, 32, "resized", False, 0, torch.Generator().manual_seed(0), floor)["crop"]
     area = (boxes[:, 2] * boxes[:, 3]).view(3, 400) / 32 ** 2
     assert (area[0] > 0.9).all() and area[1].min() > 0.45 and area[2].min() < 0.15 and area[2].max() > 0.9
-    assert area[2].double().mean() < 0.6 < area[1].double().mean() < 0.78                      # of those that fit
+    assert area[2].double().mean() < 0.6 < area[1].double().mean() < 0.78  # of those that fit
 
 
 def crops(*args, **settings):
@@ -208,7 +213,8 @@ def test_the_crops_of_recover_follow_the_curriculum():
 
 def test_the_kl_loss_of_tiny_imagenet_has_the_squared_temperature():
     logits, soft, y = torch.randn(5, 3), torch.randn(5, 3), torch.zeros(5, dtype=torch.long)
-    plain, squared = (train_eval.student_loss(logits, y, soft, y, torch.ones(5), kind=kind, gamma=0.1, temperature=20.0)
+    plain, squared = (train_eval.student_loss(logits, y, soft, y, torch.ones(5), kind=kind, gamma=0.1,
+                                              temperature=20.0)
                       for kind in ("kl", "kl_t2"))
     assert_near(squared, 400 * plain, 1e-6)
 
@@ -231,13 +237,15 @@ def test_learning_rates_warm_up_and_then_follow_their_schedule(flags, expected):
 
 def test_the_weak_teacher_of_an_epoch_is_what_a_shorter_training_gives(bare):
     bare.call("squeeze", "--backbones wrn10_1 --epochs 3 --save-epochs 1:3:2 --schedule constant")
-    assert sorted(path.name for path in bare.teachers.glob("*.pt")) == ["wrn10_1.pt", "wrn10_1@1.pt", "wrn10_1@3.pt"]
+    assert sorted(path.name for path in bare.teachers.glob("*.pt")) == ["wrn10_1.pt", "wrn10_1@1.pt",
+                                                                        "wrn10_1@3.pt"]
     result = bare.call("squeeze", "--backbones wrn10_1 --epochs 1 --schedule constant --teachers short")
     early, whole, short = (checkpoint(bare.results / "teachers" / path)["weights"] for path in (
         "supervised/wrn10_1@1.pt", "supervised/wrn10_1.pt", "short/wrn10_1.pt"))
     assert all(torch.equal(early[key], short[key]) for key in short) and list(result["top1"]) == ["wrn10_1"]
     last = checkpoint(bare.teachers / "wrn10_1@3.pt")
-    assert all(torch.equal(last["weights"][key], whole[key]) for key in whole) and last["backbone"] == "wrn10_1"
+    assert all(torch.equal(last["weights"][key], whole[key])
+               for key in whole) and last["backbone"] == "wrn10_1"
     assert any(not torch.equal(early[key], whole[key]) for key in whole)
 
 
@@ -254,7 +262,8 @@ def test_weak_teachers_are_done_when_all_are_there_and_missed_when_one_is_not(ba
     (bare.teachers / "wrn10_1@pruned2.pt").unlink()
     assert bare.call("squeeze", flags)["top1"] == result["top1"]
     written = {name for name, content in bare.files().items() if content != before.get(name)}
-    assert {name for name in written if name.endswith(".pt")} == {"runs/beasts/teachers/supervised/wrn10_1@pruned2.pt"}
+    assert {name for name in written
+            if name.endswith(".pt")} == {"runs/beasts/teachers/supervised/wrn10_1@pruned2.pt"}
     (bare.teachers / "wrn10_1@1.pt").unlink()
     assert "wrn10_1@1.pt is missing" in bare.mistake("squeeze", flags)
 
@@ -262,15 +271,19 @@ def test_weak_teachers_are_done_when_all_are_there_and_missed_when_one_is_not(ba
 @pytest.mark.slow
 def test_a_pruned_teacher_has_two_thirds_of_the_parameters_and_comes_from_the_trained_one(bare):
     bare.call("squeeze", "--backbones wrn10_1 --pruned 3")
-    whole, *pruned = (checkpoint(bare.teachers / f"wrn10_1{kind}.pt") for kind in ("", "@pruned1", "@pruned2", "@pruned3"))
+    whole, *pruned = (checkpoint(bare.teachers / f"wrn10_1{kind}.pt")
+                      for kind in ("", "@pruned1", "@pruned2", "@pruned3"))
     for record in pruned:
         model = build_model("wrn10_1", 4, 16, record["widths"])
         model.load_state_dict(record["weights"])
-        share = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in build_model("wrn10_1", 4, 16).parameters())
+        share = sum(p.numel() for p in model.parameters()) / sum(p.numel()
+                                                                 for p in build_model("wrn10_1", 4,
+                                                                                      16).parameters())
         assert 0.66 <= share < 0.75
     layer = next(iter(pruned[0]["widths"])) + ".weight"
-    kept, rows, tuned = ({row.numpy().tobytes() for row in record["weights"][layer]} for record in (pruned[0], whole, pruned[2]))
-    assert kept < rows and not tuned & rows                                                    # 0 epochs of fine-tuning, and 2
+    kept, rows, tuned = ({row.numpy().tobytes() for row in record["weights"][layer]}
+                         for record in (pruned[0], whole, pruned[2]))
+    assert kept < rows and not tuned & rows  # 0 epochs of fine-tuning, and 2
     pool = "--backbones wrn10_1@pruned1 wrn10_1@pruned2 wrn10_1@pruned3"
     bare.call("collect_stats", pool)
     for phase in "recover", "relabel", "train_eval":
@@ -283,11 +296,12 @@ def test_the_later_a_pruned_teacher_the_more_fine_tuning_it_has():
         args = squeeze.get_parser().parse_args(["--pruned", "9", "--backbones", "convnet_w8"])
         how.append(squeeze.fine_tuning(f"convnet_w8@pruned{i}", args))
     assert [one.epochs for one in how] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert {(one.lr, one.batch_size, one.schedule, one.step_epochs, one.weight_decay) for one in how} == {(0.1, 32, "step", 1, 1e-4)}
+    assert {(one.lr, one.batch_size, one.schedule, one.step_epochs, one.weight_decay)
+            for one in how} == {(0.1, 32, "step", 1, 1e-4)}
     optimizer, schedule = squeeze.sgd(torch.nn.Linear(1, 1), how[-1])
     optimizer.step()
     schedule.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)                          # in the last of its epochs
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)  # in the last of its epochs
 
 
 def test_a_subset_of_the_pool_belongs_to_a_slot_and_all_slots_together_use_the_pool():
@@ -302,16 +316,19 @@ def test_a_subset_of_the_pool_belongs_to_a_slot_and_all_slots_together_use_the_p
 def test_the_losses_of_a_subset_are_summed_in_every_iteration():
     torch.manual_seed(0)
     models = [freeze(build_model("wrn10_1", 4, 16).eval()) for _ in range(3)]
-    matchers = [ClosedFormMatching(model, {}, recover.layer_weights(model, 0.1, 0.0, 10.0), alpha=0.0) for model in models]
+    matchers = [ClosedFormMatching(model, {}, recover.layer_weights(model, 0.1, 0.0, 10.0), alpha=0.0)
+                for model in models]
     pixels, labels, seen = torch.randn(1, 4, 3, 16, 16), torch.arange(4)[None], []
     draws = recover.draw_iterations(2, matchers, 16, seed=0, subset=2, slot=5, crop="none")
-    chosen, settings = recover.draw_subset(3, 2, seed=0, slot=5), dict(bounds=2 * [torch.zeros(3, 1, 1)], lr=0.1, dd_weight=0.0)
+    chosen, settings = recover.draw_subset(3, 2, seed=0, slot=5), dict(bounds=2 * [torch.zeros(3, 1, 1)],
+                                                                       lr=0.1, dd_weight=0.0)
     settings["bounds"] = [bound + side for bound, side in zip(settings["bounds"], (-2, 2))]
     images = pixels.clone()
     for t, losses, _ in recover.recover_batch(images, labels, matchers, draws, **settings):
         seen.append((losses, images.clone()))
     assert [draw["backbones"] for draw in draws] == [chosen, chosen]
-    alone = [recover.matching_gradient(matchers[k], labels, 1.0, pixels, {}, None, matchers[k].start(1)) for k in chosen]
+    alone = [recover.matching_gradient(matchers[k], labels, 1.0, pixels, {}, None, matchers[k].start(1))
+             for k in chosen]
     for i, term in enumerate(("ce", "bn")):
         assert_near(seen[0][0][term], sum(losses[i] for _, losses, _ in alone), 1e-5)
     step = (pixels - 0.1 * sum(gradient for gradient, _, _ in alone).sign()).clamp(-2, 2)       # Adam's first
@@ -359,7 +376,7 @@ def test_class_statistics_are_the_moments_of_each_class_over_all_its_pixels(proj
 
 def test_image_moments_are_those_of_slow_loops():
     x = torch.randn(3, 5, 6, 6, dtype=torch.float64).float()
-    mean, square, cell_mean, cell_square = collect_stats.image_moments(x, 4)                   # 6 pixels: resized to 8
+    mean, square, cell_mean, cell_square = collect_stats.image_moments(x, 4)  # 6 pixels: resized to 8
     whole = F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False)
     for image in range(3):
         for channel in range(5):
@@ -373,9 +390,12 @@ def test_image_moments_are_those_of_slow_loops():
 
 
 def test_the_moments_of_a_mixture_are_those_of_all_its_values():
-    values = torch.randn(3, 40, 5, dtype=torch.float64) * torch.tensor([1.0, 2, 3])[:, None, None] + torch.arange(3)[:, None, None]
+    values = torch.randn(3, 40, 5, dtype=torch.float64) * torch.tensor([1.0, 2, 3])[:, None,
+                                                                                    None] + torch.arange(3)[:,
+                                                                                                            None, None]
     mean, var = values.mean(1), values.var(1, correction=0)
-    mixed_mean, mixed_var = mixed_moments(mean, var, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.75, 0, 0.25]], dtype=torch.float64))
+    mixed_mean, mixed_var = mixed_moments(mean, var, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.75, 0, 0.25]],
+                                                                  dtype=torch.float64))
     for row, together in enumerate([values.flatten(0, 1), torch.cat([*3 * [values[0]], values[2]])]):
         torch.testing.assert_close(mixed_mean[row], together.mean(0))
         torch.testing.assert_close(mixed_var[row], together.var(0, correction=0))
@@ -390,15 +410,19 @@ def test_class_statistics_aim_each_batch_at_its_own_classes_in_both_gradients(lo
     project.call("recover", flags, "--statistics plain --tag plain")
     project.call("recover", flags, "--groups-per-step 2 --tag pair")
     project.call("recover", flags.replace("--class-statistics", ""), "--tag global")
-    closed, plain, pair, other = (project.images(f"gvbsm-ipc2{tag}") for tag in ("", "-plain", "-pair", "-global"))
+    closed, plain, pair, other = (project.images(f"gvbsm-ipc2{tag}")
+                                  for tag in ("", "-plain", "-pair", "-global"))
     assert (closed == plain).all() and (closed == pair).all() and abs(closed - other).max() > 1
     for entry, again in zip(project.log()[1:], project.log("gvbsm-ipc2-plain")[1:], strict=True):
-        assert [entry[term] for term in ("bn", "conv")] == pytest.approx([again[term] for term in ("bn", "conv")], rel=1e-6)
+        assert [entry[term] for term in ("bn", "conv")] == pytest.approx([again[term]
+                                                                          for term in ("bn", "conv")],
+                                                                         rel=1e-6)
 
 
 def test_the_target_of_a_batch_is_the_mixture_of_its_classes(project):
     project.call("collect_stats", "--class-statistics --overwrite --backbones wrn10_1")
-    args = recover.parse_args(recover.get_parser(), "recover", project.arguments("recover", "--backbones wrn10_1 --class-statistics"))
+    args = recover.parse_args(recover.get_parser(), "recover",
+                              project.arguments("recover", "--backbones wrn10_1 --class-statistics"))
     stored = checkpoint(project.teachers / "wrn10_1.stats.pt")
     model = build_model("wrn10_1", 4, 16).eval()
     labels = torch.tensor([[0, 0, 1, 1], [2, 2, 2, 3]])
@@ -408,7 +432,8 @@ def test_the_target_of_a_batch_is_the_mixture_of_its_classes(project):
             for kind in range(0, len(targets), 2):
                 means, variances = (stored["class_statistics"][layer][kind + i] for i in (0, 1))
                 mean = sum(share * means[label] for label, share in shares.items())
-                var = sum(share * (variances[label] + (means[label] - mean) ** 2) for label, share in shares.items())
+                var = sum(share * (variances[label] + (means[label] - mean) ** 2) for label,
+                          share in shares.items())
                 torch.testing.assert_close(targets[kind][group], mean.float(), rtol=1e-5, atol=1e-6)
                 torch.testing.assert_close(targets[kind + 1][group], var.float(), rtol=1e-4, atol=1e-6)
 
@@ -417,17 +442,19 @@ def test_class_statistics_that_nobody_collected_are_missed(project):
     assert "--class-statistics" in project.mistake("recover", "--class-statistics")
     assert "--overwrite" in project.mistake("collect_stats", "--class-statistics")
     project.call("collect_stats", "--class-statistics --overwrite")
-    project.call("collect_stats")                                        # more than is asked for is no mistake
+    project.call("collect_stats")  # more than is asked for is no mistake
     assert "already done" in project.printed
 
 
 # BiLP
 
 def test_scores_are_smoothed_losses_of_a_small_convnet_averaged_over_trainings(bare, monkeypatch):
-    bare.call("squeeze", "--backbones convnet_w8 --prune-ratio 0.25 --score-trials 2 --score-epochs 3 --score-batch-size 20 --score-lr 0.01")
+    bare.call("squeeze", "--backbones convnet_w8 --prune-ratio 0.25 --score-trials 2 --score-epochs 3 "
+              "--score-batch-size 20 --score-lr 0.01")
     stored, record = checkpoint(bare.teachers / "scores.pt"), checkpoint(bare.teachers / "convnet_w8.pt")
     images, labels = training_images(bare)
-    pixels = normalize(torch.from_numpy(images).permute(0, 3, 1, 2), record["data"]["mean"], record["data"]["std"])
+    pixels = normalize(torch.from_numpy(images).permute(0, 3, 1, 2), record["data"]["mean"],
+                       record["data"]["std"])
     labels, curves = torch.from_numpy(labels), torch.zeros(2, 3, 48)
     for trial in range(2):
         torch.manual_seed(generator("score", 0, trial).initial_seed())
@@ -443,7 +470,8 @@ def test_scores_are_smoothed_losses_of_a_small_convnet_averaged_over_trainings(b
     assert model(pixels[:1]).shape == (1, 4) and model[-1].in_features == 128
     expected = (curves.mean(0) * last_epoch_weights(3).float()[:, None]).sum(0)
     assert_near(stored["scores"], expected, 1e-4)
-    assert record["kept"].tolist() == drop_largest(stored["scores"], labels, 0.25).tolist() and len(record["kept"]) == 36
+    assert record["kept"].tolist() == drop_largest(stored["scores"], labels,
+                                                   0.25).tolist() and len(record["kept"]) == 36
 
 
 @pytest.mark.slow
@@ -451,7 +479,8 @@ def test_a_pruned_image_is_neither_trained_on_nor_collected_nor_a_start(bare, mo
     asked, batches = {"train": [], "score": []}, Split.batches
 
     def watched(split, index, crop_seed=None):
-        if len(split) == 48 and not isinstance(index, int):         # not the test images, nor a pass for mean and deviation
+        # not the test images, nor a pass for mean and deviation
+        if len(split) == 48 and not isinstance(index, int):
             asked["score" if crop_seed is None else "train"] += torch.cat(list(index)).tolist()
         return batches(split, index, crop_seed)
 
@@ -461,7 +490,8 @@ def test_a_pruned_image_is_neither_trained_on_nor_collected_nor_a_start(bare, mo
     asked["train"] = []
     bare.call("collect_stats")
     assert sorted(asked["score"]) == list(range(48)) and len(kept) == 24
-    assert sorted(trained) == sorted(4 * kept) and sorted(asked["train"]) == sorted(2 * kept)  # two backbones, two epochs
+    # two backbones, two epochs
+    assert sorted(trained) == sorted(4 * kept) and sorted(asked["train"]) == sorted(2 * kept)
     bare.call("recover", "--init real --lr 0 --ipc 6 --iterations 1")
     images, _ = training_images(bare)
     starts = {image.tobytes() for image in bare.images("gvbsm-ipc6")}
@@ -489,30 +519,36 @@ def test_a_selection_is_that_of_its_function_class_by_class(method, project):
     record = checkpoint(project.teachers / "convnet_w8.pt")
     model = build_model("convnet_w8", 4, 16)
     model.load_state_dict(record["weights"])
-    pixels = normalize(torch.from_numpy(images).permute(0, 3, 1, 2), record["data"]["mean"], record["data"]["std"])
+    pixels = normalize(torch.from_numpy(images).permute(0, 3, 1, 2), record["data"]["mean"],
+                       record["data"]["std"])
     with torch.no_grad():
-        features = nn.Sequential(*list(model)[:-1])(pixels)                                   # all but the linear layer
+        features = nn.Sequential(*list(model)[:-1])(pixels)  # all but the linear layer
     expected = []
     for label in range(4):
         members = torch.from_numpy(np.flatnonzero(labels == label))
-        chosen = (herding(features[members], 3) if method == "herding" else k_center(features[members], 3) if method == "kcenter"
-                  else most_forgotten(record["forgetting"]["events"][members], record["forgetting"]["learned"][members], 3))
+        chosen = (herding(features[members], 3) if method == "herding" else k_center(features[members], 3)
+                  if method == "kcenter"
+                  else most_forgotten(record["forgetting"]["events"][members],
+                                      record["forgetting"]["learned"][members], 3))
         expected += members[chosen].tolist()
     assert (project.images(f"{method}-ipc3") == images[expected]).all()
     if method != "forgetting":
         project.call("recover", f"--init {method} --ipc 3 --lr 0")
         assert (project.images("gvbsm-ipc3") == images[expected]).all()
     squeezenet = project.teachers / "squeezenet.pt"
-    torch.save(record | {"backbone": "squeezenet", "weights": build_model("squeezenet", 4, 16).state_dict()}, squeezenet)
+    torch.save(record | {"backbone": "squeezenet", "weights": build_model("squeezenet", 4, 16).state_dict()},
+               squeezenet)
     if method != "forgetting":
-        assert "name another first" in project.mistake("recover", f"--method {method} --ipc 4 --backbones squeezenet")
+        assert "name another first" in project.mistake("recover",
+                                                       f"--method {method} --ipc 4 --backbones squeezenet")
     project.chain(f"--method {method} --ipc 3", first="relabel")
     assert f"--ipc 13" in project.mistake("recover", f"--method {method} --ipc 13")
 
 
 def test_forgetting_events_are_those_counted_by_hand_while_training(bare, monkeypatch):
     steps, gathered = [], squeeze.gathered
-    monkeypatch.setattr(squeeze, "gathered", lambda right, count: steps.append(right) or gathered(right, count))
+    monkeypatch.setattr(squeeze, "gathered", lambda right,
+                        count: steps.append(right) or gathered(right, count))
     bare.call("squeeze", "--backbones convnet_w8 --epochs 12 --lr 0.3 --batch-size 16")
     events, learned, right = np.zeros(48, int), np.zeros(48, bool), np.zeros(48, bool)
     for epoch in range(12):
@@ -533,8 +569,10 @@ def test_forgetting_selects_from_what_squeezing_kept_and_needs_counts(bare):
     images, _ = training_images(bare)
     for method in "forgetting", "herding":
         bare.call("recover", f"--method {method} --ipc 6 --backbones wrn10_1")
-        assert {image.tobytes() for image in bare.images(f"{method}-ipc6")} == {images[i].tobytes() for i in kept}
-    assert "nor with" in bare.mistake("recover", "--method forgetting --backbones wrn10_1@pruned1 --overwrite")
+        assert {image.tobytes() for image in bare.images(f"{method}-ipc6")} == {images[i].tobytes()
+                                                                                for i in kept}
+    assert "nor with" in bare.mistake("recover",
+                                      "--method forgetting --backbones wrn10_1@pruned1 --overwrite")
 
 
 def test_losses_that_are_not_finite_end_squeeze(bare):
@@ -560,20 +598,28 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
 
 
 @pytest.mark.parametrize("phase, flags, told", [
-    ("squeeze", "--save-epochs 1:3:1", "--epochs 2 is too few"), ("squeeze", "--save-epochs 1-3", "first:last:step"),
-    ("squeeze", "--save-epochs 0:3:1", "first:last:step"), ("squeeze", "--warmup-epochs 2", "--warmup-epochs 2"),
-    ("squeeze", "--save-epochs 2:1:1", "ends before it begins"), ("squeeze", "--pruned 1 --backbones deit_tiny", "--pruned 1"),
+    ("squeeze", "--save-epochs 1:3:1", "--epochs 2 is too few"),
+    ("squeeze", "--save-epochs 1-3", "first:last:step"),
+    ("squeeze", "--save-epochs 0:3:1", "first:last:step"),
+    ("squeeze", "--warmup-epochs 2", "--warmup-epochs 2"),
+    ("squeeze", "--save-epochs 2:1:1", "ends before it begins"),
+    ("squeeze", "--pruned 1 --backbones deit_tiny", "--pruned 1"),
     ("squeeze", "--backbones wrn10_1@1", "name that, and --save-epochs"),
     ("squeeze", "--objective moco --backbones squeezenet --batch-size 16", "it has none; name others"),
     ("squeeze", "--objective moco --epochs 1 --batch-size 16", "--epochs 1"),
     ("recover", "--crop none --crop-curriculum cosine", "--crop-curriculum cosine"),
-    ("recover", "--method sre2l --teachers other --backbones wrn10_1@2", "--backbones wrn10_1, with --save-epochs"),
-    ("squeeze", "--pretrained --save-epochs 1:2:1", "--no-pretrained"), ("squeeze", "--prune-ratio 1", "--prune-ratio"),
+    ("recover", "--method sre2l --teachers other --backbones wrn10_1@2",
+     "--backbones wrn10_1, with --save-epochs"),
+    ("squeeze", "--pretrained --save-epochs 1:2:1", "--no-pretrained"),
+    ("squeeze", "--prune-ratio 1", "--prune-ratio"),
     ("recover", "--subset 3", "the 2 --backbones"), ("recover", "--recipe best", "--recipe"),
-    ("recover", "--method herding --backbones wrn16_2", "squeeze.py"), ("recover", "--method bilp --backbones wrn16_2", "squeeze.py"),
+    ("recover", "--method herding --backbones wrn16_2", "squeeze.py"),
+    ("recover", "--method bilp --backbones wrn16_2", "squeeze.py"),
     ("recover", "--init real --ipc 13", "--ipc 13"), ("recover", "--mosaic 2", "name an --init"),
-    ("recover", "--init real --mosaic 3", "16 pixels"), ("recover", "--init real --ipc 4 --mosaic 2", "--ipc 4 with --mosaic 2 takes 16"),
-    ("relabel", "--method sre2l", "squeeze.py --dataset"), ("relabel", "--recipe sre2l", "--method sre2l --teachers sre2l"),
+    ("recover", "--init real --mosaic 3", "16 pixels"),
+    ("recover", "--init real --ipc 4 --mosaic 2", "--ipc 4 with --mosaic 2 takes 16"),
+    ("relabel", "--method sre2l", "squeeze.py --dataset"),
+    ("relabel", "--recipe sre2l", "--method sre2l --teachers sre2l"),
     ("recover", "--method sre2l --recipe gvbsm", "--teachers sre2l --backbones"),
     ("relabel", "--method teddy --backbones wrn10_1@1", "--backbones wrn10_1, with --save-epochs")])
 def test_mistakes_end_in_a_line_and_lose_nothing(phase, flags, told, project):
@@ -590,7 +636,8 @@ def test_save_epochs_belong_to_work_that_is_unfinished(bare, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(squeeze, "count_forgetting", raising)
         bare.call("squeeze", "--backbones wrn10_1 --epochs 3")
-    assert "--save-epochs none (now 1:3:1)" in bare.mistake("squeeze", "--backbones wrn10_1 --epochs 3 --save-epochs 1:3:1")
+    assert "--save-epochs none (now 1:3:1)" in bare.mistake("squeeze", "--backbones wrn10_1 --epochs 3 "
+                                                            "--save-epochs 1:3:1")
 
 
 def raising(*_):
@@ -598,7 +645,8 @@ def raising(*_):
 
 
 @pytest.mark.slow
-def test_what_is_overwritten_goes_before_the_work_so_that_the_same_command_without_overwrite_goes_on(bare, monkeypatch):
+def test_what_is_overwritten_goes_before_the_work_so_that_the_same_command_without_overwrite_goes_on(bare,
+                                                                                                     monkeypatch):
     flags = "--save-epochs 1:2:1 --pruned 1 --prune-ratio 0.25 --score-trials 1 --score-epochs 1 --backbones convnet_w8 wrn10_1"
     bare.call("squeeze", flags)
     for function in "count_forgetting", "drop_largest":
@@ -618,7 +666,8 @@ def test_teachers_of_other_images_do_not_meet(bare):
     assert "--prune-ratio" in bare.mistake("collect_stats")
     bare.call("collect_stats", "--backbones wrn10_1")
     (bare.dataset / "train" / "ant" / "0.png").unlink()
-    for phase, flags in ("collect_stats", "--overwrite"), ("recover", "--init real"), ("recover", "--method forgetting"):
+    for phase, flags in ("collect_stats", "--overwrite"), ("recover", "--init real"), ("recover",
+                                                                                       "--method forgetting"):
         assert "48 training images, now 47" in bare.mistake(phase, "--backbones wrn10_1", flags)
 
 
@@ -632,18 +681,20 @@ def test_a_network_without_batch_norm_is_warned_of_where_only_batch_norm_acts(pr
 
 @pytest.mark.parametrize("method", ["gvbsm", "sre2l", "teddy"])
 def test_real_starts_are_random_training_images_of_the_class(method, project):
-    project.call("recover", f"--method {method} --teachers supervised --init real --lr 0 --iterations 1 --ipc 3 --subset 0")
+    project.call("recover", f"--method {method} --teachers supervised --init real --lr 0 --iterations 1 "
+                 f"--ipc 3 --subset 0")
     images, labels = training_images(project)
     mine = project.images(f"{method}-ipc3").reshape(4, 3, 16, 16, 3)
     for label in range(4):
-        assert {image.tobytes() for image in mine[label]} < {image.tobytes() for image in images[labels == label]}
+        assert {image.tobytes() for image in mine[label]} < {image.tobytes()
+                                                             for image in images[labels == label]}
         assert len({image.tobytes() for image in mine[label]}) == 3
 
 
 def test_a_mosaic_start_is_made_of_four_times_as_many_images(project):
     project.call("recover", "--init herding --mosaic 2 --lr 0 --iterations 1")
     project.call("recover", "--method herding --ipc 8")
-    whole = project.images("herding-ipc8").reshape(4, 4, 2, 16, 16, 3)                      # class, tile, image
+    whole = project.images("herding-ipc8").reshape(4, 4, 2, 16, 16, 3)  # class, tile, image
     small = whole.reshape(4, 4, 2, 8, 2, 8, 2, 3).mean((4, 6))
     for label, image in itertools.product(range(4), range(2)):
         mine = project.images().reshape(4, 2, 16, 16, 3)[label, image]
@@ -672,7 +723,8 @@ def test_the_chosen_crops_are_those_of_least_loss_of_the_first_backbone(project)
             best.append((min(losses), crops[int(np.argmin(losses))]))
         best = [crop for _, crop in sorted(best, key=lambda pair: pair[0])][:2]
         for mine, crop in zip(project.images()[2 * label:2 * label + 2], best, strict=True):
-            exact = ((crop[0] * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]) * 255).permute(1, 2, 0)
+            exact = ((crop[0] * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
+                     * 255).permute(1, 2, 0)
             assert abs(mine - exact.numpy()).max() <= 1
 
 
@@ -684,7 +736,8 @@ def test_a_recipe_brings_labels_and_training_of_another_method():
         flags = ["--dataset", column, "--data-dir", "nowhere", "--method", method, "--recipe", recipe]
         for module in relabel, train_eval, recover:
             parsed = vars(module.parse_args(module.get_parser(), module.__name__, flags))
-            expected = preset_values("paper", column, module.__name__, 10, method if module is recover else recipe)
+            expected = preset_values("paper", column, module.__name__, 10,
+                                     method if module is recover else recipe)
             assert {flag: parsed[flag] for flag in expected} == expected
 
 
@@ -710,10 +763,12 @@ def test_a_recipe_may_bring_other_backbones_of_the_same_set_but_none_trained_ane
 # Interrupted
 
 WORKS = {
-    "scores": ("squeeze", "--prune-ratio 0.25 --score-trials 2 --score-epochs 3 --score-batch-size 20", "scores.normalize", 8),
-    "scores, when all are made": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 2 --score-batch-size 20",
-                                  "save_torch", 1),
-    "the training behind them": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 1 --epochs 4", "gathered", 7),
+    "scores": ("squeeze", "--prune-ratio 0.25 --score-trials 2 --score-epochs 3 --score-batch-size 20",
+               "scores.normalize", 8),
+    "scores, when all are made": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 2 "
+                                  "--score-batch-size 20", "save_torch", 1),
+    "the training behind them": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 1 --epochs 4",
+                                 "gathered", 7),
     "weak teachers": ("squeeze", "--epochs 4 --save-epochs 1:4:1", "gathered", 10),
     "pruned teachers": ("squeeze", "--pruned 3 --backbones wrn10_1", "gathered", 12),
     "class statistics": ("collect_stats", "--class-statistics --batch-size 4 --overwrite", "normalize", 17),
@@ -743,9 +798,11 @@ def test_interrupted_work_goes_on_to_the_same_bytes(what, request, beasts, new_p
             with monkeypatch.context() as patch, pytest.raises(InterruptedError):
                 patch.setattr(module, name, interrupting)
                 project.call(phase, flags, "--checkpoint-minutes 0")
-        project.call(phase, flags.replace("--overwrite", "" if broken else "--overwrite"), "--checkpoint-minutes 0")
+        project.call(phase, flags.replace("--overwrite", "" if broken else "--overwrite"),
+                     "--checkpoint-minutes 0")
         files = [path for path in project.results.rglob("*") if path.suffix in (".pt", ".png")]
-        results.append({path.relative_to(project.results): plain(checkpoint(path)) if path.suffix == ".pt" else path.read_bytes()
+        results.append({path.relative_to(project.results): plain(checkpoint(path)) if path.suffix == ".pt"
+                        else path.read_bytes()
                         for path in files})
     assert results[0] == results[1] and len(results[0]) > 1
 
@@ -753,5 +810,8 @@ def test_interrupted_work_goes_on_to_the_same_bytes(what, request, beasts, new_p
 def plain(value):
     """What a checkpoint holds beside its arguments, comparable."""
     if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items() if key not in ("args", "made_from", "checkpoint")}
-    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value.tolist() if torch.is_tensor(value) else value
+        return {key: plain(part) for key, part in value.items()
+                if key not in ("args", "made_from", "checkpoint")}
+    return [plain(part) for part in value] if isinstance(value,
+                                                         (list,
+                                                          tuple)) else value.tolist() if torch.is_tensor(value) else value

@@ -1,4 +1,5 @@
-"""What the figures show, against slow loops; and that each is drawn, where matplotlib and scikit-learn are there."""
+"""What the figures show, against slow loops; and that each is drawn, where matplotlib and scikit-learn are
+there."""
 import json
 import math
 import re
@@ -74,9 +75,11 @@ def test_similarity_is_of_the_normalised_pixels_of_each_class(selected):
 
 
 def test_similarity_of_a_backbones_logits(selected):
-    _, found = figures.similarities(parsed("similarity", selected.run(), "--backbone", "wrn10_1", "--device", "cpu"))
+    _, found = figures.similarities(parsed("similarity", selected.run(), "--backbone", "wrn10_1", "--device",
+                                           "cpu"))
     logits = teacher_logits(selected, "wrn10_1", selected.images()).tolist()
-    assert found["gvbsm-ipc2"] == pytest.approx([cosine(logits[i], logits[i + 1]) for i in range(0, 8, 2)], abs=1e-5)
+    assert found["gvbsm-ipc2"] == pytest.approx([cosine(logits[i], logits[i + 1]) for i in range(0, 8, 2)],
+                                                abs=1e-5)
 
 
 def teacher_logits(project, name, pixels):
@@ -84,7 +87,8 @@ def teacher_logits(project, name, pixels):
     record = torch.load(project.teachers / f"{name}.pt", weights_only=True)
     model = build_model(name, 4, 16)
     model.load_state_dict(record["weights"])
-    images = (torch.tensor(pixels) / 255 - torch.tensor(record["data"]["mean"])) / torch.tensor(record["data"]["std"])
+    images = (torch.tensor(pixels) / 255
+              - torch.tensor(record["data"]["mean"])) / torch.tensor(record["data"]["std"])
     with torch.no_grad():
         return model.eval()(images.permute(0, 3, 1, 2).float())
 
@@ -100,9 +104,11 @@ def test_statistics_are_the_mean_and_variance_over_channels_behind_a_sigmoid(squ
               "BatchNorms": [[record["weights"][f"{layer}.running_{what}"] for what in ("mean", "var")]
                              for layer in layers if layer not in stored]}
         for kind, values in found[name].items():
-            expected = [[sigmoid(part) for vector in pair for part in mean_and_variance(vector.tolist())] for pair in of[kind]]
+            expected = [[sigmoid(part) for vector in pair for part in mean_and_variance(vector.tolist())]
+                        for pair in of[kind]]
             assert len(expected) > 2 and values == pytest.approx(np.array(expected), abs=1e-6)
-    assert list(figures.teacher_statistics(parsed("statistics", squeezed.teachers, "--backbones", "wrn10_1"))) == ["wrn10_1"]
+    assert list(figures.teacher_statistics(parsed("statistics", squeezed.teachers, "--backbones",
+                                                  "wrn10_1"))) == ["wrn10_1"]
 
 
 def test_losses_are_means_over_batches_for_each_backbone():
@@ -113,7 +119,8 @@ def test_losses_are_means_over_batches_for_each_backbone():
     found = {key: curve.tolist() for key, curve in figures.loss_curves(entries).items()}
     assert found == {("ce", "a"): [[5, 2], [9, 7]], ("ce", "b"): [[0, 5]], ("bn", "b"): [[0, 2]],
                      ("dd", ""): [[0, 0], [5, 3], [9, 0]]}
-    assert list(figures.loss_curves([{"iteration": 0, "batches": [0], "backbone": "a+b", "ce": 1}])) == [("ce", "")]
+    assert list(figures.loss_curves([{"iteration": 0, "batches": [0], "backbone": "a+b",
+                                      "ce": 1}])) == [("ce", "")]
     assert list(figures.loss_curves([{"iteration": 0, "batches": [0], "dm": 1.5, "kept": 9}])) == [("dm", "")]
 
 
@@ -129,12 +136,13 @@ def test_losses_are_those_of_the_log(labelled):
 
 
 def test_curves_of_accuracy_are_by_student_labels_and_run_without_comparisons():
-    cells = [(50, "stored", None, 60, [0, 1]), (1, "stored", None, 20, [0, 1]), (1, "stored", "kl", 21, [0]), (1, "hard", None, 9, [0, 1]),
-             (1, "stored", "ablation-kl", 21, [0])]
+    cells = [(50, "stored", None, 60, [0, 1]), (1, "stored", None, 20, [0, 1]), (1, "stored", "kl", 21, [0]),
+             (1, "hard", None, 9, [0, 1]), (1, "stored", "ablation-kl", 21, [0])]
     results = {(ipc, "resnet18", labels, "gvbsm", tag): {"top1": top1, "top1_std": 0.5, "seeds": seeds}
                for ipc, labels, tag, top1, seeds in cells}
     found = figures.ipc_curves(results)
-    assert list(found) == [("resnet18", "stored", "gvbsm"), ("resnet18", "stored", "gvbsm-kl"), ("resnet18", "hard", "gvbsm")]
+    assert list(found) == [("resnet18", "stored", "gvbsm"), ("resnet18", "stored", "gvbsm-kl"),
+                           ("resnet18", "hard", "gvbsm")]
     assert found["resnet18", "stored", "gvbsm"].tolist() == [[1, 20, 0.5], [50, 60, 0.5]]
     assert np.isnan(found["resnet18", "stored", "gvbsm-kl"][0, 2])
 
@@ -151,7 +159,8 @@ def test_tiles_stand_in_rows_and_groups():
 
 
 def test_images_are_the_first_of_each_class_and_source(selected):
-    names, groups = figures.image_groups(parsed("images", selected.run("random-ipc2"), selected.run(), "--classes", 3))
+    names, groups = figures.image_groups(parsed("images", selected.run("random-ipc2"), selected.run(),
+                                                "--classes", 3))
     assert names == list(selected.classes[:3]) and list(groups) == ["real", "random-ipc2", "gvbsm-ipc2"]
     distilled = selected.images().reshape(4, 2, 16, 16, 3)[:3]
     assert (groups["gvbsm-ipc2"].permute(0, 1, 3, 4, 2).numpy() == distilled).all()
@@ -165,14 +174,17 @@ def test_images_are_the_first_of_each_class_and_source(selected):
 
 def test_small_images_are_enlarged_by_a_whole_number_and_large_ones_averaged():
     small = torch.randint(256, (2, 1, 3, 20, 20), dtype=torch.uint8)
-    assert (figures.resized(small)[..., 1::3, 2::3] == small).all() and figures.resized(small).shape[-2:] == (60, 60)
+    assert (figures.resized(small)[..., 1::3, 2::3]
+            == small).all() and figures.resized(small).shape[-2:] == (60, 60)
     large = torch.full((1, 2, 3, 192, 192), 255, dtype=torch.uint8)
     large[..., ::2, :] = 0
-    assert figures.resized(large).shape == (1, 2, 3, 96, 96) and figures.resized(large).unique().tolist() == [128]
+    assert figures.resized(large).shape == (1, 2, 3, 96,
+                                            96) and figures.resized(large).unique().tolist() == [128]
 
 
 def test_channels_are_the_running_statistics_of_one_batchnorm(squeezed):
-    (name, (mean, variance)), = figures.channel_statistics(parsed("channels", squeezed.teachers, "--batchnorm", 3)).items()
+    (name, (mean, variance)), = figures.channel_statistics(parsed("channels", squeezed.teachers,
+                                                                  "--batchnorm", 3)).items()
     weights = torch.load(squeezed.teachers / "wrn10_1.pt", weights_only=True)["weights"]
     keys = [key for key in weights if key.endswith("running_mean")]
     assert name == "wrn10_1, supervised" and (mean == weights[keys[2]]).all()
@@ -181,11 +193,13 @@ def test_channels_are_the_running_statistics_of_one_batchnorm(squeezed):
 
 def test_tsne_embeds_the_logits_of_all_runs_together(selected, monkeypatch):
     monkeypatch.setattr(figures, "embed", lambda rows, seed: rows[:, :2].numpy() + seed)
-    args = parsed("tsne", selected.run("random-ipc2"), selected.run(), "--backbone", "wrn10_1", "--seed", 3, "--device", "cpu")
+    args = parsed("tsne", selected.run("random-ipc2"), selected.run(), "--backbone", "wrn10_1", "--seed", 3,
+                  "--device", "cpu")
     names, ((first, *_), (run, labels, points)) = figures.tsne_points(args)
     assert names == list(selected.classes) and (first, run) == ("random-ipc2", "gvbsm-ipc2")
     assert labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert points == pytest.approx(teacher_logits(selected, "wrn10_1", selected.images())[:, :2].numpy() + 3, abs=1e-5)
+    assert points == pytest.approx(teacher_logits(selected, "wrn10_1", selected.images())[:, :2].numpy() + 3,
+                                   abs=1e-5)
 
 
 def test_tsne_separates_what_is_far_apart():
@@ -206,7 +220,8 @@ def test_each_figure_is_drawn(name, selected, capsys):
         pytest.importorskip("sklearn")
     if name == "ipc":
         selected.call("train_eval", "--student-seeds 0 1")
-    folders = {"statistics": [selected.teachers], "channels": [selected.teachers], "ipc": [selected.results], "losses": [selected.run()]}.get(
+    folders = {"statistics": [selected.teachers], "channels": [selected.teachers], "ipc": [selected.results],
+               "losses": [selected.run()]}.get(
         name, [selected.run("random-ipc2"), selected.run()])
     figures.main([name, *map(str, folders)])
     assert capsys.readouterr().out == f"{selected.results / name}.png\n"
@@ -220,24 +235,28 @@ def panels():
     def draw(name, args):
         figure = pytest.importorskip("matplotlib.figure").Figure
         drawn = []
-        figures.FIGURES[name](args, lambda *size: drawn.append(figure(size, layout="constrained")) or drawn[-1])
+        figures.FIGURES[name](args, lambda *size: drawn.append(figure(size, layout="constrained"))
+                              or drawn[-1])
         drawn[0].draw_without_rendering()
-        return drawn[0].axes, drawn[0].legends + [axes.get_legend() for axes in drawn[0].axes if axes.get_legend()]
+        return drawn[0].axes, drawn[0].legends + [axes.get_legend() for axes in drawn[0].axes
+                                                  if axes.get_legend()]
     return draw
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
 def test_no_label_of_the_images_is_cut_off_and_none_is_huge(columns, selected, tmp_path):
     pytest.importorskip("matplotlib")
-    figures.main(["images", str(selected.run()), "--no-real", "--columns", str(columns), "--out", str(tmp_path / "a.png")])
+    figures.main(["images", str(selected.run()), "--no-real", "--columns", str(columns), "--out",
+                  str(tmp_path / "a.png")])
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     edges = picture[0], picture[:, 0], picture[-1], picture[:, -1]
     assert all((edge > 250).all() for edge in edges) and max(picture.shape) < 600
 
 
-def test_every_panel_of_losses_has_ticks_in_plain_numbers_and_the_legend_names_each_backbone_once(labelled, panels):
+def test_every_panel_of_losses_has_ticks_in_plain_numbers_and_the_legend_names_each_backbone_once(labelled,
+                                                                                                  panels):
     axes, (legend,) = panels("losses", parsed("losses", labelled.run()))
-    assert len(axes) == 6                                                         # five terms and the legend's
+    assert len(axes) == 6  # five terms and the legend's
     for panel in axes[:5]:
         for axis in panel.xaxis, panel.yaxis:
             words = [label.get_text() for label in axis.get_ticklabels()]
@@ -246,7 +265,8 @@ def test_every_panel_of_losses_has_ticks_in_plain_numbers_and_the_legend_names_e
     assert legend.get_title().get_text() == "gvbsm-ipc2"
     shutil.copytree(labelled.run(), labelled.root / "copy")
     axes, (legend,) = panels("losses", parsed("losses", labelled.run(), labelled.root / "copy"))
-    assert [text.get_text() for text in legend.get_texts()] == ["gvbsm-ipc2", "copy", "all backbones", "convnet_w8", "wrn10_1"]
+    assert [text.get_text() for text in legend.get_texts()] == ["gvbsm-ipc2", "copy", "all backbones",
+                                                                "convnet_w8", "wrn10_1"]
 
 
 def test_accuracies_begin_at_0_and_bars_stand_where_there_are_several_seeds(relabelled, panels):
@@ -281,7 +301,8 @@ def test_without_scikit_learn(monkeypatch, capsys):
 
 @pytest.mark.parametrize("words, named", [
     (["pie", "x"], ["pie", "similarity"]), (["losses"], ["losses", "runs/DATASET/RUN"]),
-    (["losses", "gone"], ["gone", "runs/DATASET/RUN"]), (["ipc", "gone"], ["gone", "runs/DATASET"]), (["tsne", ".", "--columns", "3"], ["--columns"]),
+    (["losses", "gone"], ["gone", "runs/DATASET/RUN"]), (["ipc", "gone"], ["gone", "runs/DATASET"]),
+    (["tsne", ".", "--columns", "3"], ["--columns"]),
     (["images", ".", "--names", "a", "b"], ["--names", "1 runs"]), (["channels", "."], [".", "squeeze.py"]),
     (["images", ".", "--columns", "0"], ["--columns", "0"]), (["losses", ".", "."], ["twice"]),
     (["losses", ".", "--out", "a.pdf"], ["--out", "a.pdf", ".png"])])
@@ -295,15 +316,20 @@ def test_command_lines_that_cannot_be(words, named, capsys):
 
 
 def test_folders_that_hold_something_else(labelled, tmp_path, capsys):
-    for name, function in ("similarity", figures.similarities), ("tsne", figures.tsne_points), ("images", figures.image_groups):
+    for name, function in ("similarity", figures.similarities), ("tsne", figures.tsne_points), ("images",
+                                                                                                figures.image_groups):
         for folder in tmp_path, labelled.results, labelled.run() / "labels":
             error = told(capsys, function, parsed(name, folder))
             assert str(folder) in error and "no run" in error and "recover.py" in error
-    assert "collect_stats.py" in told(capsys, figures.teacher_statistics, parsed("statistics", labelled.run()))
-    assert "--backbones" in told(capsys, figures.teacher_statistics, parsed("statistics", labelled.teachers, "--backbones", "vgg"))
-    error = told(capsys, figures.tsne_points, parsed("tsne", labelled.run(), "--backbone", "resnet18", "--device", "cpu"))
+    assert "collect_stats.py" in told(capsys, figures.teacher_statistics,
+                                      parsed("statistics", labelled.run()))
+    assert "--backbones" in told(capsys, figures.teacher_statistics,
+                                 parsed("statistics", labelled.teachers, "--backbones", "vgg"))
+    error = told(capsys, figures.tsne_points, parsed("tsne", labelled.run(), "--backbone", "resnet18",
+                                                     "--device", "cpu"))
     assert "resnet18.pt is missing" in error and "squeeze.py" in error
-    assert "--classes 1" in told(capsys, figures.tsne_points, parsed("tsne", labelled.run(), "--classes", 1, "--device", "cpu"))
+    assert "--classes 1" in told(capsys, figures.tsne_points,
+                                 parsed("tsne", labelled.run(), "--classes", 1, "--device", "cpu"))
     pytest.importorskip("matplotlib")
     assert "train_eval.py" in told(capsys, figures.draw_ipc, parsed("ipc", tmp_path), None)
     assert "log.jsonl" in told(capsys, figures.draw_losses, parsed("losses", tmp_path), None)
@@ -322,7 +348,8 @@ def test_images_of_other_classes_than_the_run_has(selected, capsys):
     for path in selected.run().glob("images/ant/*"):
         path.rename(path.parent.parent / "bee" / f"other-{path.name}")
     (selected.run() / "images" / "ant").rmdir()
-    assert "differ in their classes" in told(capsys, figures.similarities, parsed("similarity", selected.run()))
+    assert "differ in their classes" in told(capsys, figures.similarities,
+                                             parsed("similarity", selected.run()))
 
 
 def test_runs_of_one_name_are_told_apart(selected):
@@ -356,9 +383,11 @@ def test_numpy_alone_reproduces_the_mixed_samples_and_their_labels(mix, relabell
             for key in ("crop", "flip", "partner", "box", "ratio")}
     for epoch in range(3):
         samples, labels = zip(*(space["sample"](epoch, i) for i in range(8)))
-        drawn = {key: value[epoch].long() if value.dtype != torch.float32 else value[epoch] for key, value in draw.items()}
+        drawn = {key: value[epoch].long() if value.dtype != torch.float32 else value[epoch] for key,
+                 value in draw.items()}
         drawn["flip"] = drawn["flip"].bool()
-        expected = apply_epoch(torch.tensor(pixels).permute(0, 3, 1, 2).double(), drawn, torch.arange(8), mix).permute(0, 2, 3, 1)
+        expected = apply_epoch(torch.tensor(pixels).permute(0, 3, 1, 2).double(), drawn, torch.arange(8),
+                               mix).permute(0, 2, 3, 1)
         assert np.stack(samples) == pytest.approx(expected.numpy(), abs=1e-6 if mix != "mixup" else 1e-4)
         logits = [teacher_logits(relabelled, name, np.stack(samples)) for name in ("convnet_w8", "wrn10_1")]
         soft = ensemble_logits(torch.stack(logits), True)

@@ -19,7 +19,7 @@ from utils.labels import DistilledDataset, StoredLabels
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int16, np.int32, np.bool_])
 def test_an_array_written_row_by_row_in_any_order_is_the_file_that_numpy_saves(dtype, tmp_path):
     rows = np.random.default_rng(0).integers(0, 2, (5, 3, 4))
-    one, other = (labels.RowFile(tmp_path / "rows.npy", rows.shape, dtype) for _ in range(2))          # two processes
+    one, other = (labels.RowFile(tmp_path / "rows.npy", rows.shape, dtype) for _ in range(2))  # two processes
     one.create()
     with one.opened(), other.opened():
         for i, file in zip([3, 0, 4, 1, 2], itertools.cycle([one, other])):

@@ -12,8 +12,8 @@ import torch
 from torch.autograd import gradcheck
 
 from tests.helpers import assert_near, gradient
-from utils.losses import (class_members, data_densification, densification_closed_form, ensemble_logits, kl_loss,
-                          mse_gt_loss, pooled_rows, sds_match)
+from utils.losses import (class_members, data_densification, densification_closed_form, ensemble_logits,
+                          kl_loss, mse_gt_loss, pooled_rows, sds_match)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +30,8 @@ def randn(*shape):
 # Eqs. 1, 6, 10 and 12-15: matching of a statistic
 
 def sds_loop(history, target, alpha):
-    """One group's statistics up to now, lists of numbers -> loss, its gradient at the last of them, moving average."""
+    """One group's statistics up to now, lists of numbers -> loss, its gradient at the last of them, moving
+    average."""
     ema = history[0]
     for current in history[1:]:
         ema = [alpha * past + (1 - alpha) * now for past, now in zip(ema, current)]
@@ -83,7 +84,7 @@ def test_the_first_batch_is_its_own_average():
 
 def test_at_norm_0_value_and_gradient_of_sds_match_are_0():
     target, other = randn(4), randn(4)
-    current = torch.stack([target, other])                                          # the second group is not there yet
+    current = torch.stack([target, other])  # the second group is not there yet
     value, slope = gradient(lambda x: sds_match(x, target, None, 0.8)[0], current)
     assert_near(value, (other - target).norm(), 1e-12)
     assert torch.equal(slope[0], torch.zeros(4, dtype=torch.float64))
@@ -109,7 +110,8 @@ def densification_loop(images, labels, tau, scale, target=None):
     """Eq. 5, class after class; `target` are the images of the term under stop_grad, by default the same."""
     def spectrum(images, label):
         rows = pooled_loop(images[labels == label]).tolist()
-        gram = np.array([[sum(map(mul, a, b)) for b in rows] for a in rows]) / (len(rows[0]) if scale == "mean" else 1)
+        gram = np.array([[sum(map(mul, a, b)) for b in rows] for a in rows]) / (len(rows[0]) if scale
+                                                                                == "mean" else 1)
         return sorted(np.linalg.eigvals(gram).real.tolist())
 
     total = 0.0
@@ -146,7 +148,7 @@ def test_scale_mean_divides_the_gram_matrix_by_the_length_of_its_rows():
 @pytest.mark.parametrize("tau", (1.0, 2.0, 4.0))
 def test_densification_is_eq_5_and_pulls_at_the_side_without_stop_grad(size, scale, contrast, tau):
     labels = torch.tensor([2, 0, 2, 1, 0, 2])
-    images = contrast * (randn(6, 3, size, size) + randn(1, 3, size, size))        # alike, as images of a class are
+    images = contrast * (randn(6, 3, size, size) + randn(1, 3, size, size))  # alike, as images of a class are
     value, slope = gradient(lambda x: data_densification(x, labels, tau, scale), images)
     assert abs(value.item() - densification_loop(images, labels, tau, scale)) < 1e-10
     if tau == 1:                                                                    # both sides are the same
@@ -155,7 +157,8 @@ def test_densification_is_eq_5_and_pulls_at_the_side_without_stop_grad(size, sca
     assert value > 1e-3
     for _ in range(2):
         step = 1e-5 * contrast * randn(*images.shape)
-        ahead, behind = (densification_loop(images + sign * step, labels, tau, scale, images) for sign in (1, -1))
+        ahead, behind = (densification_loop(images + sign * step, labels, tau, scale, images)
+                         for sign in (1, -1))
         assert (slope * step).sum().item() == pytest.approx((ahead - behind) / 2, rel=1e-4)
 
 
@@ -169,7 +172,8 @@ def test_the_closed_form_is_eq_5_in_value_and_gradient_for_classes_of_any_size(s
 
 
 def test_equal_eigenvalues_have_the_gradient_of_the_closed_form():
-    images, norms = torch.zeros(3, 3, 4, 4, dtype=torch.float64), torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)
+    images, norms = torch.zeros(3, 3, 4, 4, dtype=torch.float64), torch.tensor([1.0, 1.0, 2.0],
+                                                                               dtype=torch.float64)
     images.flatten(1)[:, :3] = norms.diag()                                         # eigenvalues 1, 1, 4
     weight = norms.square().softmax(0) - (norms.square() / 4).softmax(0)
     for value, slope in both_densifications(images, torch.zeros(3)):
@@ -199,7 +203,7 @@ def test_identical_images_stay_finite_and_the_same_in_both_forms(scale, dtype):
 def test_as_written_eq_5_vanishes_in_float32_for_images_that_share_half_their_variance():
     images = (torch.randn(10, 3, 32, 32) + torch.randn(1, 3, 32, 32)) / 2 ** 0.5
     for value, slope in both_densifications(images, torch.zeros(10)):
-        assert value == 0 and not slope.any()                           # the two largest eigenvalues are 15,000 apart
+        assert value == 0 and not slope.any()  # the two largest eigenvalues are 15,000 apart
     for value, slope in both_densifications(images, torch.zeros(10), scale="mean"):
         assert value > 0.1 and slope.abs().max() > 0
 
@@ -208,7 +212,8 @@ def test_the_gradients_of_classes_and_of_a_weight_add_up():
     images, labels = 0.03 * randn(6, 3, 16, 16), torch.tensor([0, 1, 0, 1, 0, 1])
     members = class_members(labels)
     value, slope = gradient(lambda x: 3 * densification_closed_form(x, members), images)
-    parts = [gradient(lambda x: data_densification(x, labels[labels == y]), images[labels == y]) for y in (0, 1)]
+    parts = [gradient(lambda x: data_densification(x, labels[labels == y]), images[labels == y])
+             for y in (0, 1)]
     assert_near(value, 3 * (parts[0][0] + parts[1][0]), 1e-9)
     for y in 0, 1:
         assert_near(slope[labels == y], 3 * parts[y][1], 1e-9)
@@ -281,5 +286,6 @@ def test_equations_and_architectures_work_in_a_folder_without_the_project(tmp_pa
     for path in paths:
         (tmp_path / path.name).write_text(path.read_text())
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment,
+                            stderr=subprocess.PIPE)
     assert result.returncode == 0, result.stderr.decode()

@@ -1,5 +1,5 @@
-"""A mistake of the user's ends in one line that names the flag or file, the value and the remedy, with exit code 2;
-nothing is written or destroyed by it (`Project.mistake` sees to all of this but the words)."""
+"""A mistake of the user's ends in one line that names the flag or file, the value and the remedy, with exit
+code 2; nothing is written or destroyed by it (`Project.mistake` sees to all of this but the words)."""
 import io
 import json
 import os
@@ -62,8 +62,10 @@ def test_without_backbones(phase, flags, words, bare):
     ("train_eval", "", ["result.json is missing", "relabel.py", "--ipc 2"]),
     ("train_eval", "--labels hard", ["result.json is missing", "recover.py"]),
     ("train_eval", "--labels online", ["result.json is missing", "recover.py"]),
-    ("relabel", "--method random --tag a", ["run: python recover.py --dataset ", " --ipc 2 --method random --tag a"]),
-    ("train_eval", "--holdout --tag a --images its", ["run: python relabel.py --dataset ", " --ipc 2 --tag a", " --holdout", " --images its"]),
+    ("relabel", "--method random --tag a", ["run: python recover.py --dataset ",
+                                            " --ipc 2 --method random --tag a"]),
+    ("train_eval", "--holdout --tag a --images its",
+     ["run: python relabel.py --dataset ", " --ipc 2 --tag a", " --holdout", " --images its"]),
     ("recover", "--teachers other", ["other/convnet_w8.pt", "squeeze.py", "--teachers other"]),
     ("collect_stats", "--backbones resnet81", ["resnet81.pt", "squeeze.py"])])
 def test_without_images(phase, flags, words, project):
@@ -87,7 +89,8 @@ def follow(phase, words, followed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, phases", [
-    ("--tag a --holdout --preset best --teachers others", ["relabel.py", "squeeze.py", "recover.py", "collect_stats.py"]),
+    ("--tag a --holdout --preset best --teachers others",
+     ["relabel.py", "squeeze.py", "recover.py", "collect_stats.py"]),
     ("--method random --recipe sre2l", ["relabel.py", "squeeze.py", "recover.py"]),
     ("--method herding --labels online", ["recover.py", "squeeze.py", "squeeze.py"])])
 def test_the_remedies_lead_from_nothing_to_a_result(flags, phases, bare):
@@ -101,7 +104,8 @@ def test_the_remedies_lead_from_nothing_to_a_result(flags, phases, bare):
 
 def test_without_statistics(project):
     (project.teachers / "wrn10_1.stats.pt").unlink()
-    tells(project.mistake("recover"), "wrn10_1.stats.pt is missing", "collect_stats.py", "--backbones wrn10_1")
+    tells(project.mistake("recover"), "wrn10_1.stats.pt is missing", "collect_stats.py",
+          "--backbones wrn10_1")
 
 
 def test_images_of_an_unfinished_run_are_not_labelled(project):
@@ -113,25 +117,35 @@ def test_images_of_an_unfinished_run_are_not_labelled(project):
 # Flags
 
 IMPOSSIBLE = {
-    PHASES: ["--ipc 0", "--ipc -1", "--ipc 1.5", "--ipc ten", "--tag ../x", "--tag a/b", "--tag ..", "--teachers a/b",
-             "--method sre3l", "--preset good", "--seed -1", "--workers -1", "--image-size 4", "--device nonsense",
-             "--ipc 10000000", "--image-size 100000", "--dataset nonsense", "--precision fp8", "--checkpoint-minutes -1", "--checkpoint-minutes soon", "--nonsense 1"],
-    ("squeeze",): ["--backbones resnet81", "--backbones convnet_w8 wrn10_1 convnet_w8", "--epochs 0", "--epochs 1.5", "--batch-size 0", "--lr -1", "--lr nan",
-                   "--lr inf", "--lr fast", "--momentum 1.5", "--weight-decay -1", "--schedule linear", "--crop pad",
-                   "--crop padx", "--crop pad²", "--crop pad1000", "--crop random", "--backbones convnet_w10000",
-                   "--weight-decay 1e39"],
+    PHASES: ["--ipc 0", "--ipc -1", "--ipc 1.5", "--ipc ten", "--tag ../x", "--tag a/b", "--tag ..",
+             "--teachers a/b",
+             "--method sre3l", "--preset good", "--seed -1", "--workers -1", "--image-size 4",
+             "--device nonsense",
+             "--ipc 10000000", "--image-size 100000", "--dataset nonsense", "--precision fp8",
+             "--checkpoint-minutes -1", "--checkpoint-minutes soon", "--nonsense 1"],
+    ("squeeze",): ["--backbones resnet81", "--backbones convnet_w8 wrn10_1 convnet_w8", "--epochs 0",
+                   "--epochs 1.5", "--batch-size 0", "--lr -1", "--lr nan",
+                   "--lr inf", "--lr fast", "--momentum 1.5", "--weight-decay -1", "--schedule linear",
+                   "--crop pad",
+                   "--crop padx", "--crop pad²", "--crop pad1000", "--crop random",
+                   "--backbones convnet_w10000", "--weight-decay 1e39"],
     ("collect_stats",): ["--batch-size 1", "--patch 0", "--patch 2.5", "--crop pad-4"],
     ("recover",): ["--alpha 1.1", "--alpha -0.1", "--alpha nan", "--drop-rate 1.1", "--drop-rate some",
                    "--bn-weight -1", "--conv-weight -1", "--dd-weight inf", "--dd-scale max",
-                   "--loop fast", "--choice last", "--roll -1", "--roll 1.5", "--iterations 0", "--batch-size 0",
+                   "--loop fast", "--choice last", "--roll -1", "--roll 1.5", "--iterations 0",
+                   "--batch-size 0",
                    "--lr inf", "--groups-per-step 0", "--groups-per-step all", "--statistics fast"],
     ("relabel",): ["--epochs 0", "--batch-size 0", "--whole-up-to -1", "--mix cutup"],
-    ("train_eval",): ["--students resnet81", "--students convnet_w8 convnet_w8", "--student-seeds 1 0 1", "--student-seeds -1", "--student-seeds one", "--labels soft",
-                      "--loss mse", "--gamma -1", "--temperature 0", "--epochs 0", "--evaluations 0", "--lr -1",
+    ("train_eval",): ["--students resnet81", "--students convnet_w8 convnet_w8", "--student-seeds 1 0 1",
+                      "--student-seeds -1", "--student-seeds one", "--labels soft",
+                      "--loss mse", "--gamma -1", "--temperature 0", "--epochs 0", "--evaluations 0",
+                      "--lr -1",
                       "--lr nan", "--lr inf", "--lr fast", "--lr resnet18=0.1", "--lr 0.1 resnet18=fast",
                       "--lr 0.1 resnet18=-1", "--lr 0.1 resnet81=0.1", "--optimizer adam",
-                      "--optimizer swin_t=adamw", "--optimizer sgd swin_t=adam", "--weight-decay -1", "--weight-decay 0 resnet81=0.1",
-                      "--protocol fast", "--steps 0", "--orders 0", "--sparsity 1", "--sparsity -0.1", "--l1 -1"],
+                      "--optimizer swin_t=adamw", "--optimizer sgd swin_t=adam", "--weight-decay -1",
+                      "--weight-decay 0 resnet81=0.1",
+                      "--protocol fast", "--steps 0", "--orders 0", "--sparsity 1", "--sparsity -0.1",
+                      "--l1 -1"],
 }
 
 
@@ -159,7 +173,8 @@ def test_patches_larger_than_the_images(bare):
 
 def test_graphs_need_a_gpu(relabelled):
     for phase in "squeeze", "recover", "train_eval":
-        tells(relabelled.mistake(phase, "--cuda-graphs --device cpu"), "--cuda-graphs", "needs a GPU", "leave it out")
+        tells(relabelled.mistake(phase, "--cuda-graphs --device cpu"), "--cuda-graphs", "needs a GPU",
+              "leave it out")
 
 
 def test_squeeze_takes_a_gpu_for_each_process(bare, monkeypatch):
@@ -170,7 +185,8 @@ def test_squeeze_takes_a_gpu_for_each_process(bare, monkeypatch):
 
 
 def test_a_network_too_deep_for_the_images(bare):
-    tells(bare.mistake("squeeze", "--backbones convnet_w8 convnet_w8_d5"), "--backbones convnet_w8_d5", "32 pixels")
+    tells(bare.mistake("squeeze", "--backbones convnet_w8 convnet_w8_d5"), "--backbones convnet_w8_d5",
+          "32 pixels")
 
 
 def test_a_student_too_deep_for_the_images(relabelled):
@@ -211,36 +227,42 @@ def test_more_random_images_than_a_class_has(overwrite, bare):
     ("train_eval", "--student-seeds 1 2", ["--student-seeds [0] (now [1, 2])"])])
 def test_other_arguments_than_those_of_the_files_there(phase, flags, words, relabelled):
     relabelled.call("train_eval")
-    tells(relabelled.mistake(phase, flags), *words, "--overwrite", "--tag" if phase in PHASES[2:] else "--teachers")
+    tells(relabelled.mistake(phase, flags), *words, "--overwrite",
+          "--tag" if phase in PHASES[2:] else "--teachers")
 
 
 # Images, labels and backbones that do not belong together
 
 @pytest.mark.parametrize("phase, flags, made", [
     ("relabel", "--backbones wrn10_1 --overwrite", "gvbsm-ipc2/result.json"),
-    ("train_eval", "--backbones wrn10_1", "labels"), ("train_eval", "--backbones wrn10_1 convnet_w8 other", "labels"),
+    ("train_eval", "--backbones wrn10_1", "labels"),
+    ("train_eval", "--backbones wrn10_1 convnet_w8 other", "labels"),
     ("train_eval", "--labels online --backbones wrn10_1", "gvbsm-ipc2/result.json")])
 def test_another_list_of_backbones(phase, flags, made, relabelled):
     tells(relabelled.mistake(phase, flags), made, "name the same", "convnet_w8")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase, flags", [("relabel", "--overwrite"), ("relabel", ""), ("train_eval", "--labels online")])
+@pytest.mark.parametrize("phase, flags", [("relabel", "--overwrite"), ("relabel", ""),
+                                          ("train_eval", "--labels online")])
 def test_teachers_trained_anew_since_the_images_were_made(phase, flags, relabelled):
     relabelled.call("squeeze", "--seed 1 --overwrite --backbones wrn10_1")
-    tells(relabelled.mistake(phase, flags), "gvbsm-ipc2/result.json was made from other weights (wrn10_1)", "--overwrite")
+    tells(relabelled.mistake(phase, flags), "gvbsm-ipc2/result.json was made from other weights (wrn10_1)",
+          "--overwrite")
 
 
 def test_a_recovery_from_teachers_or_statistics_made_anew_is_not_repeated(relabelled):
     relabelled.call("collect_stats", "--seed 1 --overwrite")
-    tells(relabelled.mistake("recover"), "result.json was made from other statistics (convnet_w8 wrn10_1)", "--overwrite")
+    tells(relabelled.mistake("recover"), "result.json was made from other statistics (convnet_w8 wrn10_1)",
+          "--overwrite")
 
 
 @pytest.mark.parametrize("phase, flags", [
     ("relabel", "--overwrite"), ("train_eval", "--labels hard"), ("train_eval", "--labels online")])
 def test_other_images_than_were_recovered(phase, flags, relabelled):
     CHANGES["pixels"](relabelled.run() / "images")
-    tells(relabelled.mistake(phase, flags), "images holds other images than recover.py wrote", "recover.py --overwrite")
+    tells(relabelled.mistake(phase, flags), "images holds other images than recover.py wrote",
+          "recover.py --overwrite")
 
 
 @pytest.mark.parametrize("phase, flags", [
@@ -262,7 +284,8 @@ def test_distilled_images_of_unknown_origin(relabelled):
 @pytest.mark.parametrize("damage", ["empty", "half", "text"])
 def test_damaged_unfinished_work(damage, project, monkeypatch):
     gradient = recover.matching_gradient
-    monkeypatch.setattr(recover, "matching_gradient", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), gradient(*args))[1])
+    monkeypatch.setattr(recover, "matching_gradient",
+                        lambda *args: (os.kill(os.getpid(), signal.SIGTERM), gradient(*args))[1])
     with pytest.raises(SystemExit):
         recover.main(project.arguments("recover"))
     monkeypatch.undo()
@@ -270,7 +293,7 @@ def test_damaged_unfinished_work(damage, project, monkeypatch):
     for file in "batch0.pt", "begun.json":
         whole = (folder / file).read_bytes()
         DAMAGE[damage](folder / file)
-        with pytest.raises(SystemExit) as end:                       # the lock and the log are written meanwhile
+        with pytest.raises(SystemExit) as end:  # the lock and the log are written meanwhile
             recover.main(project.arguments("recover"))
         assert end.value.code == 2
         (folder / file).write_bytes(whole)
@@ -285,7 +308,8 @@ def test_damaged_unfinished_work(damage, project, monkeypatch):
      ["conv is not finite in iteration 0, backbone wrn10_1"]),
     ("squeeze", "--lr 1e30 --weight-decay 1e30 --epochs 1 --batch-size 48 --overwrite",
      ["squeeze convnet_w8: ", ".weight is not finite after the last step", "--lr"]),
-    ("train_eval", "--lr 1e30 --optimizer sgd", ["convnet_w8 seed 0", "the loss is not finite in step 2", "--lr"])])
+    ("train_eval", "--lr 1e30 --optimizer sgd", ["convnet_w8 seed 0", "the loss is not finite in step 2",
+                                                 "--lr"])])
 def test_numbers_that_go_wrong(phase, flags, words, relabelled, capsys):
     with pytest.raises(SystemExit) as end:
         import_module(phase).main(relabelled.arguments(phase, flags))
@@ -325,7 +349,8 @@ def test_statistics_that_are_not_finite(bare, capsys):
     bare.call("squeeze")
     path = bare.teachers / "wrn10_1.pt"
     weights = torch.load(path, weights_only=True)["weights"]
-    edit(path, weights={key: value * (float("nan") if "running" in key else 1) for key, value in weights.items()})
+    edit(path, weights={key: value * (float("nan") if "running" in key else 1) for key,
+                        value in weights.items()})
     with pytest.raises(SystemExit) as end:
         collect_stats.main(bare.arguments("collect_stats"))
     assert end.value.code == 2 and not path.with_name("wrn10_1.stats.pt").exists()
@@ -334,11 +359,13 @@ def test_statistics_that_are_not_finite(bare, capsys):
 
 def test_a_teacher_whose_logits_rule_the_labels_is_named(relabelled, capsys):
     def rms(tag):
-        return relabelled.call("relabel", f"--overwrite --tag {tag} --images", relabelled.run() / "images")["teacher_logit_rms"]
+        return relabelled.call("relabel", f"--overwrite --tag {tag} --images",
+                               relabelled.run() / "images")["teacher_logit_rms"]
 
     before, quiet = rms("before"), capsys.readouterr().err
     weights = torch.load(relabelled.teachers / "wrn10_1.pt", weights_only=True)["weights"]
-    edit(relabelled.teachers / "wrn10_1.pt", weights=weights | {key: 1000 * weights[key] for key in ("fc.weight", "fc.bias")})
+    edit(relabelled.teachers / "wrn10_1.pt", weights=weights
+         | {key: 1000 * weights[key] for key in ("fc.weight", "fc.bias")})
     after, warned = rms("after"), capsys.readouterr().err
     assert "warning" not in quiet and after["convnet_w8"] == before["convnet_w8"]
     assert after["wrn10_1"] == pytest.approx(1000 * before["wrn10_1"], rel=1e-4)
@@ -350,10 +377,12 @@ def test_a_teacher_that_knows_nothing_is_named(project, capsys):
     before = capsys.readouterr().err
     for name, top1 in ("convnet_w8", 25.0), ("wrn10_1", 90.0):
         edit(project.teachers / f"{name}.pt", top1=top1)
-        edit(project.teachers / f"{name}.stats.pt", checkpoint=provenance.fingerprint(project.teachers / f"{name}.pt"))
+        edit(project.teachers / f"{name}.stats.pt",
+             checkpoint=provenance.fingerprint(project.teachers / f"{name}.pt"))
     recover.main(project.arguments("recover", "--tag weak"))
     warned = capsys.readouterr().err
-    assert warned.count("warning: convnet_w8 is right on 25.0 % of the test images, no better than chance (25.0 %)") == 1
+    assert warned.count("warning: convnet_w8 is right on 25.0 % of the test images, no better than chance "
+                        "(25.0 %)") == 1
     assert "wrn10_1" not in warned and before.count("\n") <= 2
 
 
@@ -372,14 +401,17 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
     project.call("relabel")
     new = [name for name in project.files().keys() - before.keys()]
     assert all(name.startswith("runs/beasts/gvbsm-ipc2") for name in new)
-    assert sorted(path.name for path in (project.run() / "images").iterdir()) == ["%2E.%2Fx", "%2Fetc", "a%2Fb", "bee"]
+    assert sorted(path.name for path in (project.run() / "images").iterdir()) == ["%2E.%2Fx", "%2Fetc",
+                                                                                  "a%2Fb", "bee"]
     assert json.loads((project.run() / "labels/result.json").read_text())["classes"] == CLASSES
     flags = "--backbones convnet_w8 wrn10_1 --epochs 1".split()
     args = parse_args(train_eval.get_parser(), "train_eval", flags)
-    paths = SimpleNamespace(run=project.run(), labels=project.run() / "labels", images=project.run() / "images")
+    paths = SimpleNamespace(run=project.run(), labels=project.run() / "labels",
+                            images=project.run() / "images")
     labelled, _ = train_eval.earlier_result(args, paths)
     made_from = train_eval.origin(args, paths, labelled, {})
-    _, classes, _ = train_eval.load_distilled(args, paths, labelled, labelled["data"], made_from, [], torch.device("cpu"))
+    _, classes, _ = train_eval.load_distilled(args, paths, labelled, labelled["data"], made_from, [],
+                                              torch.device("cpu"))
     assert classes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -420,7 +452,8 @@ DAMAGE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase, flags, remedy", [
-    ("squeeze", [], "--overwrite"), ("collect_stats", [], "squeeze.py"), ("recover", ["--tag new"], "squeeze.py"),
+    ("squeeze", [], "--overwrite"), ("collect_stats", [], "squeeze.py"),
+    ("recover", ["--tag new"], "squeeze.py"),
     ("relabel", ["--overwrite"], "squeeze.py"), ("train_eval", ["--labels online"], "squeeze.py")])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint(damage, phase, flags, remedy, relabelled):
@@ -434,11 +467,13 @@ def test_a_damaged_checkpoint(damage, phase, flags, remedy, relabelled):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_statistics(damage, phase, project):
     DAMAGE[damage](project.teachers / "wrn10_1.stats.pt")
-    tells(project.mistake(phase), "wrn10_1.stats.pt", "--overwrite" if phase == "collect_stats" else "collect_stats.py")
+    tells(project.mistake(phase), "wrn10_1.stats.pt",
+          "--overwrite" if phase == "collect_stats" else "collect_stats.py")
     assert not (project.teachers / "ran").exists()
 
 
-@pytest.mark.parametrize("phase, flags", [("collect_stats", ""), ("recover", "--tag new"), ("relabel", "--overwrite")])
+@pytest.mark.parametrize("phase, flags", [("collect_stats", ""), ("recover", "--tag new"),
+                                          ("relabel", "--overwrite")])
 def test_weights_of_another_architecture(phase, flags, relabelled):
     edit(relabelled.teachers / "convnet_w8.pt", weights=build_model("convnet_w16", 4, 16).state_dict())
     line = relabelled.mistake(phase, flags)
@@ -474,7 +509,8 @@ def test_teachers_of_different_data(change, key, phase, project):
 
 
 @pytest.mark.parametrize("phase, flags", [
-    ("relabel", "--overwrite"), ("train_eval", ""), ("train_eval", "--labels hard"), ("train_eval", "--labels online")])
+    ("relabel", "--overwrite"), ("train_eval", ""), ("train_eval", "--labels hard"),
+    ("train_eval", "--labels online")])
 def test_images_of_other_classes(phase, flags, relabelled):
     (relabelled.run() / "images" / "bee").rename(relabelled.run() / "images" / "cow")
     tells(relabelled.mistake(phase, flags), "images", "'cow'", "'bee'", "same data set")
@@ -496,8 +532,10 @@ def test_labels_of_other_images(change, relabelled):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase, remade, words", [
-    ("relabel", "recover", ["labels", "other images"]), ("train_eval", "relabel", ["convnet_w8.json", "other labels"])])
-def test_a_result_of_images_or_labels_that_have_been_made_anew_is_not_repeated(phase, remade, words, relabelled):
+    ("relabel", "recover", ["labels", "other images"]),
+    ("train_eval", "relabel", ["convnet_w8.json", "other labels"])])
+def test_a_result_of_images_or_labels_that_have_been_made_anew_is_not_repeated(phase, remade, words,
+                                                                               relabelled):
     relabelled.call("train_eval")
     relabelled.call(remade, "--seed 1 --overwrite")
     tells(relabelled.mistake(phase), *words, "--overwrite")
@@ -520,7 +558,8 @@ JSON_DAMAGE = {kind: DAMAGE[kind] for kind in ("empty", "half", "an image")} | {
 @pytest.mark.slow
 @pytest.mark.parametrize("phase, file, remedy", [
     ("recover", "result.json", "--overwrite"), ("relabel", "labels/result.json", "--overwrite"),
-    ("train_eval", "labels/result.json", "relabel.py"), ("train_eval", "eval/convnet_w8-hard.json", "--overwrite")])
+    ("train_eval", "labels/result.json", "relabel.py"),
+    ("train_eval", "eval/convnet_w8-hard.json", "--overwrite")])
 @pytest.mark.parametrize("damage", JSON_DAMAGE)
 def test_a_damaged_result(damage, phase, file, remedy, relabelled):
     relabelled.call("train_eval", "--labels hard")
@@ -550,7 +589,8 @@ def test_statistics_of_data_whose_classes_have_changed(bare):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase, flags, file", [
-    ("squeeze", "", "train/ant/7.png"), ("squeeze", "", "test/ant/3.png"), ("collect_stats", "", "train/ant/7.png"),
+    ("squeeze", "", "train/ant/7.png"), ("squeeze", "", "test/ant/3.png"),
+    ("collect_stats", "", "train/ant/7.png"),
     ("recover", "--method random", "train/ant/7.png"), ("train_eval", "--labels hard", "test/ant/3.png")])
 @pytest.mark.parametrize("damage", ["empty", "half", "text"])
 def test_an_unreadable_image(damage, phase, flags, file, bare):
@@ -571,7 +611,8 @@ def test_an_unreadable_distilled_image(relabelled):
 
 def test_images_that_are_not_there(relabelled):
     for phase, flags in ("relabel", "--tag new"), ("train_eval", "--labels hard --tag new"):
-        tells(relabelled.mistake(phase, flags, "--images", relabelled.root / "nowhere"), "nowhere", "<class>/<image>")
+        tells(relabelled.mistake(phase, flags, "--images", relabelled.root / "nowhere"), "nowhere",
+              "<class>/<image>")
 
 
 def test_a_single_class(bare):
@@ -590,7 +631,7 @@ def test_an_empty_class(split, bare):
 
 
 def test_an_image_of_too_many_pixels(bare, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 127)                                   # the images have 256
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 127)  # the images have 256
     tells(bare.mistake("squeeze", "--image-size 16"), "train/10/0.png", "bomb", "replace or remove")
 
 

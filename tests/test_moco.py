@@ -18,7 +18,8 @@ from tests.helpers import assert_near, gradient
 from utils import moco as moco_module
 from utils.moco import MoCo, Probe, SplitBatchNorm, as_encoder, join_norms, knn_top1, last_linear, split_norms
 
-FLAGS = ("--objective moco --backbones wrn10_1 --batch-size 16 --queue 32 --epochs 2 --probe-epochs 2 --lr 0.06 "
+FLAGS = ("--objective moco --backbones wrn10_1 --batch-size 16 --queue 32 --epochs 2 --probe-epochs 2 --lr "
+         "0.06 "
          "--schedule cosine --weight-decay 5e-4")
 TOLERANCE = 1e-12
 
@@ -53,7 +54,8 @@ def test_each_eighth_of_a_batch_has_a_batchnorm_of_its_own(memory_format):
             parts[j::8] = one(images[j::8]).detach()
         assert_near(norm(images).detach(), parts, TOLERANCE)
         for name in "running_mean", "running_var":
-            assert_near(getattr(norm, name), torch.stack([getattr(one, name) for one in alone]).mean(0), TOLERANCE)
+            assert_near(getattr(norm, name), torch.stack([getattr(one, name) for one in alone]).mean(0),
+                        TOLERANCE)
     assert norm.num_batches_tracked == 2
 
 
@@ -180,8 +182,10 @@ def test_nearest_neighbours_vote_as_in_a_loop(k, chunk):
     bank, queries = torch.randn(30, 5, dtype=torch.float64), torch.randn(20, 5, dtype=torch.float64)
     bank_labels, labels, right = torch.randint(4, (30,)), torch.randint(4, (20,)), 0
     for query, label in zip(queries, labels):
-        near = sorted(zip((F.cosine_similarity(query, row, dim=0) for row in bank), bank_labels.tolist()), reverse=True)
-        votes = [sum((similarity / 0.1).exp() for similarity, of in near[:k] if of == number) for number in range(4)]
+        near = sorted(zip((F.cosine_similarity(query, row, dim=0) for row in bank), bank_labels.tolist()),
+                      reverse=True)
+        votes = [sum((similarity / 0.1).exp() for similarity, of in near[:k] if of == number)
+                 for number in range(4)]
         right += max(range(4), key=votes.__getitem__) == label
     assert 0 < right < 20
     assert knn_top1(bank, bank_labels, queries, labels, 4, k=k, chunk=chunk) == 100 * right / 20
@@ -189,7 +193,9 @@ def test_nearest_neighbours_vote_as_in_a_loop(k, chunk):
 
 # The probe
 
-@pytest.mark.parametrize("name", ["convnet_w8", "wrn10_1", *(name for name in NAMES[2:] if name != "squeezenet")])   # no nn.Linear
+# no nn.Linear
+@pytest.mark.parametrize("name", ["convnet_w8", "wrn10_1",
+                                  *(name for name in NAMES[2:] if name != "squeezenet")])
 def test_any_model_becomes_an_encoder_and_a_classifier_again(name):
     with torch.device("meta"):
         model, plain = build_model(name, 10, 64), build_model(name, 7, 64)
@@ -218,7 +224,8 @@ def test_training_the_probe_leaves_the_features_as_they_are(name):
         F.cross_entropy(probe(images), torch.arange(16) % 4).backward()
         optimizer.step()
     changed = {key for key, value in probe.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == {"linear.weight", "linear.bias"} and probe.training and not any(m.training for m in model.modules())
+    assert changed == {"linear.weight",
+                       "linear.bias"} and probe.training and not any(m.training for m in model.modules())
     weight, bias = probe.linear.weight.detach(), probe.linear.bias.detach()
     assert_near(probe.classifier()(images).detach(), features @ weight.T + bias, 1e-10)
 
@@ -266,10 +273,11 @@ def test_the_saved_classifier_is_the_probe_on_the_encoder_that_moco_left(bare, c
     (before, probe), saved = seen, weights(bare)["weights"]
     assert not any(isinstance(layer, SplitBatchNorm) for layer in probe.modules())
     assert all(torch.equal(saved[key], value) for key, value in before.items())
-    assert saved.keys() - before.keys() == {"fc.weight", "fc.bias"} and torch.equal(saved["fc.bias"], probe.linear.bias)
+    assert saved.keys() - before.keys() == {"fc.weight", "fc.bias"} and torch.equal(saved["fc.bias"],
+                                                                                    probe.linear.bias)
     fresh, images = build_model("wrn10_1", 4, 16), torch.randn(5, 3, 16, 16)
     fresh.load_state_dict(saved)
-    assert_near(fresh.eval()(images), probe.classifier().eval()(images), 1e-4)           # another memory layout
+    assert_near(fresh.eval()(images), probe.classifier().eval()(images), 1e-4)  # another memory layout
     initial = build_model("wrn10_1", 4, 16).state_dict()
     assert not torch.equal(saved["conv.weight"], initial["conv.weight"])
 
@@ -283,8 +291,10 @@ def test_the_learning_rate_is_a_cosine_with_epochs_counted_from_1(bare, monkeypa
 
     monkeypatch.setattr(torch.optim.SGD, "step", noting)
     bare.call("squeeze", FLAGS, "--epochs 4 --probe-epochs 4")
-    expected = [0.06 * (1 + torch.tensor(torch.pi * epoch / 4).cos().item()) / 2 for epoch in range(1, 5) for _ in range(3)]
-    expected += [30 * (1 + torch.tensor(torch.pi * epoch / 4).cos().item()) / 2 for epoch in range(4)]            # the probe's
+    expected = [0.06 * (1 + torch.tensor(torch.pi * epoch / 4).cos().item()) / 2 for epoch in range(1, 5)
+                for _ in range(3)]
+    # the probe's
+    expected += [30 * (1 + torch.tensor(torch.pi * epoch / 4).cos().item()) / 2 for epoch in range(4)]
     assert rates == [pytest.approx(rate, abs=1e-6) for rate in expected]
 
 
@@ -292,7 +302,8 @@ def test_moco_sees_two_views_of_each_image_with_colours_of_their_own(bare, monke
     seen, forward, coloured = [], MoCo.forward, []
     monkeypatch.setattr(MoCo, "forward", lambda self, *views: seen.append(views) or forward(self, *views))
     colour = moco_module.apply_colour
-    monkeypatch.setattr(moco_module, "apply_colour", lambda images, draw: coloured.append((images, colour(images, draw))) or coloured[-1][1])
+    monkeypatch.setattr(moco_module, "apply_colour", lambda images,
+                        draw: coloured.append((images, colour(images, draw))) or coloured[-1][1])
     bare.call("squeeze", FLAGS)
     mean, std = (torch.tensor(weights(bare)["data"][key])[:, None, None] for key in ("mean", "std"))
     assert len(seen) == 6 and len(coloured) == 12
@@ -300,7 +311,7 @@ def test_moco_sees_two_views_of_each_image_with_colours_of_their_own(bare, monke
         assert not torch.allclose(query, key, atol=0.1) and sorted(order.tolist()) == list(range(16))
         for view, (cropped, painted) in zip((query, key), coloured[2 * step:2 * step + 2], strict=True):
             assert_near(view, (painted - mean) / std, 1e-4)
-            assert ((cropped - painted).abs().amax((1, 2, 3)) > 0.01).sum() > 8           # four of five, on average
+            assert ((cropped - painted).abs().amax((1, 2, 3)) > 0.01).sum() > 8  # four of five, on average
 
 
 def test_the_test_images_are_those_whose_neighbours_are_sought_among_the_training_images(bare, monkeypatch):
@@ -309,7 +320,8 @@ def test_the_test_images_are_those_whose_neighbours_are_sought_among_the_trainin
     bare.call("squeeze", FLAGS, "--prune-ratio 0.25 --score-trials 1 --score-epochs 1")
     for bank, bank_labels, queries, labels, classes in asked:
         assert bank.shape == (36, 128) and queries.shape == (24, 128) and classes == 4
-        assert bank_labels.tolist() == sorted(9 * [0, 1, 2, 3]) and labels.tolist() == sorted(6 * [0, 1, 2, 3])
+        assert bank_labels.tolist() == sorted(9 * [0, 1, 2, 3]) and labels.tolist() == sorted(6
+                                                                                              * [0, 1, 2, 3])
     assert len(asked) == 2
 
 
@@ -360,8 +372,10 @@ def assert_same_weights(project, other):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--batch-size 20", ["--batch-size 20", "multiple of 8"]), ("--batch-size 8", ["--batch-size 8", "from 16 on"]),
-    ("--pruned 2", ["--objective moco", "--pruned"]), ("--save-epochs 1:2:1", ["--objective moco", "--save-epochs"]),
+    ("--batch-size 20", ["--batch-size 20", "multiple of 8"]),
+    ("--batch-size 8", ["--batch-size 8", "from 16 on"]),
+    ("--pruned 2", ["--objective moco", "--pruned"]),
+    ("--save-epochs 1:2:1", ["--objective moco", "--save-epochs"]),
     ("--batch-size 64", ["--batch-size 64", "48 training images"]),
     ("--image-size 72", ["--objective moco", "--image-size"]),
     ("--pretrained --backbones resnet18", ["--objective moco", "--no-pretrained"])])
@@ -380,8 +394,9 @@ def test_one_objective_is_not_taken_for_the_other(contrasted, squeezed):
     plain = FLAGS.replace("--objective moco", "")
     assert "--objective moco (now supervised)" in done.mistake("squeeze", plain)
     assert "--queue 32 (now 64)" in done.mistake("squeeze", FLAGS, "--queue 64")
-    assert "--objective supervised (now moco)" in squeezed.mistake("squeeze", "--objective moco --backbones wrn10_1")
-    printed = done.call("squeeze", FLAGS, "--crop none") and done.printed                # which it does not use
+    assert "--objective supervised (now moco)" in squeezed.mistake("squeeze",
+                                                                   "--objective moco --backbones wrn10_1")
+    printed = done.call("squeeze", FLAGS, "--crop none") and done.printed  # which it does not use
     assert "already done" in printed
 
 
@@ -389,7 +404,8 @@ def test_unfinished_work_of_one_objective_is_not_the_others(bare, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(moco_module, "knn_top1", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 0)
         squeeze.main(bare.arguments("squeeze", FLAGS))
-    assert "--objective moco (now supervised)" in bare.mistake("squeeze", FLAGS.replace("--objective moco", ""))
+    assert "--objective moco (now supervised)" in bare.mistake("squeeze",
+                                                               FLAGS.replace("--objective moco", ""))
 
 
 def test_a_supervised_result_from_before_there_was_another_objective_stays(bare):
@@ -414,4 +430,5 @@ def test_the_variance_of_the_first_batchnorms_means_is_told_for_every_backbone(b
     means = weights(bare)["weights"]["blocks.0.bn1.running_mean"].double()
     assert first == {"wrn10_1": pytest.approx(((means - means.mean()) ** 2).mean().item(), rel=1e-5)}
     assert f"vary by {first['wrn10_1']:.5f}" in bare.printed
-    assert bare.call("squeeze")["first_bn_variance"] == first | {"convnet_w8": None}     # one done before, one without
+    # one done before, one without
+    assert bare.call("squeeze")["first_bn_variance"] == first | {"convnet_w8": None}

@@ -1,4 +1,5 @@
-"""The networks: sizes, names, agreement with torchvision, and what reading the inputs of their layers relies on."""
+"""The networks: sizes, names, agreement with torchvision, and what reading the inputs of their layers relies
+on."""
 from collections import namedtuple
 
 import pytest
@@ -21,7 +22,8 @@ PAPER = {  # parameters with (10 classes, 32 px), (100, 32), (200, 64); convolut
     "convnet_w32": (24_714, 70_884, 429_384, 3, 0, 3),
 }
 HOOKED = nn.Conv2d, nn.BatchNorm2d
-Run = namedtuple("Run", "name net images logits inputs")  # inputs: (module, its input, a copy of it from before it ran)
+# inputs: (module, its input, a copy of it from before it ran)
+Run = namedtuple("Run", "name net images logits inputs")
 
 
 def skeleton(name, num_classes=10, image_size=32):
@@ -55,7 +57,8 @@ def run32(request):
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    net.train()(torch.randn(4, 3, 32, 32))  # fitting running statistics: with the initial ones some logits hardly vary
+    # fitting running statistics: with the initial ones some logits hardly vary
+    net.train()(torch.randn(4, 3, 32, 32))
     return forward(request.param, net, torch.randn(2, 3, 32, 32, requires_grad=True))
 
 
@@ -68,7 +71,8 @@ def test_parameters_and_layers_are_those_of_the_papers_networks(name):
     for parameters, num_classes, image_size in zip(PAPER[name], (10, 100, 200), (32, 32, 64)):
         net = skeleton(name, num_classes, image_size)
         assert sum(p.numel() for p in net.parameters()) == parameters
-        assert (count(net, nn.Conv2d), count(net, nn.BatchNorm2d), count(net, nn.GroupNorm)) == PAPER[name][3:]
+        assert (count(net, nn.Conv2d), count(net, nn.BatchNorm2d),
+                count(net, nn.GroupNorm)) == PAPER[name][3:]
 
 
 @pytest.mark.parametrize("name, parameters", [
@@ -78,7 +82,8 @@ def test_students_at_224_pixels_have_the_published_number_of_parameters(name, pa
 
 
 @pytest.mark.parametrize("name, normalised", [
-    ("convnet_w128", nn.GroupNorm), ("swin_t", nn.LayerNorm), ("deit_tiny", nn.LayerNorm), ("squeezenet", ())])
+    ("convnet_w128", nn.GroupNorm), ("swin_t", nn.LayerNorm), ("deit_tiny", nn.LayerNorm),
+    ("squeezenet", ())])
 def test_students_without_batchnorm(name, normalised):
     norms = {type(layer) for layer in skeleton(name).modules() if "Norm" in type(layer).__name__}
     assert all(issubclass(norm, normalised) for norm in norms) and bool(norms) == (name != "squeezenet")
@@ -87,7 +92,7 @@ def test_students_without_batchnorm(name, normalised):
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_torchvisions_weights_fit_above_64_pixels(name):
     reference = PRETRAINED[name]
-    with torch.device("cpu" if name == "regnet_x_8gf" else "meta"):                      # whose widths are tensors' values
+    with torch.device("cpu" if name == "regnet_x_8gf" else "meta"):  # whose widths are tensors' values
         expected = shapes(torchvision.models.get_model(reference))
     for image_size in 68, 224:
         assert shapes(skeleton(name, 1000, image_size)) == expected
@@ -102,7 +107,8 @@ def test_torchvisions_weights_fit_above_64_pixels(name):
     ("deit_tiny", (4, 4), (16, 16))])
 def test_the_small_stem_ends_at_64_pixels(name, small, large):
     for image_size in 32, 64, 96:
-        conv = next(module for module in skeleton(name, 10, image_size).modules() if isinstance(module, nn.Conv2d))
+        conv = next(module for module in skeleton(name, 10, image_size).modules()
+                    if isinstance(module, nn.Conv2d))
         assert (conv.kernel_size[0], conv.stride[0]) == (small if image_size <= 64 else large)
 
 
@@ -111,13 +117,15 @@ def test_the_small_stem_ends_at_64_pixels(name, small, large):
     ("efficientnet_b0", 16, 32), ("regnet_x_8gf", 16, 32)])
 def test_the_last_map_is_narrower_than_the_image_by_the_documented_factor(name, small, large):
     for image_size in 32, 64, 96:
-        run = forward(name, skeleton(name, 10, image_size), torch.empty(1, 3, image_size, image_size, device="meta"))
+        run = forward(name, skeleton(name, 10, image_size),
+                      torch.empty(1, 3, image_size, image_size, device="meta"))
         last = [x for module, x, _ in run.inputs if isinstance(module, nn.BatchNorm2d)][-1]
         assert image_size / last.shape[-1] == (small if image_size <= 64 else large)
 
 
 def test_vgg_has_one_linear_layer_up_to_64_pixels():
-    assert [count(skeleton("vgg11_bn", 10, image_size), nn.Linear) for image_size in (32, 64, 96)] == [1, 1, 3]
+    assert [count(skeleton("vgg11_bn", 10, image_size), nn.Linear) for image_size in (32, 64, 96)] == [1, 1,
+                                                                                                       3]
 
 
 @pytest.mark.parametrize("name, sizes", [
@@ -171,7 +179,8 @@ def test_wrn_and_mobilenet_start_with_the_papers_variances():
             if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
                 fan_out = module.out_channels * module.kernel_size[0] ** 2
                 assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
-    assert module.in_features == 1280 and module.weight.std().item() == pytest.approx(0.01, rel=0.05)  # the classifier
+    # the classifier
+    assert module.in_features == 1280 and module.weight.std().item() == pytest.approx(0.01, rel=0.05)
 
 
 def test_mobilenet_for_small_images_has_no_relu6_and_no_active_dropout():
@@ -190,11 +199,13 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
 
 def test_names_are_model_names_and_patterns_take_other_numbers():
     assert all(map(is_model_name, (*NAMES, *PAPER, "convnet_w256_d4", "wrn40_1")))
-    assert count(skeleton("wrn40_1"), nn.Conv2d) == 1 + 3 * 6 * 2 + 2  # the first group does not widen: no shortcut
+    # the first group does not widen: no shortcut
+    assert count(skeleton("wrn40_1"), nn.Conv2d) == 1 + 3 * 6 * 2 + 2
 
 
 @pytest.mark.parametrize("name, image_size, match", [
-    ("convnet_w128", 7, "needs at least 8 pixels, not 7"), ("convnet_w32_d6", 32, "needs at least 64 pixels, not 32"),
+    ("convnet_w128", 7, "needs at least 8 pixels, not 7"),
+    ("convnet_w32_d6", 32, "needs at least 64 pixels, not 32"),
     ("vgg11_bn", 28, "needs at least 32 pixels, not 28"), ("wrn17_2", 32, "6n [+] 4.*not 17"),
     ("swin_t", 33, "2x2 pixels.* 33x33"), ("swin_t", 90, "4x4 pixels.* 90x90"),
     ("squeezenet", 13, "needs at least 14 pixels, not 13"),
@@ -213,11 +224,13 @@ def test_networks_without_published_weights_say_so(name):
 @pytest.mark.parametrize("name, smallest", [("squeezenet", 14), ("regnet_x_8gf", 8)])
 def test_the_smallest_images_that_are_taken_make_logits(name, smallest):
     for image_size in smallest, smallest + 1, 65:
-        assert skeleton(name, 7, image_size).eval()(torch.empty(1, 3, image_size, image_size, device="meta")).shape == (1, 7)
+        assert skeleton(name, 7, image_size).eval()(torch.empty(1, 3, image_size, image_size,
+                                                                device="meta")).shape == (1, 7)
 
 
 def test_the_convnets_pooling_is_the_mean_of_four_pixels():
-    for x in torch.randn(2, 3, 8, 6), torch.randn(2, 3, 8, 6).contiguous(memory_format=torch.channels_last), torch.randn(
+    for x in torch.randn(2, 3, 8, 6), torch.randn(2, 3, 8,
+                                                  6).contiguous(memory_format=torch.channels_last), torch.randn(
             2, 3, 7, 5), torch.randn(2, 3, 8, 6, dtype=torch.float64):
         x.requires_grad_()
         upstream = torch.randn(2, 3, x.shape[2] // 2, x.shape[3] // 2, dtype=x.dtype)

@@ -21,8 +21,8 @@ BY_ADAMW = "swin_t=adamw deit_tiny=adamw squeezenet=adamw".split()           # o
 SLOWLY = "swin_t=0.001 deit_tiny=0.001 squeezenet=0.001".split()
 DECAYED = "swin_t=0.01 deit_tiny=0.01 squeezenet=0.01".split()
 
-# arXiv:2311.17950, Tables 7-9 and Appendix A, and where they are silent the release; a row: cifar10, cifar100, tiny,
-# imagenet. "-": the phase is skipped there, ImageNet's backbones come trained.
+# arXiv:2311.17950, Tables 7-9 and Appendix A, and where they are silent the release; a row: cifar10,
+# cifar100, tiny, imagenet. "-": the phase is skipped there, ImageNet's backbones come trained.
 PAPER = {
     "squeeze backbones":           (SMALL, SMALL, SMALL, LARGE),
     "squeeze pretrained":          (False, False, False, True),
@@ -89,7 +89,8 @@ RELEASE = {  # the rows where it differs
 
 
 def actions(phase):
-    return {action.dest: action for action in import_module(phase).get_parser()._actions if action.dest != "help"}
+    return {action.dest: action for action in import_module(phase).get_parser()._actions if action.dest
+            != "help"}
 
 
 def parsed(phase, monkeypatch, *argv):
@@ -113,7 +114,8 @@ def test_what_runs_are_the_settings_of_the_paper_or_of_the_release(preset, datas
     for phase in PHASES:
         args = vars(parsed(phase, monkeypatch, "--dataset", dataset, "--preset", preset, "--ipc", "50"))
         column = {row: values[DATASETS.index(dataset)] for row, values in table.items()}
-        rows = {row.split()[1]: value for row, value in column.items() if row.split()[0] == phase and value != "-"}
+        rows = {row.split()[1]: value for row, value in column.items() if row.split()[0] == phase and value
+                != "-"}
         assert {flag: args[flag] for flag in rows} == rows
 
 
@@ -121,11 +123,14 @@ def test_what_runs_are_the_settings_of_the_paper_or_of_the_release(preset, datas
 def test_a_preset_sets_nothing_that_is_not_in_the_tables(phase):
     known = {row.split()[1] for row in PAPER if row.split()[0] == phase}
     known |= {"squeeze": {"score_trials", "score_epochs", "score_lr", "score_batch_size", "probe_lr",
-                          "probe_epochs", "probe_weight_decay"}, "collect_stats": {"batch_size"}, "train_eval": {"mix", "backbones"}}.get(phase, set())      # see below
+                          # see below
+                          "probe_epochs", "probe_weight_decay"}, "collect_stats": {"batch_size"},
+              "train_eval": {"mix", "backbones"}}.get(phase, set())
     for preset in PRESETS:
         for dataset in DATASETS:
             chosen = {flag for (place, flag), row in BEST.items()
-                      if place in ("*", phase) and preset == "best" and row[DATASETS.index(dataset)] is not None}
+                      if place in ("*", phase) and preset == "best"
+                      and row[DATASETS.index(dataset)] is not None}
             assert preset_values(preset, dataset, phase).keys() == known | chosen
 
 
@@ -151,13 +156,15 @@ def test_transformers_and_the_squeezenet_get_adamw_wherever_others_get_sgd(metho
                 assert (own.lr, own.weight_decay) == (["0.001"], 0.01)
     tiny = argparse.Namespace(**preset_values("paper", "tiny", "train_eval"))
     owns = [train_eval.for_student(tiny, name) for name in ("resnet18", "resnet50")]
-    assert [(own.optimizer, own.lr, own.weight_decay) for own in owns] == [("sgd", ["0.2"], 5e-4), ("sgd", ["0.1"], 5e-4)]
+    assert [(own.optimizer, own.lr, own.weight_decay) for own in owns] == [("sgd", ["0.2"], 5e-4),
+                                                                           ("sgd", ["0.1"], 5e-4)]
 
 
 def test_nothing_is_dropped_on_imagenet_at_ipc_10_alone():
     rates = {(dataset, ipc): preset_values("paper", dataset, "recover", ipc)["drop_rate"]
              for dataset in DATASETS for ipc in (1, 10, 50)}
-    assert {key for key, rate in rates.items() if rate == 0} == {("imagenet", 10)} and set(rates.values()) == {0, 0.4}
+    assert {key for key, rate in rates.items() if rate
+            == 0} == {("imagenet", 10)} and set(rates.values()) == {0, 0.4}
 
 
 def test_best_equals_paper_but_for_what_was_measured_on_cifar10_of_which_cifar100_and_shapes_share_all_but_the_teachers():
@@ -165,25 +172,32 @@ def test_best_equals_paper_but_for_what_was_measured_on_cifar10_of_which_cifar10
         changed = {(phase, flag) for phase in PHASES for ipc in (1, 10, 50)
                    for flag, value in preset_values("best", dataset, phase, ipc).items()
                    if value != preset_values("paper", dataset, phase, ipc).get(flag)}
-        at_fifty = {("squeeze", "epochs"), ("collect_stats", "class_statistics"), ("recover", "class_statistics")}
+        at_fifty = {("squeeze", "epochs"), ("collect_stats", "class_statistics"),
+                    ("recover", "class_statistics")}
         assert changed == {(phase, flag) for (place, flag), value in zip(BEST, column) if value is not None
-                           for phase in PHASES if place in ("*", phase)} | (at_fifty if dataset == "cifar10" else set())
+                           for phase in PHASES if place in ("*", phase)} | (at_fifty if dataset == "cifar10"
+                                                                            else set())
     teachers = {("*", "teachers"), ("squeeze", "schedule")}
     precision = {place for place in BEST if place[1] == "precision"}
-    assert all(row[0] == row[4] and row[2] is row[3] is None for place, row in BEST.items() if place not in teachers | precision)
+    assert all(row[0] == row[4] and row[2] is row[3] is None for place,
+               row in BEST.items() if place not in teachers | precision)
     assert all(row[:5] == (*["auto"] * 4, None) for place, row in BEST.items() if place in precision)
     assert all(row[0] and not any(row[1:5]) for place, row in BEST.items() if place in teachers)
     for phase in "recover", "relabel", "train_eval":
-        assert preset_values("best", "cifar10", phase) == preset_values("best", "cifar100", phase) | {"teachers": "annealed"}
+        assert preset_values("best", "cifar10", phase) == preset_values("best", "cifar100",
+                                                                        phase) | {"teachers": "annealed"}
 
 
 def test_best_has_stronger_teachers_and_class_statistics_at_fifty_images_a_class_of_cifar10_alone():
     changed = {(dataset, phase, flag, value) for dataset in (*DATASETS, "shapes") for phase in PHASES
-               for flag, value in preset_values("best", dataset, phase, 50).items() if not isinstance(value, list)
+               for flag, value in preset_values("best", dataset, phase, 50).items()
+               if not isinstance(value, list)
                and value != preset_values("best", dataset, phase, 10).get(flag)}
     assert changed - {("imagenet", "recover", "drop_rate", 0.4)} == {
-        *(("cifar10", phase, "teachers", "annealed20") for phase in PHASES), ("cifar10", "squeeze", "epochs", 20),
-        ("cifar10", "collect_stats", "class_statistics", True), ("cifar10", "recover", "class_statistics", True)}
+        *(("cifar10", phase, "teachers", "annealed20") for phase in PHASES),
+        ("cifar10", "squeeze", "epochs", 20),
+        ("cifar10", "collect_stats", "class_statistics", True),
+        ("cifar10", "recover", "class_statistics", True)}
 
 
 def typed(flag, value):
@@ -200,13 +214,18 @@ def test_every_value_of_every_preset_has_a_flag_that_accepts_it(phase, monkeypat
         values = preset_values(preset, dataset, phase, 10, method)
         assert values.keys() <= actions(phase).keys()
         told = vars(parsed(phase, monkeypatch, *itertools.chain(*itertools.starmap(typed, values.items()))))
-        silent = vars(parsed(phase, monkeypatch, "--dataset", dataset, "--preset", preset, "--method", method))
+        silent = vars(parsed(phase, monkeypatch, "--dataset", dataset, "--preset", preset, "--method",
+                             method))
         assert all(told[flag] == silent[flag] == value for flag, value in values.items())
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_flag_has_a_reader(phase):
-    source = "".join((ROOT / file).read_text() for file in (f"{phase}.py", *(f"utils/{room}.py" for room in ("run", "checkpoint", "cli", "teachers", "protocols", "recorder"))))
+    source = "".join((ROOT / file).read_text() for file in (f"{phase}.py",
+                                                            *(f"utils/{room}.py"
+                                                              for room in ("run", "checkpoint", "cli",
+                                                                           "teachers", "protocols",
+                                                                           "recorder"))))
     shared = re.findall(r"known\.(\w+)", (ROOT / "utils/cli.py").read_text())
     read = set(re.findall(r"\bargs\.(\w+)", source)) | set(shared)
     assert actions(phase).keys() <= read
@@ -221,12 +240,14 @@ def test_every_flag_is_explained(phase):
 def test_help_shows_what_would_run_and_needs_neither_data_nor_a_network(phase, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     texts = []
-    for argv in ["--help"], ["--dataset", "tiny", "--help"], ["-h", "--dataset", "imagenet", "--preset", "release"]:
+    for argv in ["--help"], ["--dataset", "tiny", "--help"], ["-h", "--dataset", "imagenet", "--preset",
+                                                              "release"]:
         with pytest.raises(SystemExit) as end:
             import_module(phase).main(argv)
         texts.append(capsys.readouterr().out)
         assert end.value.code == 0 and f"python {phase}.py --dataset" in texts[-1]
-    for text, preset, dataset in zip(texts, ("paper", "paper", "release"), ("shapes", "tiny", "imagenet"), strict=True):
+    for text, preset, dataset in zip(texts, ("paper", "paper", "release"), ("shapes", "tiny", "imagenet"),
+                                     strict=True):
         for flag, value in preset_values(preset, dataset, phase, 10).items():
             entry = re.search(rf"\n  --(\[no-\])?{flag.replace('_', '-')}\b(.|\n(?!  --))*", text)[0]
             shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else (
@@ -245,14 +266,18 @@ def test_the_command_line_beats_the_preset(phase, flag, words, value, monkeypatc
     preset = parsed(phase, monkeypatch, "--dataset", "imagenet", "--ipc", "10")
     told = parsed(phase, monkeypatch, "--dataset", "imagenet", "--ipc", "10", *words.split())
     assert getattr(told, flag) == value != getattr(preset, flag)
-    assert {key for key, old in vars(preset).items() if vars(told)[key] != old} - {"given", "typed", "data_set"} == {flag}
+    assert {key for key, old in vars(preset).items() if vars(told)[key] != old} - {"given", "typed",
+                                                                                   "data_set"} == {flag}
 
 
 @pytest.mark.parametrize("sizes, flags, column", [
-    ([(16, 16)], "", "cifar10"), ([(64, 64)], "", "cifar10"), ([(65, 65)], "", "cifar10"), ([(97, 97)], "", "imagenet"),
-    ([(32, 16), (20, 20)], "", "cifar10"), ([(200, 100)], "--image-size 32", "cifar10"), ([(16, 16)], "--image-size 96", "imagenet")])
+    ([(16, 16)], "", "cifar10"), ([(64, 64)], "", "cifar10"), ([(65, 65)], "", "cifar10"),
+    ([(97, 97)], "", "imagenet"),
+    ([(32, 16), (20, 20)], "", "cifar10"), ([(200, 100)], "--image-size 32", "cifar10"),
+    ([(16, 16)], "--image-size 96", "imagenet")])
 @pytest.mark.parametrize("classes", [2, 21])
-def test_a_folder_takes_the_settings_of_its_size_and_number_of_classes(classes, sizes, flags, column, tmp_path, monkeypatch):
+def test_a_folder_takes_the_settings_of_its_size_and_number_of_classes(classes, sizes, flags, column,
+                                                                       tmp_path, monkeypatch):
     for split, name in itertools.product(("train", "val"), map(str, range(classes))):
         (tmp_path / split / name).mkdir(parents=True)
         for number, size in enumerate(sizes):
@@ -261,9 +286,10 @@ def test_a_folder_takes_the_settings_of_its_size_and_number_of_classes(classes, 
         args = vars(parsed(phase, monkeypatch, "--dataset", str(tmp_path), *flags.split()))
         if column != "imagenet" and classes > 20:
             column = "cifar100" if args["image_size"] <= 32 else "tiny"
-        expected = preset_values("paper", column, phase, 10, own=classes * len(sizes) if column != "imagenet" else None)
+        expected = preset_values("paper", column, phase, 10,
+                                 own=classes * len(sizes) if column != "imagenet" else None)
         if phase == "squeeze":
-            expected["pretrained"] = False                       # torchvision's weights are of ImageNet's classes
+            expected["pretrained"] = False  # torchvision's weights are of ImageNet's classes
         assert {flag: args[flag] for flag in expected} == expected
 
 
@@ -283,7 +309,7 @@ def test_pretrained_weights_are_the_default_at_the_size_they_are_of(monkeypatch)
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_flags_are_never_abbreviated(phase, capsys):
-    last = f"--{list(actions(phase))[-1].replace('_', '-')[:-1]}"                        # one of the phase's own
+    last = f"--{list(actions(phase))[-1].replace('_', '-')[:-1]}"  # one of the phase's own
     for short, *values in ["--ip", "3"], ["--data-d", "x"], ["--back", "resnet18"], ["--overwr"], [last]:
         with pytest.raises(SystemExit) as end:
             import_module(phase).main([short, *values])
@@ -294,5 +320,6 @@ def test_flags_are_never_abbreviated(phase, capsys):
     ("--dataset shapes", "auto tf32 tf32 auto auto"), ("--dataset cifar10 --preset best", "auto tf32 tf32 auto auto"),
     ("--dataset cifar10", "tf32 tf32 tf32 tf32 tf32"), ("--dataset cifar10 --preset release", "tf32 tf32 tf32 tf32 tf32"),
     ("--dataset cifar10 --precision auto", "auto tf32 tf32 auto auto")])
-def test_best_and_shapes_let_the_device_choose_but_never_for_statistics_and_pixels(flags, expected, monkeypatch):
+def test_best_and_shapes_let_the_device_choose_but_never_for_statistics_and_pixels(flags, expected,
+                                                                                   monkeypatch):
     assert [parsed(phase, monkeypatch, *flags.split()).precision for phase in PHASES] == expected.split()

@@ -1,4 +1,5 @@
-"""Class-incremental learning and data-free pruning: what is seen in each step, no leaks, kills, results and mistakes."""
+"""Class-incremental learning and data-free pruning: what is seen in each step, no leaks, kills, results and
+mistakes."""
 import json
 import statistics
 
@@ -45,24 +46,28 @@ def recorded(monkeypatch):
     """recorded(module, name): a list of the arguments of the calls of module.name from now on."""
     def watch(module, name):
         function, calls = getattr(module, name), []
-        monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(args) or function(*args, **kwargs))
+        monkeypatch.setattr(module, name, lambda *args,
+                            **kwargs: calls.append(args) or function(*args, **kwargs))
         return calls
     return watch
 
 
 # Classes in steps
 
-@pytest.mark.parametrize("count, steps, sizes", [(10, 5, [2] * 5), (10, 3, [4, 3, 3]), (4, 4, [1] * 4), (7, 1, [7])])
+@pytest.mark.parametrize("count, steps, sizes", [(10, 5, [2] * 5), (10, 3, [4, 3, 3]), (4, 4, [1] * 4),
+                                                 (7, 1, [7])])
 def test_classes_arrive_in_steps_as_equal_as_possible_and_stay(count, steps, sizes):
     seen = [part.tolist() for part in classes_so_far(count, steps, generator(0))]
     assert [len(after) - len(before) for before, after in zip([[], *seen], seen)] == sizes
-    assert all(set(before) < set(after) for before, after in zip(seen, seen[1:])) and seen[-1] == list(range(count))
+    assert all(set(before) < set(after) for before,
+               after in zip(seen, seen[1:])) and seen[-1] == list(range(count))
     assert all(part == sorted(part) for part in seen)
 
 
 def test_the_order_of_the_classes_is_that_of_the_generator_and_each_class_can_come_first():
     first = [classes_so_far(10, 10, generator(seed))[0].item() for seed in range(100)]
-    assert set(first) == set(range(10)) and first == [classes_so_far(10, 10, generator(seed))[0].item() for seed in range(100)]
+    assert set(first) == set(range(10)) and first == [classes_so_far(10, 10, generator(seed))[0].item()
+                                                      for seed in range(100)]
 
 
 def made_up(epochs=12, n=12, classes=4, seed=0):
@@ -86,19 +91,22 @@ def test_each_image_takes_those_of_its_stored_samples_in_turn_that_show_no_class
     assert rows == [i for i in range(12) if i % 4 in (1, 2)]
     for epoch in range(20):
         draw = labels.epoch(epoch)
-        logits = labels.soft_logits(epoch, torch.arange(len(rows)).flip(0), torch.zeros(1, dtype=torch.float64)).flip(0)
+        logits = labels.soft_logits(epoch, torch.arange(len(rows)).flip(0),
+                                    torch.zeros(1, dtype=torch.float64)).flip(0)
         for at, image in enumerate(rows):                            # the slow loop
             fits = [e for e in range(used) if stored.drawn["partner"][e, image] in rows]
             e = fits[epoch % len(fits)]
             assert logits[at].tolist() == [10000 * e + 100 * image + c for c in (1, 2)]
             assert rows[draw["partner"][at]] == stored.drawn["partner"][e, image]
-            assert draw["crop"][at].tolist() == stored.drawn["crop"][e, image].tolist() == draw["box"][at].tolist()
-            assert (draw["flip"][at], draw["ratio"][at]) == (stored.drawn["flip"][e, image], stored.drawn["ratio"][e, image])
+            assert draw["crop"][at].tolist() == stored.drawn["crop"][e,
+                                                                     image].tolist() == draw["box"][at].tolist()
+            assert (draw["flip"][at], draw["ratio"][at]) == (stored.drawn["flip"][e, image],
+                                                             stored.drawn["ratio"][e, image])
 
 
 def test_an_image_whose_samples_all_show_classes_to_come_is_left_out_and_so_are_those_that_had_it_alone():
     stored = made_up(epochs=2, n=6)
-    stored.drawn["partner"][:] = [3, 0, 2, 4, 5, 1]                  # 0: of class 1; 1: of 0; 2: of itself; 3 ...
+    stored.drawn["partner"][:] = [3, 0, 2, 4, 5, 1]  # 0: of class 1; 1: of 0; 2: of itself; 3 ...
     few = torch.tensor([0, 0, 0, 1, 1, 1])
     labels = SeenLabels(stored, 2, few == 0, torch.tensor([0]))
     assert labels.rows.tolist() == [2] and labels.epoch(1)["partner"].tolist() == [0]
@@ -121,13 +129,14 @@ def test_a_step_holds_the_images_and_test_images_of_its_classes_numbered_among_t
     test = load_split(str(beasts), None, "test", 16, 0)
     images, classes = torch.arange(12).view(12, 1, 1, 1), torch.arange(12) % 4
     data = {"classes": test.classes, "image_size": 16}
-    step = incremental_step(torch.tensor([1, 3]), lambda labels, rows, seen: (rows.nonzero().flatten(), labels),
-                            images, classes, "labels", test, data)
+    step = incremental_step(torch.tensor([1, 3]), lambda labels, rows,
+                            seen: (rows.nonzero().flatten(), labels), images, classes, "labels", test, data)
     assert step["images"].flatten().tolist() == [1, 3, 5, 7, 9, 11] and step["classes"].tolist() == [0, 1] * 3
     assert (step["data"], step["labels"]) == ({"classes": ["9", "bee"], "image_size": 16}, "labels")
     pixels, numbers = (torch.cat(parts) for parts in zip(*step["test"].batches(5)))
     kept = [i for i, label in enumerate(test.labels.tolist()) if label in (1, 3)]
-    assert torch.equal(pixels, test.images[kept]) and numbers.tolist() == [[1, 3].index(test.labels[i]) for i in kept]
+    assert torch.equal(pixels, test.images[kept]) and numbers.tolist() == [[1, 3].index(test.labels[i])
+                                                                           for i in kept]
     assert len(kept) == 12
 
 
@@ -161,25 +170,31 @@ def test_the_curve_is_over_orders_and_seeds_and_ends_with_what_all_classes_give(
     assert (result["top1"], result["top1_per_seed"]) == (result["curve"][-1], [curve[-1] for curve in curves])
     whole = relabelled.call("train_eval", "--student-seeds 0 1")
     assert result["top1_by_epoch"] == [run for run in whole["top1_by_epoch"] for _ in range(2)]
-    assert [key[1:] for key in report.read_results(relabelled.results)] == [("convnet_w8", "stored", "gvbsm", None)]
-    assert report.read_results(relabelled.results)[2, "convnet_w8", "stored", "gvbsm", None]["args"]["protocol"] == "standard"
+    assert [key[1:] for key in report.read_results(relabelled.results)] == [("convnet_w8", "stored", "gvbsm",
+                                                                             None)]
+    assert report.read_results(relabelled.results)[2, "convnet_w8", "stored", "gvbsm",
+                                                   None]["args"]["protocol"] == "standard"
 
 
 @pytest.mark.slow
 def test_the_five_orders_differ_and_are_those_of_the_seed(relabelled, monkeypatch):
     orders = []
-    monkeypatch.setattr(protocols, "classes_so_far", lambda *args: orders.append(classes_so_far(*args)) or orders[-1])
+    monkeypatch.setattr(protocols, "classes_so_far",
+                        lambda *args: orders.append(classes_so_far(*args)) or orders[-1])
     for seed in 0, 0, 1:
-        relabelled.call("train_eval", "--protocol continual --steps 4 --labels hard --epochs 1 --overwrite --seed", seed)
+        relabelled.call("train_eval", "--protocol continual --steps 4 --labels hard --epochs 1 --overwrite "
+                        "--seed", seed)
     told = [str([step.tolist() for step in order]) for order in orders]
     assert len(told) == 15 and told[:5] == told[5:10] != told[10:] and len(set(told[:5])) > 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, module, call, at", [
-    (CONTINUAL, train_eval, "train_student", 3), (CONTINUAL, train_eval, "student_loss", 5), (PRUNE, train_eval, "student_loss", 2),
+    (CONTINUAL, train_eval, "train_student", 3), (CONTINUAL, train_eval, "student_loss", 5),
+    (PRUNE, train_eval, "student_loss", 2),
     (PRUNE, train_eval, "student_loss", 5), (PRUNE, protocols, "shrink", 1)])
-def test_an_interrupted_protocol_goes_on_as_if_nothing_had_happened(flags, module, call, at, relabelled, stopped, monkeypatch, recorded):
+def test_an_interrupted_protocol_goes_on_as_if_nothing_had_happened(flags, module, call, at, relabelled,
+                                                                    stopped, monkeypatch, recorded):
     name = "wrn10_1-prune50" if flags == PRUNE else "convnet_w8-continual2"
     flags += " --batch-size 4 --whole-up-to 0 --checkpoint-minutes 0"
     relabelled.call("train_eval", flags)
@@ -225,11 +240,14 @@ def test_the_penalty_is_the_l1_norm_of_the_scales_that_may_go(relabelled, monkey
     for l1 in 0, 0.5:
         relabelled.call("train_eval", PRUNE, once, "--l1", l1)
     model = build_model("wrn10_1", 4, 16)
-    scales = {name for name, p in model.named_parameters() if any(p is scale for scale in channel_scales(model).values())}
+    scales = {name for name, p in model.named_parameters()
+              if any(p is scale for scale in channel_scales(model).values())}
     assert len(scales) == len(channel_scales(model)) > 0
     for name, without in kept[0].items():
-        difference = 0.1 * 0.5 * without.sign() if name in scales else torch.zeros(())        # all scales begin at about 1
-        assert torch.allclose(without.float() - kept[1][name], difference.float().expand_as(without), atol=1e-6), name
+        # all scales begin at about 1
+        difference = 0.1 * 0.5 * without.sign() if name in scales else torch.zeros(())
+        assert torch.allclose(without.float() - kept[1][name], difference.float().expand_as(without),
+                              atol=1e-6), name
 
 
 def test_a_network_is_trained_pruned_and_trained_again_and_tested_in_between():
@@ -242,7 +260,8 @@ def test_a_network_is_trained_pruned_and_trained_again_and_tested_in_between():
 
     result = prune(model, train, lambda tested: len(called), 0.5, 0.25)
     total = sum(len(scale) for scale in channel_scales(build_model("wrn10_1", 4, 16)).values())
-    assert called == [("sparse", 0.25 * total), ("tuned", 0.0)] and result["top1"] == {1: 5.0}         # scales of 1: none goes
+    # scales of 1: none goes
+    assert called == [("sparse", 0.25 * total), ("tuned", 0.0)] and result["top1"] == {1: 5.0}
     assert [stage["top1"] for stage in result["stages"].values()] == [0, 1, 1, 5]
 
 
@@ -251,7 +270,8 @@ def test_a_network_is_trained_pruned_and_trained_again_and_tested_in_between():
 @pytest.mark.parametrize("flags, words", [
     (f"{CONTINUAL} --steps 5", ["--steps 5", "4 classes"]),
     ("--protocol prune --students convnet_w8", ["--students convnet_w8", "BatchNorm", "resnet18"]),
-    ("--protocol prune --students wrn10_1 vgg11_bn", ["vgg11_bn.pt is missing", "squeeze.py", "--backbones vgg11_bn"])])
+    ("--protocol prune --students wrn10_1 vgg11_bn",
+     ["vgg11_bn.pt is missing", "squeeze.py", "--backbones vgg11_bn"])])
 def test_what_a_protocol_cannot_do_ends_in_a_line(flags, words, relabelled):
     line = relabelled.mistake("train_eval", flags)
     assert all(word in line for word in words), line
@@ -259,10 +279,12 @@ def test_what_a_protocol_cannot_do_ends_in_a_line(flags, words, relabelled):
 
 def test_labels_that_all_show_classes_to_come(relabelled):
     path = relabelled.run() / "labels/partner.npy"
-    np.save(path, np.roll(np.tile(np.arange(8, dtype=np.int32), (3, 1)), 2, axis=1))         # always of the class before
+    # always of the class before
+    np.save(path, np.roll(np.tile(np.arange(8, dtype=np.int32), (3, 1)), 2, axis=1))
     line = relabelled.mistake("train_eval", CONTINUAL, "--steps 4")
     assert "--steps 4" in line and "--labels online" in line
-    assert relabelled.call("train_eval", CONTINUAL, "--steps 4 --labels online")["curve_images"][0] == [2, 4, 6, 8]
+    assert relabelled.call("train_eval", CONTINUAL, "--steps 4 --labels online")["curve_images"][0] == [2, 4,
+                                                                                                        6, 8]
 
 
 def test_a_teacher_trained_anew_since_it_was_pruned(relabelled):
@@ -274,6 +296,7 @@ def test_a_teacher_trained_anew_since_it_was_pruned(relabelled):
 
 def test_a_teacher_of_other_images(relabelled):
     record = torch.load(relabelled.teachers / "wrn10_1.pt", weights_only=True)
-    torch.save(record | {"data": record["data"] | {"mean": [0.0, 0.0, 0.0]}}, relabelled.teachers / "wrn10_1.pt")
+    torch.save(record | {"data": record["data"] | {"mean": [0.0, 0.0, 0.0]}},
+               relabelled.teachers / "wrn10_1.pt")
     line = relabelled.mistake("train_eval", PRUNE)
     assert "wrn10_1.pt" in line and "differ in mean" in line

@@ -1,4 +1,5 @@
-"""Which convolutions can be pruned, and pruned networks against whole ones whose removed channels are zero."""
+"""Which convolutions can be pruned, and pruned networks against whole ones whose removed channels are
+zero."""
 import math
 from copy import deepcopy
 
@@ -55,7 +56,8 @@ def mask(model, kept):
         alive = torch.zeros(layers[name].out_channels, dtype=torch.float64).index_fill_(0, index, 1)
         for consumer in plan[name][2]:
             def zero(layer, args, alive=alive):
-                return (args[0].unflatten(1, (len(alive), -1)) * alive[:, None]).flatten(1) if args[0].dim() == 2 \
+                return (args[0].unflatten(1, (len(alive), -1))
+                        * alive[:, None]).flatten(1) if args[0].dim() == 2 \
                     else args[0] * alive[:, None, None]
             layers[consumer].register_forward_pre_hook(zero)
     return model
@@ -74,11 +76,12 @@ def conv_names(model):
 @pytest.mark.parametrize("size", (32, 224))
 def test_the_inner_convolutions_of_residual_blocks_can_be_pruned_and_stems_nothing_is_added_to(size):
     resnet18 = {f"layer{i}.{j}.conv1" for i in range(1, 5) for j in range(2)}
-    resnet50 = {f"layer{i + 1}.{j}.conv{k}" for i, n in enumerate((3, 4, 6, 3)) for j in range(n) for k in (1, 2)}
+    resnet50 = {f"layer{i + 1}.{j}.conv{k}" for i,
+                n in enumerate((3, 4, 6, 3)) for j in range(n) for k in (1, 2)}
     with torch.device("meta"):
         assert set(prunable(build_model("resnet18", 5, size))) == resnet18
         plan = prunable(build_model("resnet50", 5, size))
-    assert set(plan) == {"conv1"} | resnet50                # the first block has a projection instead of an addition
+    assert set(plan) == {"conv1"} | resnet50  # the first block has a projection instead of an addition
     assert plan["conv1"] == (("bn1",), ("layer1.0.conv1", "layer1.0.downsample.0"))
 
 
@@ -89,7 +92,8 @@ def test_wide_residual_networks_norms_come_before_the_convolutions():
         "conv": (("blocks.0.bn1",), ("blocks.0.conv1", "blocks.0.shortcut"))}
 
 
-@pytest.mark.parametrize("name,size", (("vgg11_bn", 32), ("vgg11_bn", 224), ("convnet_w8", 32), ("convnet_w8_d4", 64)))
+@pytest.mark.parametrize("name,size", (("vgg11_bn", 32), ("vgg11_bn", 224), ("convnet_w8", 32),
+                                       ("convnet_w8_d4", 64)))
 def test_all_convolutions_of_a_chain_can_be_pruned(name, size):
     with torch.device("meta"):
         model = build_model(name, 5, size)
@@ -107,7 +111,8 @@ class Ways(nn.Module):
 
     def __init__(self, way, **layers):
         super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Linear(16, 2)
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Linear(16,
+                                                                                                          2)
         self.way = way
         for name, layer in layers.items():
             setattr(self, name, layer)
@@ -122,7 +127,8 @@ class Ways(nn.Module):
     (lambda net, x: net.second(x.chunk(2, 1)[0].repeat(1, 2, 1, 1)), {}),
     (lambda net, x: net.second(net.deep(x)), {"deep": nn.Conv2d(4, 4, 3, padding=1, groups=4)}),
     (lambda net, x: net.second(net.norm(x)), {"norm": nn.GroupNorm(2, 4)}),         # two channels a group
-    (lambda net, x: net.second(net.norm(net.second(net.norm(x)))), {"norm": nn.BatchNorm2d(4)}),   # layers called twice
+    # layers called twice
+    (lambda net, x: net.second(net.norm(net.second(net.norm(x)))), {"norm": nn.BatchNorm2d(4)}),
     (lambda net, x: net.second(net.relu(x)), {"relu": nn.Softmax(1)}),              # whatever its name
     (lambda net, x: net.head(x.mean((1, 2))), {}),                                  # of the images' rows
     (lambda net, x: net.head(torch.flatten(x)), {}),                                # of the batch as well
@@ -135,7 +141,8 @@ def test_what_mixes_shares_or_gives_out_channels_rules_a_convolution_out(way, la
 
 
 @pytest.mark.parametrize("way", (
-    lambda net, x: net.second(F.avg_pool2d(F.relu(x), 2)), lambda net, x: net.second(F.max_pool2d(x.relu(), 2)),
+    lambda net, x: net.second(F.avg_pool2d(F.relu(x), 2)), lambda net,
+    x: net.second(F.max_pool2d(x.relu(), 2)),
     lambda net, x: net.second(x) + net.second2(F.adaptive_avg_pool2d(x, 2)),
     lambda net, x: net.head(F.dropout(torch.flatten(x, 1), training=net.training)),
     lambda net, x: net.head(x.flatten(1).relu()), lambda net, x: net.head(x.flatten(start_dim=1))))
@@ -162,7 +169,8 @@ def test_all_20_convolutions_of_resnet18_lose_channels_those_of_a_stage_the_same
 
 def test_the_streams_of_a_wide_residual_network_reach_the_linear_layer():
     plan = coupled(build_model("wrn16_2", 5, 32))
-    assert sorted(name for convs, *_ in plan.values() for name in convs) == sorted(conv_names(build_model("wrn16_2", 5, 32)))
+    assert sorted(name for convs, *_ in plan.values()
+                  for name in convs) == sorted(conv_names(build_model("wrn16_2", 5, 32)))
     assert plan["blocks.4.conv2"][0] == ("blocks.4.conv2", "blocks.4.shortcut", "blocks.5.conv2")
     assert plan["blocks.4.conv2"][1:] == (("blocks.5.bn1", "bn"), ("blocks.5.conv1", "fc"))
 
@@ -190,8 +198,9 @@ def test_a_pruned_network_is_the_whole_one_with_zeros_and_has_its_gradient(name)
     direction = torch.randn(2, 5, dtype=torch.float64)
     expected, actual = whole(images), pruned(images)
     assert_near(actual, expected, 1e-11)
-    assert_near(*(torch.autograd.grad((out * direction).sum(), images)[0] for out in (actual, expected)), 1e-10)
-    assert (expected - model(images)).abs().max() > 1e-3 * expected.abs().max()         # the removed ones did count
+    assert_near(*(torch.autograd.grad((out * direction).sum(), images)[0] for out in (actual, expected)),
+                1e-10)
+    assert (expected - model(images)).abs().max() > 1e-3 * expected.abs().max()  # the removed ones did count
 
 
 def test_the_layers_of_a_pruned_network_name_their_sizes_and_keep_their_flags():
@@ -200,7 +209,8 @@ def test_the_layers_of_a_pruned_network_name_their_sizes_and_keep_their_flags():
     index = torch.tensor([9, 2, 4])
     before = deepcopy(model.state_dict())
     assert shrink(model, {"0": index}) is model
-    assert (model[0].out_channels, model[1].num_groups, model[1].num_channels, model[4].in_channels) == (3, 3, 3, 3)
+    assert (model[0].out_channels, model[1].num_groups, model[1].num_channels, model[4].in_channels) == (3, 3,
+                                                                                                         3, 3)
     assert torch.equal(model[0].weight, before["0.weight"][index]) and not model[0].weight.requires_grad
     assert torch.equal(model[4].weight, before["4.weight"][:, index]) and model[4].weight.requires_grad
     shrink(model, {"8": index})
@@ -221,7 +231,8 @@ def test_a_pruned_network_is_trained_and_can_be_pruned_again():
 
 def test_no_convolution_loses_all_channels_and_only_prunable_ones_lose_any():
     model = build_model("wrn10_1", 5, 32)
-    for name, index, match in ("blocks.0.conv1", [], "would lose all"), ("blocks.0.conv2", [0], "is not prunable"):
+    for name, index, match in ("blocks.0.conv1", [], "would lose all"), ("blocks.0.conv2", [0],
+                                                                         "is not prunable"):
         with pytest.raises(ValueError, match=match):
             shrink(model, {name: torch.tensor(index, dtype=torch.long)})
 
@@ -251,18 +262,23 @@ def test_teddys_resnet18_has_7_72_million_parameters_and_1_2_billion_multiply_ad
     streams = ["conv1", "layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"]
     left = [len(kept[name]) for name in streams]
     inner = [f"layer{i}.{j}.conv1" for i in range(1, 5) for j in range(2)]
-    assert all(abs(number - part * channels) < 1 for number, channels in zip(left, (64, 128, 256, 512), strict=True))
-    assert kept.keys() == {*streams, *inner} and [len(kept[name]) for name in inner] == [n for n in left for _ in range(2)]
-    expected = 3 * 49 * left[0] + 2 * left[0] + (left[3] + 1) * 1000         # the stem and its norm, the linear layer
+    assert all(abs(number - part * channels) < 1 for number,
+               channels in zip(left, (64, 128, 256, 512), strict=True))
+    assert kept.keys() == {*streams, *inner} and [len(kept[name]) for name in inner] == [n for n in left
+                                                                                         for _ in range(2)]
+    # the stem and its norm, the linear layer
+    expected = 3 * 49 * left[0] + 2 * left[0] + (left[3] + 1) * 1000
     for i, channels in enumerate(left):
         before = left[max(i - 1, 0)]
-        expected += 9 * channels * (before + 3 * channels) + 8 * channels + (channels * (before + 2)) * (i > 0)
+        expected += 9 * channels * (before + 3 * channels) + 8 * channels + (channels * (before + 2)) * (i
+                                                                                                         > 0)
     shrink(model, kept)
     assert parameters(model) == expected and abs(expected / 7.72e6 - 1) < 0.001
     assert abs(multiply_adds(model, 224) / 1.2e9 - 1) < 0.02
 
 
-@pytest.mark.parametrize("name", ("resnet18", "resnet50", "vgg11_bn", "wrn16_2", "convnet_w16", "mobilenetv2_05"))
+@pytest.mark.parametrize("name", ("resnet18", "resnet50", "vgg11_bn", "wrn16_2", "convnet_w16",
+                                  "mobilenetv2_05"))
 @pytest.mark.parametrize("share", (0.9, 0.6))
 def test_random_channels_keeps_the_share_of_the_parameters_and_the_same_part_everywhere(name, share):
     with torch.device("meta"):
@@ -273,7 +289,8 @@ def test_random_channels_keeps_the_share_of_the_parameters_and_the_same_part_eve
         <= parameters(shrink(deepcopy(model), kept))
     layers = dict(model.named_modules())
     rounded = [(len(index), layers[layer].out_channels) for layer, index in kept.items()]
-    assert max((left - 0.5) / whole for left, whole in rounded) <= min((left + 0.5) / whole for left, whole in rounded)
+    assert max((left - 0.5) / whole for left, whole in rounded) <= min((left + 0.5) / whole for left,
+                                                                       whole in rounded)
 
 
 def test_random_channels_are_drawn_by_the_generator_and_at_least_one_stays():
@@ -310,7 +327,8 @@ def test_a_network_slimmed_by_its_scales_is_the_one_with_those_scales_and_shifts
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     slim = shrink(deepcopy(model), kept)
     assert_near(slim(images), masked(images), 1e-11)
-    assert (masked(images) - model(images)).abs().max() > 1e-3 * model(images).abs().max() and parameters(slim) < parameters(model)
+    assert (masked(images)
+            - model(images)).abs().max() > 1e-3 * model(images).abs().max() and parameters(slim) < parameters(model)
 
 
 @pytest.mark.parametrize("name", ("vgg11_bn", "wrn16_2"))
@@ -333,7 +351,9 @@ def test_one_threshold_takes_the_part_of_the_channels_with_the_smallest_scales_b
 
 
 def test_only_channels_with_a_batchnorm_of_their_own_have_a_scale():
-    assert not channel_scales(build_model("convnet_w8", 5, 32)) and not channel_scales(build_model("squeezenet", 5, 32))
+    assert not channel_scales(build_model("convnet_w8", 5,
+                                          32)) and not channel_scales(build_model("squeezenet", 5, 32))
     vgg = build_model("vgg11_bn", 5, 32)
     assert [len(scale) for scale in channel_scales(vgg).values()] == [64, 128, 256, 256, 512, 512, 512, 512]
-    assert all(scale is vgg.features[int(name.split(".")[1]) + 1].weight for name, scale in channel_scales(vgg).items())
+    assert all(scale is vgg.features[int(name.split(".")[1]) + 1].weight for name,
+               scale in channel_scales(vgg).items())

@@ -1,4 +1,5 @@
-"""How the tests themselves run: Ctrl-C stops them, whatever a phase did with signals before or does at that moment."""
+"""How the tests themselves run: Ctrl-C stops them, whatever a phase did with signals before or does at that
+moment."""
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def test_control_c_stops_pytest(text, tmp_path):
     test = tmp_path / "test_interrupted.py"
     test.write_text("import os, signal, time, pytest, squeeze\n" + text + "\ndef test_second():\n    pass\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", test]
-    ended = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True,
+                           timeout=120)
     assert ended.returncode == pytest.ExitCode.INTERRUPTED, ended.stdout
     assert "KeyboardInterrupt" in ended.stdout and "passed" not in ended.stdout and "failed" not in ended.stdout

@@ -1,4 +1,5 @@
-"""The pages: each command is one that the scripts take, each number is that of its file, each link leads somewhere."""
+"""The pages: each command is one that the scripts take, each number is that of its file, each link leads
+somewhere."""
 import argparse
 import ast
 import re
@@ -17,8 +18,8 @@ from utils.cli import parse_args
 from utils.presets import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"README.md": 20_000, "utils/README.md": 30_000, "tests/README.md": 10_000, "tests/evidence/README.md": None,
-         "tests/evidence/NOTES.md": 15_000}
+SIZES = {"README.md": 20_000, "utils/README.md": 30_000, "tests/README.md": 10_000,
+         "tests/evidence/README.md": None, "tests/evidence/NOTES.md": 15_000}
 PAGES = {name: (ROOT / name).read_text() for name in SIZES if (ROOT / name).exists()}
 README = PAGES["README.md"]
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
@@ -34,7 +35,8 @@ def blocks():
         for block in BLOCK.findall(page):
             found.append(pytest.param(block, id=f"{name}-" + re.sub(r"\W+", "-", block)[:40]))
         for whole, script in INLINE.findall(page):
-            found.append(pytest.param(FUNCTIONS + (whole or f"python {script}"), id=f"{name}-" + re.sub(r"\W+", "-", whole or script)[:40]))
+            found.append(pytest.param(FUNCTIONS + (whole or f"python {script}"),
+                                      id=f"{name}-" + re.sub(r"\W+", "-", whole or script)[:40]))
     return found
 
 
@@ -90,9 +92,11 @@ def understood_by_module(name, *words):
 
 def test_every_flag_that_a_page_names_exists():
     modules = [import_module(name) for name in (*PHASES, "utils.report")]
-    sources = "".join((ROOT / name).read_text() for name in ("utils/report.py", "utils/convert.py", "utils/figures.py", "tests/bench.py")
+    sources = "".join((ROOT / name).read_text() for name in ("utils/report.py", "utils/convert.py",
+                                                             "utils/figures.py", "tests/bench.py")
                       if (ROOT / name).exists())
-    known = {flag for module in modules if hasattr(module, "get_parser") for action in module.get_parser()._actions
+    known = {flag for module in modules if hasattr(module, "get_parser")
+             for action in module.get_parser()._actions
              for flag in action.option_strings} | set(re.findall(r'"(--[a-z][\w-]*)"', sources))
     foreign = {"--index-url", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help"}
     for name in PAGES.keys() - {"tests/evidence/README.md"}:
@@ -101,7 +105,8 @@ def test_every_flag_that_a_page_names_exists():
 
 
 def test_every_command_that_the_figures_begin_with_is_understood():
-    lines = [shlex.split(line, comments=True)[3:] for line in figures.__doc__.splitlines() if line.startswith("    python -m")]
+    lines = [shlex.split(line, comments=True)[3:] for line in figures.__doc__.splitlines()
+             if line.startswith("    python -m")]
     assert [name for name, *_ in lines] == list(figures.FIGURES)
     for name, *words in lines:
         figures.get_parser(name).parse_args(words)
@@ -110,7 +115,8 @@ def test_every_command_that_the_figures_begin_with_is_understood():
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_script_begins_with_three_commands_that_it_understands(phase):
     module = import_module(phase)
-    lines = [line.split("#")[0] for line in module.__doc__.splitlines() if line.startswith(f"python {phase}.py")]
+    lines = [line.split("#")[0] for line in module.__doc__.splitlines()
+             if line.startswith(f"python {phase}.py")]
     assert len(lines) == 3
     for line in lines:
         parse_args(module.get_parser(), phase, shlex.split(line)[2:])
@@ -128,12 +134,14 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading(name):
         assert path.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)", path.read_text(), re.M)
-            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                              for heading in headings}, anchor
 
 
 def table_rows(page, header):
     """The cells of the table of a page whose first column is `header`."""
-    lines = page[re.search(rf"^\| {re.escape(header)} \|", page, re.M).start():].split("\n\n")[0].splitlines()[2:]
+    lines = page[re.search(rf"^\| {re.escape(header)} \|", page,
+                           re.M).start():].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
 
@@ -153,7 +161,8 @@ def test_the_equation_map_names_functions_that_say_which_equation_they_are():
         for path, function in quoted(where, ROOT):
             source = path.read_text()
             node, = [node for node in ast.parse(source).body if getattr(node, "name", None) == function]
-            assert re.search(rf"\bEq\. {number}\b(?!\.\d)", ast.get_source_segment(source, node)), (number, function)
+            assert re.search(rf"\bEq\. {number}\b(?!\.\d)", ast.get_source_segment(source, node)), (number,
+                                                                                                    function)
 
 
 def test_every_equation_has_a_test_that_exists():
@@ -195,16 +204,19 @@ def test_every_result_of_the_readme_is_that_of_its_file(row):
     expected = []
     for tag, preset in zip(files, ("paper", "best")):
         name = f"{NAMES[dataset]}-gvbsm-ipc{ipc}{tag}-{NAMES[network]}.json"
-        cell = report.load_json(ROOT / "tests/evidence" / name, "", ()) if tag is not None else {"distilled": {}, "real": {}}
+        cell = report.load_json(ROOT / "tests/evidence" / name, "",
+                                ()) if tag is not None else {"distilled": {}, "real": {}}
         sides = [cell[side].get("stored") for side in ("distilled", "real")]
         for result in sides:
             two = preset == "best" and result and len(result["args"]["backbones"]) == 2 and dataset != "shapes"
             expected.append((report.accuracy(result) + " ²" * two) if result else "–")
         for result in filter(None, sides):
-            assert result["args"]["preset"] == preset or dataset == "shapes"        # with best's flags, one by one
-            assert result["args"]["epochs"] == (int(epochs[0].split()[0]) if epochs and preset == "best" else 200 if dataset == "shapes" else 1000)
+            assert result["args"]["preset"] == preset or dataset == "shapes"  # with best's flags, one by one
+            assert result["args"]["epochs"] == (int(epochs[0].split()[0]) if epochs and preset == "best"
+                                                else 200 if dataset == "shapes" else 1000)
             seeds = 1 if result["top1_std"] == 0 and len(result["seeds"]) == 1 else len(result["seeds"])
-            assert seeds == 1 or seeds == (2 if (dataset, ipc, network) == ("CIFAR-10", "50", "ConvNet-W128") else 3)
+            assert seeds == 1 or seeds == (2 if (dataset, ipc, network) == ("CIFAR-10", "50", "ConvNet-W128")
+                                           else 3)
     assert shown == expected
     paper = report.PUBLISHED.get(("gvbsm", NAMES[dataset], NAMES[network], "stored"), {}).get(int(ipc), "–")
     assert published == ("–" if files[0] is None else paper)
@@ -220,7 +232,8 @@ def test_every_method_has_a_row_with_flags_that_every_phase_takes():
 
 
 def python_block(page, word):
-    block, = [block for block in re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S) if word in block]
+    block, = [block for block in re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S)
+              if word in block]
     return block
 
 
@@ -239,6 +252,7 @@ def test_the_block_that_trains_on_soft_labels_runs_as_printed(labelled):
     block, space = python_block("README.md", "DistilledDataset"), {}
     run = "runs/shapes/gvbsm-ipc10"
     assert run in block
-    block = block.replace(run, str(labelled.run())).replace("num_classes=10, image_size=32", "num_classes=4, image_size=16")
+    block = block.replace(run, str(labelled.run())).replace("num_classes=10, image_size=32",
+                                                            "num_classes=4, image_size=16")
     exec(block, space)
     assert space["loss"].isfinite()

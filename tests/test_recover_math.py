@@ -1,4 +1,5 @@
-"""Recover: the closed form is the gradient of the equations as written, and batches that share a pass move as alone."""
+"""Recover: the closed form is the gradient of the equations as written, and batches that share a pass move as
+alone."""
 import math
 from collections import Counter
 from contextlib import nullcontext
@@ -66,32 +67,39 @@ def convolutions(model):
 
 def matching_of(form, name, size, patch=4, alpha=0.8, bn=0.7, conv=0.5, first=10.0):
     model = frozen(name, size)
-    return form(model, dataset_statistics(name, patch, size), layer_weights(model, bn, conv, first), alpha=alpha, patch=patch)
+    return form(model, dataset_statistics(name, patch, size), layer_weights(model, bn, conv, first),
+                alpha=alpha, patch=patch)
 
 
 # The closed form is the gradient
 
 def iterate(matching, steps, groups):
-    """Each step is (images, labels, dropped).   -> losses of BatchNorm, of convolutions, gradient of all at images"""
+    """Each step is (images, labels, dropped).   -> losses of BatchNorm, of convolutions, gradient of all at
+    images"""
     state = matching.start(groups)
     for images, labels, dropped in steps:
         images = images.clone().requires_grad_()
         with matching.hooks(dropped) as inputs:
             logits = matching.model(images)
         bn, conv, state = matching.inject(inputs, state)
-        yield bn.detach(), conv.detach(), torch.autograd.grad(F.cross_entropy(logits, labels) + bn + conv, images)[0]
+        yield bn.detach(), conv.detach(), torch.autograd.grad(F.cross_entropy(logits, labels) + bn + conv,
+                                                              images)[0]
 
 
-CASES = [  # size of the images, groups, drop rate, what else; maps of 2x2 pixels and, at 16, of one are among them
-    (32, 1, 0.0, {}), (16, 3, 0.4, {}), (16, 1, 0.4, dict(patch=5)), (16, 1, 0.4, dict(patch=3)), (16, 1, 1.0, {}),
+# size of the images, groups, drop rate, what else; maps of 2x2 pixels and, at 16, of one are among them
+CASES = [
+    (32, 1, 0.0, {}), (16, 3, 0.4, {}), (16, 1, 0.4, dict(patch=5)), (16, 1, 0.4, dict(patch=3)),
+    (16, 1, 1.0, {}),
     (16, 1, 0.4, dict(bn=0.0)), (16, 1, 0.0, dict(conv=0.0)), (16, 1, 0.0, dict(bn=0.0, conv=0.0)),
     (16, 1, 0.4, dict(alpha=0.0)), (16, 1, 0.4, dict(first=0.0))]
 
 
 @pytest.mark.parametrize("name, size, groups, drop, settings", [
-    pytest.param(name, *case, marks=[pytest.mark.slow] * (case != CASES[1] and name not in ("convnet_w128", "wrn16_2")))
+    pytest.param(name, *case, marks=[pytest.mark.slow]
+                 * (case != CASES[1] and name not in ("convnet_w128", "wrn16_2")))
     for case in CASES for name in SMALL], ids=str)
-def test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written(name, size, groups, drop, settings):
+def test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written(name, size, groups, drop,
+                                                                            settings):
     plain, closed = (matching_of(form, name, size, **settings) for form in FORMS)
     steps = [(randn(2 * groups, 3, size, size), torch.randint(10, (2 * groups,)),
               [layer for layer in convolutions(plain.model) if torch.rand(()) < drop]) for _ in range(3)]
@@ -116,14 +124,16 @@ def test_a_frozen_backbone_gives_the_losses_and_the_gradient_of_the_one_it_was(n
     assert (sum(norm.folded for norm in frozen_norms), len(frozen_norms)) == (folded, norms)
     steps = [(randn(4, 3, 32, 32), torch.randint(10, (4,)),
               [layer for layer in convolutions(model) if torch.rand(()) < drop]) for _ in range(2)]
-    for (images, _, _), expected, actual in zip(steps, iterate(plain, steps, 2), iterate(closed, steps, 2), strict=True):
+    for (images, _, _), expected, actual in zip(steps, iterate(plain, steps, 2), iterate(closed, steps, 2),
+                                                strict=True):
         assert_near(model(images), plain.model(images), 1e-9)
         for a, b in zip(actual, expected, strict=True):
             assert_near(a, b, 1e-9)
 
 
 @pytest.mark.parametrize("name, folded", [
-    ("resnet18", 20), ("mobilenetv2", 52), ("efficientnet_b0", 49), ("shufflenetv2_05", 56), ("resnet50", 53)])
+    ("resnet18", 20), ("mobilenetv2", 52), ("efficientnet_b0", 49), ("shufflenetv2_05", 56),
+    ("resnet50", 53)])
 def test_so_do_those_of_large_images(name, folded):
     plain = matching_of(Matching, name, 72, patch=16)
     model = freeze(deepcopy(plain.model))
@@ -170,10 +180,13 @@ def test_an_iteration_asks_the_device_for_no_value(name):
     for key, value in vars(matching).items():
         if isinstance(value, torch.Tensor):
             setattr(matching, key, value.to("meta"))
-    pixels, labels = torch.empty(2, 3, 3, 32, 32, device="meta"), torch.empty(2, 3, dtype=torch.long, device="meta")
+    pixels, labels = torch.empty(2, 3, 3, 32, 32, device="meta"), torch.empty(2, 3, dtype=torch.long,
+                                                                              device="meta")
     kept = torch.empty(len(matching.targets), dtype=torch.bool, device="meta")
-    view = {key: value.to("meta") for key, value in draw_view(2, 32, "resized", True, 5, generator("meta")).items()}
-    gradient, losses, state = matching_gradient(matching, labels, 1.0, pixels.double(), view, kept, matching.start(2))
+    view = {key: value.to("meta") for key, value in draw_view(2, 32, "resized", True, 5,
+                                                              generator("meta")).items()}
+    gradient, losses, state = matching_gradient(matching, labels, 1.0, pixels.double(), view, kept,
+                                                matching.start(2))
     assert gradient.shape == pixels.shape and all(tensor.is_meta for tensor in (gradient, *losses, *state))
 
 
@@ -183,12 +196,14 @@ def test_layer_weights_count_the_first_layer_more():
         weights = layer_weights(model, 0.3, 0.2, 10.0)
         assert list(weights) == list(matched_layers(model))
         for i, (layer, module) in enumerate(matched_layers(model).items()):
-            assert weights[layer] == (0.3 if isinstance(module, nn.BatchNorm2d) else 0.2) * (10 if i == 0 else 1)
+            assert weights[layer] == (0.3 if isinstance(module, nn.BatchNorm2d) else 0.2) * (10 if i == 0
+                                                                                             else 1)
 
 
 # The loop
 
-DRAWN = dict(seed=0, iterations=4, choice="uniform", subset=0, drop_rate=0.4, crop="resized", flip=True, roll=5)
+DRAWN = dict(seed=0, iterations=4, choice="uniform", subset=0, drop_rate=0.4, crop="resized", flip=True,
+             roll=5)
 LOOP = dict(lr=0.1, ce_weight=1.0, dd_weight=5.0, tau=4.0, dd_scale="mean", unit_gradients=False)
 BOUNDS = tuple(bound.float() for bound in (LOW, HIGH))
 
@@ -198,9 +213,11 @@ def recovered(pixels, labels, numbers, matchings, each=lambda t, losses, pixels:
     pixels, labels, reports = pixels.clone(), torch.as_tensor(labels), []
     drawn, loop = ({key: changes.pop(key, value) for key, value in table.items()} for table in (DRAWN, LOOP))
     draws = draw_iterations(drawn.pop("iterations"), matchings, pixels.shape[-1], batches=numbers, **drawn)
-    for t, losses, _ in recover_batch(pixels, labels, matchings, draws, **dict(bounds=BOUNDS) | loop | changes):
+    for t, losses, _ in recover_batch(pixels, labels, matchings, draws,
+                                      **dict(bounds=BOUNDS) | loop | changes):
         assert t == len(reports)
-        reports.append({"backbone": draws[t]["backbones"][0], **{term: value.item() for term, value in losses.items()}})
+        reports.append({"backbone": draws[t]["backbones"][0],
+                        **{term: value.item() for term, value in losses.items()}})
         each(t, losses, pixels)
     return pixels, reports
 
@@ -230,7 +247,8 @@ def test_batches_that_share_a_pass_move_as_if_each_were_alone(unit):
 @pytest.mark.parametrize("names, labels, changes", [
     (("wrn10_1", "convnet_w8", "mobilenetv2_05"), [[0, 0, 1, 1], [2, 3, 2, 2]], {}),
     (("wrn10_1", "convnet_w8"), [[0, 0, 1, 2]], dict(choice="cycle", crop="pad4")),
-    (("wrn10_1",), [[0, 0, 0], [1, 1, 2]], dict(drop_rate=0.0, dd_scale="sum", crop="none", flip=False, roll=0)),
+    (("wrn10_1",), [[0, 0, 0], [1, 1, 2]], dict(drop_rate=0.0, dd_scale="sum", crop="none", flip=False,
+                                                roll=0)),
     (("convnet_w8",), [[0, 0, 1, 1]], {}),                                          # no BatchNorm
     (("wrn10_1", "convnet_w8"), [[3, 1, 2], [4, 5, 6]], {}),                        # one image of each class
     (("wrn10_1", "convnet_w8"), [[5]], {}),                                         # a batch of one
@@ -238,8 +256,8 @@ def test_batches_that_share_a_pass_move_as_if_each_were_alone(unit):
 def test_recovery_is_the_same_with_statistics_closed_and_plain(names, labels, changes):
     pixels = randn(len(labels), len(labels[0]), 3, 16, 16)
     (plain, expected), (closed, reports) = (
-        recovered(pixels, labels, list(range(len(labels))), matchings_of(form, names), dd_autograd=form is Matching,
-                  **dict(iterations=6) | changes)
+        recovered(pixels, labels, list(range(len(labels))), matchings_of(form, names),
+                  dd_autograd=form is Matching, **dict(iterations=6) | changes)
         for form in FORMS)
     assert_near(closed, plain, 1e-9)
     for a, b in zip(reports, expected, strict=True):
@@ -250,11 +268,13 @@ def test_recovery_is_the_same_with_statistics_closed_and_plain(names, labels, ch
 
 def test_recovery_is_the_same_by_graphs_which_drop_layers_by_a_mask(monkeypatch):
     graphed = faked_graphs(monkeypatch, passes)
-    names, pixels, labels = ("wrn10_1", "convnet_w8", "mobilenetv2_05"), randn(2, 4, 3, 16, 16), [[0, 0, 1, 1], [2, 3, 2, 2]]
+    names, pixels, labels = ("wrn10_1", "convnet_w8",
+                             "mobilenetv2_05"), randn(2, 4, 3, 16, 16), [[0, 0, 1, 1], [2, 3, 2, 2]]
     (images, reports), (expected, alike) = (
-        recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names), iterations=12, choice="cycle", gradient=gradient)
+        recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names), iterations=12,
+                  choice="cycle", gradient=gradient)
         for gradient in (passes.graphed(matching_gradient), None))
-    assert_near(images, expected, 1e-6)                                             # rounding grows from step to step
+    assert_near(images, expected, 1e-6)  # rounding grows from step to step
     for a, b in zip(reports, alike, strict=True):
         assert a == pytest.approx(b, rel=1e-6)
     assert len(graphed) == 3 and sum(one.graph.replays for one in graphed) == 12 - 2 * 3
@@ -263,19 +283,23 @@ def test_recovery_is_the_same_by_graphs_which_drop_layers_by_a_mask(monkeypatch)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cuda_graphs", (False, True))
 def test_a_gpu_recovers_what_the_cpu_does_and_never_waits(cuda_graphs):
-    names, pixels, labels = ("wrn10_1", "convnet_w8", "mobilenetv2_05"), randn(2, 4, 3, 16, 16), [[0, 0, 1, 1], [2, 3, 2, 2]]
-    settings = dict(iterations=12, choice="cycle", dd_weight=0.0)                   # densification: eigh waits by itself
+    names, pixels, labels = ("wrn10_1", "convnet_w8",
+                             "mobilenetv2_05"), randn(2, 4, 3, 16, 16), [[0, 0, 1, 1], [2, 3, 2, 2]]
+    settings = dict(iterations=12, choice="cycle", dd_weight=0.0)  # densification: eigh waits by itself
     expected, _ = recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names), **settings)
     matchings = []
     for name in names:
         model = freeze(deepcopy(frozen(name, 16))).cuda()
-        targets = {layer: [v.cuda() for v in vectors] for layer, vectors in dataset_statistics(name, 4, 16).items()}
+        targets = {layer: [v.cuda() for v in vectors] for layer,
+                   vectors in dataset_statistics(name, 4, 16).items()}
         matchings.append(ClosedFormMatching(model, targets, layer_weights(model, 0.7, 0.5, 10.0)))
 
     gradient = passes.graphed(matching_gradient) if cuda_graphs else None
     draws = draw_iterations(12, matchings, 16, batches=[0, 1], **{
         key: value for key, value in DRAWN.items() if key != "iterations"} | dict(choice="cycle"))
-    images, loop = pixels.clone().cuda(), LOOP | dict(dd_weight=0.0, bounds=[bound.cuda() for bound in BOUNDS], gradient=gradient)
+    images, loop = pixels.clone().cuda(), LOOP | dict(dd_weight=0.0,
+                                                      bounds=[bound.cuda() for bound in BOUNDS],
+                                                      gradient=gradient)
     try:
         for t, _, _ in recover_batch(images, torch.tensor(labels).cuda(), matchings, draws, **loop):
             torch.cuda.set_sync_debug_mode("error" if t < 11 else "default")
@@ -288,22 +312,25 @@ def test_auto_is_one_batch_on_a_cpu_and_on_a_gpu_what_fits_and_fills(monkeypatch
     matchings = matchings_of(ClosedFormMatching, ("wrn10_1",))
     assert passes.fitting_groups(matching_gradient, matchings, 5, 16, torch.device("cpu")) == 1
     memory = iter([100, 400, 100, 400, 100, 400])
-    for name, value in dict(reset_peak_memory_stats=None, empty_cache=None, mem_get_info=(6000, 8000)).items():
+    for name, value in dict(reset_peak_memory_stats=None, empty_cache=None,
+                            mem_get_info=(6000, 8000)).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(memory))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: next(memory))
     for make in torch.zeros, torch.ones:
-        monkeypatch.setattr(torch, make.__name__, lambda *size, device, make=make, **kind: make(*size, **kind, device="meta"))
+        monkeypatch.setattr(torch, make.__name__, lambda *size, device, make=make,
+                            **kind: make(*size, **kind, device="meta"))
     gpu = torch.device("cuda")
-    assert passes.fitting_groups(lambda *_: None, matchings, 50, 32, gpu) == 16                             # 0.8 * 6000 / 300
-    assert passes.fitting_groups(lambda *_: None, matchings, 40, 224, gpu) == 2                             # two fill it
+    assert passes.fitting_groups(lambda *_: None, matchings, 50, 32, gpu) == 16  # 0.8 * 6000 / 300
+    assert passes.fitting_groups(lambda *_: None, matchings, 40, 224, gpu) == 2  # two fill it
     assert passes.fitting_groups(lambda *_: None, matchings, 5000, 224, gpu) == 1
 
 
 @pytest.mark.parametrize("unit", (False, True))
 def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_valid_pixels(unit):
     pixels, labels = 1.5 * randn(1, 5, 3, 16, 16), [[0, 0, 0, 1, 1]]
-    settings = dict(iterations=5, choice="cycle", unit_gradients=unit, drop_rate=0.0, crop="none", flip=False, roll=0, ce_weight=2.0)
+    settings = dict(iterations=5, choice="cycle", unit_gradients=unit, drop_rate=0.0, crop="none", flip=False,
+                    roll=0, ce_weight=2.0)
     matchings = matchings_of(Matching, ("wrn10_1", "convnet_w8"))
     x, first, second, norms = pixels[0].clone(), 0, 0, []
     states = [matching.start(1) for matching in matchings]
@@ -316,7 +343,8 @@ def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_vali
         slope, = torch.autograd.grad(2 * F.cross_entropy(logits, torch.tensor(labels[0])) + bn + conv, x)
         norms.append(slope.norm().item())
         slope = slope / norms[-1] if unit else slope
-        slope = slope + torch.autograd.grad(5 * data_densification(x, torch.tensor(labels[0]), 4.0, "mean"), x)[0]
+        slope = slope + torch.autograd.grad(5 * data_densification(x, torch.tensor(labels[0]), 4.0, "mean"),
+                                            x)[0]
         first, second = 0.5 * first + 0.5 * slope, 0.9 * second + 0.1 * slope ** 2
         step = first / (1 - 0.5 ** (t + 1)) / ((second / (1 - 0.9 ** (t + 1))).sqrt() + 1e-8)
         x = (x.detach() - 0.1 * (1 + math.cos(math.pi * t / 5)) / 2 * step).maximum(LOW).minimum(HIGH)
@@ -324,23 +352,27 @@ def test_recovery_is_adam_with_a_cosine_on_the_sum_of_the_losses_clamped_to_vali
         result, reports = recovered(pixels, labels, [0], matchings_of(form, ("wrn10_1", "convnet_w8")),
                                     dd_autograd=form is Matching, **settings)
         assert [losses["gradient"] for losses in reports] == pytest.approx(norms, rel=1e-4)
-        assert (result[0] - x).abs().max() < 1e-6                                   # the bounds are those of float32
+        assert (result[0] - x).abs().max() < 1e-6  # the bounds are those of float32
 
 
 @pytest.mark.parametrize("unit", (False, True))
 def test_with_unit_gradients_no_backbone_is_louder_than_another(unit):
-    pixels, settings = randn(1, 4, 3, 16, 16), dict(choice="cycle", unit_gradients=unit, ce_weight=0.0, dd_weight=0.0)
+    pixels, settings = randn(1, 4, 3, 16, 16), dict(choice="cycle", unit_gradients=unit, ce_weight=0.0,
+                                                    dd_weight=0.0)
     names = "wrn10_1", "convnet_w8"
-    alike, louder = ([matching_of(ClosedFormMatching, name, 16, bn=loud, conv=loud) for name, loud in zip(names, (1, times))]
+    alike, louder = ([matching_of(ClosedFormMatching, name, 16, bn=loud, conv=loud) for name,
+                      loud in zip(names, (1, times))]
                      for times in (1, 1000))
-    images, others = (recovered(pixels, [[0, 0, 1, 1]], [0], matchings, **settings)[0] for matchings in (alike, louder))
+    images, others = (recovered(pixels, [[0, 0, 1, 1]], [0], matchings, **settings)[0]
+                      for matchings in (alike, louder))
     assert torch.allclose(images, others, atol=1e-6) == unit
 
 
 def test_pixels_stay_in_the_valid_range_of_every_channel():
     seen = []
     pixels = 3 * randn(2, 2, 3, 8, 8)
-    recovered(pixels, [[0, 1], [2, 3]], [0, 1], [Spy()], lambda t, losses, pixels: seen.append(pixels.detach().clone()), lr=0.5)
+    recovered(pixels, [[0, 1], [2, 3]], [0, 1], [Spy()], lambda t, losses,
+              pixels: seen.append(pixels.detach().clone()), lr=0.5)
     for images in seen:
         assert (images >= LOW - 1e-6).all() and (images <= HIGH + 1e-6).all()
         assert ((images - LOW).abs() < 1e-6).any() and ((images - HIGH).abs() < 1e-6).any()
@@ -368,7 +400,8 @@ def test_the_learning_rate_falls_along_a_cosine_to_0(monkeypatch):
 
 
 class Spy:
-    """A matching that only records: linear logits of the mean colour, targets of three convolutions and a BatchNorm."""
+    """A matching that only records: linear logits of the mean colour, targets of three convolutions and a
+    BatchNorm."""
 
     targets = {"a": (0,) * 4, "bn": (0,) * 2, "b": (0,) * 4, "c": (0,) * 4}
 
@@ -392,11 +425,12 @@ class Spy:
 
 def spied(numbers=(0,), spies=3, **changes):
     """A run on equal images that stay as they are.
-    -> of each iteration: the backbone's index, dropped layers, images shown [iterations, batches, 2, 3, 8, 8]"""
+    -> of each iteration: the backbone's index, dropped layers, images shown [iterations, batches, 2, 3, 8,
+    8]"""
     spies = [Spy() for _ in range(spies)]
     image = torch.linspace(-1, 1, 192, dtype=torch.float64).view(3, 8, 8)
-    _, reports = recovered(image.expand(len(numbers), 2, -1, -1, -1), [[0, 1]] * len(numbers), list(numbers), spies,
-                           lr=0.0, **changes)
+    _, reports = recovered(image.expand(len(numbers), 2, -1, -1, -1), [[0, 1]] * len(numbers), list(numbers),
+                           spies, lr=0.0, **changes)
     chosen = [losses["backbone"] for losses in reports]
     place = [chosen[:t].count(k) for t, k in enumerate(chosen)]
     dropped = [spies[int(k)].dropped[i] for k, i in zip(chosen, place)]
@@ -451,21 +485,27 @@ def test_pixels_are_changed_in_place_and_stay_without_a_graph():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_state_goes_on_to_the_same_pixels(form):
-    matchings, labels, start = matchings_of(form, ("wrn10_1", "convnet_w8")), torch.tensor([[0, 0, 1]]), randn(1, 3, 3, 16, 16)
+    matchings, labels, start = matchings_of(form, ("wrn10_1",
+                                                   "convnet_w8")), torch.tensor([[0, 0, 1]]), randn(1, 3, 3,
+                                                                                                    16, 16)
     draws, whole, first, rest = draw_iterations(6, matchings, 16, seed=0), *(start.clone() for _ in range(3))
-    states = [deepcopy(state()) for _, _, state in recover_batch(whole, labels, matchings, draws, bounds=BOUNDS)]
+    states = [deepcopy(state()) for _, _, state in recover_batch(whole, labels, matchings, draws,
+                                                                 bounds=BOUNDS)]
     assert [state["iterations"] for state in states] == [1, 2, 3, 4, 5, 6]
     for at in 2, 5:
-        steps = [t for t, _, _ in recover_batch(rest, labels, matchings, draws, bounds=BOUNDS, resume=deepcopy(states[at - 1]))]
+        steps = [t for t, _, _ in recover_batch(rest, labels, matchings, draws, bounds=BOUNDS,
+                                                resume=deepcopy(states[at - 1]))]
         assert steps == list(range(at, 6)) and torch.equal(rest, whole)
 
 
 def test_averages_carried_over_are_the_past_of_the_first_iteration():
-    matching, labels, start = matching_of(Matching, "wrn10_1", 16), torch.tensor([[0, 1]]), randn(1, 2, 3, 16, 16)
+    matching, labels, start = matching_of(Matching, "wrn10_1", 16), torch.tensor([[0, 1]]), randn(1, 2, 3, 16,
+                                                                                                  16)
     draws = draw_iterations(1, [matching], 16, seed=0, drop_rate=0.0, crop="none")
     values = []
     for averages in None, [matching.start(1)]:
-        for _, losses, state in recover_batch(start.clone(), labels, [matching], draws, bounds=BOUNDS, averages=averages):
+        for _, losses, state in recover_batch(start.clone(), labels, [matching], draws, bounds=BOUNDS,
+                                              averages=averages):
             values.append(losses["conv"])
     assert torch.equal(*values)
     carried, other = state()["averages"], randn(1, 2, 3, 16, 16)
@@ -481,9 +521,10 @@ def test_densification_on_the_view_is_that_of_what_the_backbone_sees():
     draws = draw_iterations(1, [spy], 8, seed=0, crop="pad2", flip=True)
     view = apply_view(pixels.flatten(1, 2), draws[0]["view"]).view(4, 3, 8, 8)
     for dd_on, autograd in product(("pixels", "view"), (True, False)):
-        (_, losses, _), = recover_batch(pixels.clone(), labels, [spy], draws, bounds=BOUNDS, dd_on=dd_on, dd_weight=3.0,
-                                        dd_autograd=autograd)
-        assert_near(losses["dd"], 3 * data_densification(pixels[0] if dd_on == "pixels" else view, labels[0]), 1e-9)
+        (_, losses, _), = recover_batch(pixels.clone(), labels, [spy], draws, bounds=BOUNDS, dd_on=dd_on,
+                                        dd_weight=3.0, dd_autograd=autograd)
+        assert_near(losses["dd"], 3 * data_densification(pixels[0] if dd_on == "pixels" else view, labels[0]),
+                    1e-9)
 
 
 def test_weight_decay_is_adams():
@@ -491,15 +532,16 @@ def test_weight_decay_is_adams():
     draws = draw_iterations(1, [Spy()], 8, seed=0)
     for decay in 0.0, 0.1:
         images = pixels.clone()
-        (_, losses, _), = recover_batch(images, labels, [Spy()], draws, bounds=(LOW - 9, HIGH + 9), ce_weight=0.0, lr=0.1,
-                                        weight_decay=decay, dd_weight=0.0)
+        (_, losses, _), = recover_batch(images, labels, [Spy()], draws, bounds=(LOW - 9, HIGH + 9),
+                                        ce_weight=0.0, lr=0.1, weight_decay=decay, dd_weight=0.0)
         step = 0.1 * pixels.sign() if decay else torch.zeros_like(pixels)                   # Adam's first
         assert (images - (pixels - step)).abs().max() < 1e-5
 
 
 def test_shapes_that_do_not_fit_are_named():
     draws = draw_iterations(1, [Spy()], 8, seed=0)
-    for images, labels in (randn(2, 3, 8, 8), torch.tensor([0, 1])), (randn(1, 2, 3, 8, 8), torch.tensor([[0, 1, 2]])):
+    for images, labels in (randn(2, 3, 8, 8), torch.tensor([0, 1])), (randn(1, 2, 3, 8, 8),
+                                                                      torch.tensor([[0, 1, 2]])):
         with pytest.raises(ValueError, match=r"images of shape \(.*labels of shape \(.*\[groups, batch"):
             next(recover_batch(images, labels, [Spy()], draws, bounds=BOUNDS))
     with pytest.raises(ValueError, match="loop 'reordered' is neither"):
@@ -508,7 +550,8 @@ def test_shapes_that_do_not_fit_are_named():
 
 # Batches and their start
 
-GRID = list(product((1, 2, 3, 7, 10), (1, 2, 3, 5, 10, 50), (1, 2, 3, 4, 7, 10, 50, 100)))  # classes, ipc, batch size
+# classes, ipc, batch size
+GRID = list(product((1, 2, 3, 7, 10), (1, 2, 3, 5, 10, 50), (1, 2, 3, 4, 7, 10, 50, 100)))
 
 
 @pytest.mark.parametrize("loop", ("reorder", "original"))

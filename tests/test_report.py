@@ -9,11 +9,13 @@ from utils import report
 @pytest.fixture
 def write(tmp_path):
     """write(method=, labels=, ..., top1=): a result file below tmp_path/cifar10."""
-    def write(method="gvbsm", labels="stored", ipc=10, tag=None, student="resnet18", dataset="cifar10", **metrics):
+    def write(method="gvbsm", labels="stored", ipc=10, tag=None, student="resnet18", dataset="cifar10",
+              **metrics):
         path = tmp_path / dataset / f"{method}-ipc{ipc}{f'-{tag}' if tag else ''}" / "eval" / f"{student}-{labels}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         identity = dict(method=method, labels=labels, ipc=ipc, tag=tag, student=student)
-        path.write_text(json.dumps(identity | dict(top1_std=0.0, seeds=[0], args={}, upstream={}, made_from={"images": "0"}) | metrics))
+        path.write_text(json.dumps(identity | dict(top1_std=0.0, seeds=[0], args={}, upstream={},
+                                                   made_from={"images": "0"}) | metrics))
     return write
 
 
@@ -27,7 +29,8 @@ def cells(tmp_path, capsys, dataset="cifar10"):
     return lines[2:]
 
 
-def test_synthetic_and_random_images_stand_side_by_side_under_soft_and_under_hard_labels(write, tmp_path, capsys):
+def test_synthetic_and_random_images_stand_side_by_side_under_soft_and_under_hard_labels(write, tmp_path,
+                                                                                         capsys):
     write(top1=61.04, top1_std=0.25, seeds=[0, 1])
     write(top1=30, labels="hard")
     write(top1=67.1, method="random")
@@ -47,7 +50,8 @@ def test_what_is_missing_is_not_run(write, tmp_path, capsys):
         ["50", "resnet18", "hard", "gvbsm", "not run", "not run", "", ""]]
 
 
-def test_a_tagged_run_is_compared_with_the_random_images_of_its_tag_or_else_with_the_untagged(write, tmp_path, capsys):
+def test_a_tagged_run_is_compared_with_the_random_images_of_its_tag_or_else_with_the_untagged(write, tmp_path,
+                                                                                              capsys):
     for tag, top1 in (None, 50), ("kl", 51), ("sgd", 52):
         write(top1=top1, tag=tag)
     write(top1=40, method="random")
@@ -59,13 +63,16 @@ def test_a_tagged_run_is_compared_with_the_random_images_of_its_tag_or_else_with
 
 @pytest.mark.parametrize("labels, other, same", [
     ("stored", dict(args={"epochs": 9}), False), ("stored", dict(args={"loss": "kl"}), False),
-    ("stored", dict(upstream={"relabel": {"mix": "mixup"}}), False), ("stored", dict(made_from={"images": "0", "weights": {"a": "0"}}), False),
-    ("stored", dict(args={"student_seeds": [1]}, upstream={"recover": {"lr": 1}}, made_from={"images": "1"}), True),
+    ("stored", dict(upstream={"relabel": {"mix": "mixup"}}), False),
+    ("stored", dict(made_from={"images": "0", "weights": {"a": "0"}}), False),
+    ("stored", dict(args={"student_seeds": [1]}, upstream={"recover": {"lr": 1}}, made_from={"images": "1"}),
+     True),
     ("stored", dict(args={"crop_floor": 0.08}), True),              # older than a flag
     ("stored", dict(args={"crop_floor": 0.25}), False),
     ("hard", dict(args={"lr": ["1"]}), False), ("hard", dict(args={"loss": "kl", "seed": 1}), True),
     ("online", dict(args={"logit_norm": False}), False)])
-def test_only_random_images_of_the_same_labels_and_training_are_compared(labels, other, same, write, tmp_path, capsys):
+def test_only_random_images_of_the_same_labels_and_training_are_compared(labels, other, same, write, tmp_path,
+                                                                         capsys):
     write(top1=50, labels=labels, method="sre2l")
     write(top1=40, labels=labels, method="random", **other)
     line, = [line for line in cells(tmp_path, capsys) if line[3:5] == ["sre2l", "50.0"]]
@@ -75,11 +82,13 @@ def test_only_random_images_of_the_same_labels_and_training_are_compared(labels,
 def test_a_note_says_how_the_recipe_of_random_images_differs(write, tmp_path, capsys):
     write(top1=50, args={"epochs": 60}, upstream={"relabel": {"epochs": 60}})
     write(top1=51, tag="kl", args={"epochs": 60, "loss": "kl"}, upstream={"relabel": {"epochs": 60}})
-    write(top1=52, tag="other", args={"epochs": 60}, upstream={"relabel": {"epochs": 60}}, made_from={"images": "0", "weights": {"a": "0"}})
+    write(top1=52, tag="other", args={"epochs": 60}, upstream={"relabel": {"epochs": 60}},
+          made_from={"images": "0", "weights": {"a": "0"}})
     write(top1=40, method="random", args={"epochs": 200}, upstream={"relabel": {"epochs": 200}})
     report.main([str(tmp_path / "cifar10")])
     text = capsys.readouterr().out
-    assert [line.split("|")[6].strip() for line in text.splitlines()[2:5]] == ["not run [1]", "not run [2]", "not run [3]"]
+    assert [line.split("|")[6].strip() for line in text.splitlines()[2:5]] == ["not run [1]", "not run [2]",
+                                                                               "not run [3]"]
     assert "\n[1] random real has another recipe (epochs 200, not 60)\n" in text
     assert "\n[2] random real has another recipe (epochs 200, not 60; loss mse_gt, not kl)\n" in text
     assert "\n[3] random real has another recipe (epochs 200, not 60; other teachers)\n" in text
@@ -91,7 +100,8 @@ def test_the_flags_that_a_run_changes_stand_below_the_table(write, tmp_path, cap
         write(top1=50, tag=tag, args=trained, upstream={"recover": recover, "relabel": trained})
     report.main([str(tmp_path / "cifar10")])
     assert capsys.readouterr().out.partition("\n\n")[2].splitlines() == [
-        "ipc 10, gvbsm-alpha0 against gvbsm: recover.py --alpha 0.0", "ipc 10, gvbsm-short against gvbsm: --epochs 30"]
+        "ipc 10, gvbsm-alpha0 against gvbsm: recover.py --alpha 0.0",
+        "ipc 10, gvbsm-short against gvbsm: --epochs 30"]
 
 
 def test_all_methods_stand_side_by_side_with_what_each_paper_published(write, tmp_path, capsys):
@@ -99,15 +109,20 @@ def test_all_methods_stand_side_by_side_with_what_each_paper_published(write, tm
         write(top1=1, method=method, dataset="imagenet")
     write(top1=2, method="random", dataset="imagenet")
     found = [[line[3], line[5], line[7]] for line in cells(tmp_path, capsys, "imagenet") if line[2] == "soft"]
-    assert found == [["gvbsm", "2.0", "31.4 ± 0.5"], ["sre2l", "2.0", "21.3"], ["teddy", "2.0", "34.1 ± 0.1"], ["herding", "2.0", ""]]
+    assert found == [["gvbsm", "2.0", "31.4 ± 0.5"], ["sre2l", "2.0", "21.3"], ["teddy", "2.0", "34.1 ± 0.1"],
+                     ["herding", "2.0", ""]]
 
 
 @pytest.mark.parametrize("method, dataset, ipc, student, labels, published", [
-    ("sre2l", "cifar100", 50, "resnet18", "stored", "49.5 ± 0.3"), ("cda", "tiny", 50, "resnet18", "stored", "48.7"),
-    ("scdd", "cifar100", 50, "resnet18", "stored", "53.4 ± 1.1"), ("herding", "cifar10", 10, "convnet_w128", "hard", "31.6 ± 0.7"),
-    ("dm", "cifar10", 50, "convnet_w128", "hard", "63.0 ± 0.4"), ("kcenter", "cifar100", 10, "convnet_w128", "hard", "17.3 ± 0.3"),
+    ("sre2l", "cifar100", 50, "resnet18", "stored", "49.5 ± 0.3"),
+    ("cda", "tiny", 50, "resnet18", "stored", "48.7"),
+    ("scdd", "cifar100", 50, "resnet18", "stored", "53.4 ± 1.1"),
+    ("herding", "cifar10", 10, "convnet_w128", "hard", "31.6 ± 0.7"),
+    ("dm", "cifar10", 50, "convnet_w128", "hard", "63.0 ± 0.4"),
+    ("kcenter", "cifar100", 10, "convnet_w128", "hard", "17.3 ± 0.3"),
     ("forgetting", "cifar10", 10, "convnet_w128", "stored", "")])
-def test_each_methods_published_number(method, dataset, ipc, student, labels, published, write, tmp_path, capsys):
+def test_each_methods_published_number(method, dataset, ipc, student, labels, published, write, tmp_path,
+                                       capsys):
     write(top1=1, method=method, dataset=dataset, ipc=ipc, student=student, labels=labels)
     line, = [line for line in cells(tmp_path, capsys, dataset) if line[4] == "1.0"]
     assert line[7] == published
@@ -118,16 +133,19 @@ def test_rows_are_in_order_and_online_labels_stand_where_there_are_any(write, tm
         write(top1=1, ipc=ipc, student=student)
     write(top1=2, labels="online")
     found = [line[:3] for line in cells(tmp_path, capsys)]
-    assert found == [["10", "convnet_w128", "soft"], ["10", "convnet_w128", "hard"], ["10", "resnet18", "soft"],
-                     ["10", "resnet18", "soft, online"], ["10", "resnet18", "hard"], ["50", "resnet18", "soft"],
-                     ["50", "resnet18", "hard"]]
+    assert found == [["10", "convnet_w128", "soft"], ["10", "convnet_w128", "hard"],
+                     ["10", "resnet18", "soft"],
+                     ["10", "resnet18", "soft, online"], ["10", "resnet18", "hard"],
+                     ["50", "resnet18", "soft"], ["50", "resnet18", "hard"]]
 
 
 @pytest.mark.parametrize("dataset, ipc, student, published", [
     ("cifar10", 10, "convnet_w128", "46.5 ± 0.7"), ("cifar100", 10, "convnet_w128", "38.7 ± 0.2"),
     ("cifar100", 10, "resnet18", "59.5 ± 0.4"), ("tiny", 50, "resnet18", "47.6 ± 0.3"),
-    ("imagenet", 10, "resnet18", "31.4 ± 0.5"), ("imagenet", 10, "convnet_w128", ""), ("shapes", 10, "resnet18", "")])
-def test_the_papers_number_stands_beside_soft_labels_alone(dataset, ipc, student, published, write, tmp_path, capsys):
+    ("imagenet", 10, "resnet18", "31.4 ± 0.5"), ("imagenet", 10, "convnet_w128", ""),
+    ("shapes", 10, "resnet18", "")])
+def test_the_papers_number_stands_beside_soft_labels_alone(dataset, ipc, student, published, write, tmp_path,
+                                                           capsys):
     write(top1=1, dataset=dataset, ipc=ipc, student=student)
     write(top1=1, dataset=dataset, ipc=ipc, student=student, labels="hard")
     assert [line[7] for line in cells(tmp_path, capsys, dataset)] == [published, ""]
@@ -160,7 +178,8 @@ def test_the_table_shows_what_train_eval_wrote(project, capsys):
 
 def test_a_variant_is_not_missed_under_hard_labels(write, tmp_path):
     write(top1=50, tag="ablation-kl")
-    assert {row[2] for row in report.rows("cifar10", report.read_results(tmp_path / "cifar10"))[0]} == {"soft"}
+    assert {row[2] for row in report.rows("cifar10",
+                                          report.read_results(tmp_path / "cifar10"))[0]} == {"soft"}
 
 
 def test_a_number_whose_data_set_the_paper_does_not_name_is_not_shown():

@@ -27,7 +27,8 @@ def arguments(**changes):
     return argparse.Namespace(**values | changes)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("broken"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("broken"),
+                                   KeyboardInterrupt()])
 @pytest.mark.parametrize("old", [None, "old"])
 def test_a_file_that_was_not_written_to_the_end_leaves_the_old_one(error, old, tmp_path, capsys):
     path = tmp_path / "result.json"
@@ -66,16 +67,19 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(save, tmp_path, caps
 @pytest.mark.slow
 def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
     code = ("import os, sys; from pathlib import Path; from utils.checkpoint import whole_file\n"
-            "with whole_file(Path(sys.argv[1])) as temporary:\n    temporary.write_text('ne')\n    os._exit(1)")
+            "with whole_file(Path(sys.argv[1])) as temporary:\n    temporary.write_text('ne')\n    "
+            "os._exit(1)")
     subprocess.run([sys.executable, "-c", code, tmp_path / "result.json"], cwd=ROOT)
     assert not (tmp_path / "result.json").exists() and len(list(tmp_path.iterdir())) == 1
     checkpoint.save_torch(tmp_path / "result.json", 1)            # the next attempt clears it away
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize("norm, expected", [(torch.nn.BatchNorm2d, True), (lambda width: torch.nn.GroupNorm(width, width), False)])
+@pytest.mark.parametrize("norm, expected", [(torch.nn.BatchNorm2d, True),
+                                            (lambda width: torch.nn.GroupNorm(width, width), False)])
 def test_channels_come_last_unless_there_are_group_norms(norm, expected):
-    outputs = train.channels_last(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm(8)))(torch.rand(2, 3, 9, 9))
+    outputs = train.channels_last(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm(8)))(torch.rand(2, 3, 9,
+                                                                                                     9))
     assert outputs.is_contiguous(memory_format=torch.channels_last) == expected
     assert outputs.is_contiguous() != expected
 
@@ -88,7 +92,8 @@ def test_precision_is_that_of_the_layers_and_not_of_weights_or_outputs(precision
     model = train.with_precision(model, torch.device("cpu"), precision)
     outputs = model(torch.rand(5, 3, 3, 3))
     outputs.sum().backward()
-    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32] and outputs.dtype == torch.float32
+    assert seen == [torch.bfloat16 if precision == "bf16"
+                    else torch.float32] and outputs.dtype == torch.float32
     assert list(model.state_dict()) == keys and all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
@@ -98,37 +103,46 @@ def test_the_device_is_timed_without_a_random_number():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("native, seconds, chosen", [(True, 0.5, "bf16"), (True, 0.9, "tf32"), (False, 0.5, "tf32")])
-def test_auto_precision_is_bfloat16_only_where_the_device_multiplies_it_and_that_is_faster(native, seconds, chosen, monkeypatch):
+@pytest.mark.parametrize("native, seconds, chosen",
+                         [(True, 0.5, "bf16"), (True, 0.9, "tf32"), (False, 0.5, "tf32")])
+def test_auto_precision_is_bfloat16_only_where_the_device_multiplies_it_and_that_is_faster(native, seconds,
+                                                                                           chosen,
+                                                                                           monkeypatch):
     for unit in "avx512_bf16", "amx_tile":
-        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: native and unit == "amx_tile", raising=False)
+        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: native and unit == "amx_tile",
+                            raising=False)
     monkeypatch.setattr(run, "conv_step_seconds", lambda narrow: seconds if narrow else 1.0)
     for asked, expected in ("auto", chosen), ("bf16", "bf16"), ("fp32", "fp32"):
-        args = arguments(device="cpu", precision=asked, dataset="shapes", run_dir="runs", holdout=False, method="gvbsm", ipc=1,
-                         teachers="a", imbalance=1)
+        args = arguments(device="cpu", precision=asked, dataset="shapes", run_dir="runs", holdout=False,
+                         method="gvbsm", ipc=1, teachers="a", imbalance=1)
         run.begin(args)
         assert args.precision == expected
 
 
 @pytest.mark.parametrize("processes, local_rank, asked, device", [
-    (1, 0, "auto", None), (1, 0, "cuda", None), (1, 0, "cuda:1", 1), (8, 1, "auto", 1), (8, 2, "cuda", 0), (8, 7, "auto", 1)])
-def test_processes_are_dealt_two_gpus_and_one_alone_takes_the_one_it_names(processes, local_rank, asked, device, monkeypatch):
+    (1, 0, "auto", None), (1, 0, "cuda", None), (1, 0, "cuda:1", 1), (8, 1, "auto", 1), (8, 2, "cuda", 0),
+    (8, 7, "auto", 1)])
+def test_processes_are_dealt_two_gpus_and_one_alone_takes_the_one_it_names(processes, local_rank, asked,
+                                                                           device, monkeypatch):
     taken = []
     for name, value in dict(WORLD_SIZE=processes, LOCAL_RANK=local_rank).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: taken.append(operator.index(index)))    # no device without one
+    # no device without one
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: taken.append(operator.index(index)))
     monkeypatch.setattr(run.dist, "init_process_group", lambda *args, **more: None)
-    monkeypatch.setattr(run, "pick_device", lambda name, precision: torch.device(name.replace("auto", "cuda")))
-    args = arguments(device=asked, precision="tf32", dataset="shapes", run_dir="runs", holdout=False, method="gvbsm",
-                     ipc=1, teachers="a", imbalance=1)
+    monkeypatch.setattr(run, "pick_device", lambda name,
+                        precision: torch.device(name.replace("auto", "cuda")))
+    args = arguments(device=asked, precision="tf32", dataset="shapes", run_dir="runs", holdout=False,
+                     method="gvbsm", ipc=1, teachers="a", imbalance=1)
     assert run.begin(args)[0] == torch.device("cuda", device) and taken == [device or 0]
 
 
 def test_what_is_sent_to_a_device_arrives_there():
     device, one = torch.device("meta"), torch.ones(2)
     sent = run.send({"a": one, "b": torch.zeros(3)}, device)
-    assert list(sent) == ["a", "b"] and all(part.is_meta for part in sent.values()) and run.send(one, device).is_meta
+    assert list(sent) == ["a", "b"] and all(part.is_meta
+                                            for part in sent.values()) and run.send(one, device).is_meta
     assert run.send(one, torch.device("cpu")) is one
 
 
@@ -143,11 +157,12 @@ def test_a_generator_depends_on_its_key_alone():
     code = ("import torch; from utils.run import generator\n"
             "print(torch.rand(9, generator=generator('noise', 0, 1)).tolist())")
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert json.loads(other.stdout) == first.tolist()                                   # nor on the process's hash seed
+    assert json.loads(other.stdout) == first.tolist()  # nor on the process's hash seed
 
 
 def test_generators_of_other_keys_draw_other_numbers():
-    keys = ["noise", 0, 1], ["noise", 1, 0], ["noise", 0, 11], ["noise", 0], ["view", 0, 1], ["noise", 0, 2 ** 70]
+    keys = ["noise", 0, 1], ["noise", 1, 0], ["noise", 0, 11], ["noise", 0], ["view", 0, 1], ["noise", 0,
+                                                                                              2 ** 70]
     assert len({torch.rand((), generator=run.generator(*key)).item() for key in keys}) == len(keys)
 
 
@@ -156,7 +171,7 @@ def test_a_fingerprint_is_of_the_contents_of_all_parts_in_their_order(tmp_path):
     one.write_bytes(b"abc")
     two.write_bytes(b"abc")
     assert provenance.fingerprint(one) == provenance.fingerprint(two) == provenance.fingerprint("abc") == (
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")             # FIPS 180-2, appendix B.1
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")  # FIPS 180-2, appendix B.1
     two.write_bytes(b"abd")
     pixels = np.arange(6, dtype=np.uint8)
     parts = [(one,), (two,), ("abc", pixels), ("abd", pixels), ("abc", pixels + 1), (pixels, "abc")]
@@ -182,7 +197,8 @@ def test_other_arguments_are_told_by_flag_and_both_values(changes, told, capsys)
 def test_arguments_of_any_type_become_plain_values():
     plain = provenance.relevant(arguments(images=Path("some/where")))
     assert json.loads(json.dumps(plain)) == plain
-    assert plain == {"alpha": 0.8, "backbones": ["a", "b"], "logit_norm": True, "tag": None, "images": "some/where"}
+    assert plain == {"alpha": 0.8, "backbones": ["a", "b"], "logit_norm": True, "tag": None,
+                     "images": "some/where"}
 
 
 def test_a_flag_that_is_new_since_a_result_was_written_does_not_void_it():
@@ -190,8 +206,8 @@ def test_a_flag_that_is_new_since_a_result_was_written_does_not_void_it():
 
 
 @pytest.mark.parametrize("found, told", [
-    (["a", "b", "c"], None), (["a", "c", "b"], "class 'c' stands where 'b' does"), (["a", "b"], "2 classes, not 3"),
-    (["a", "b", "c", "d"], "4 classes, not 3")])
+    (["a", "b", "c"], None), (["a", "c", "b"], "class 'c' stands where 'b' does"),
+    (["a", "b"], "2 classes, not 3"), (["a", "b", "c", "d"], "4 classes, not 3")])
 def test_classes_must_agree_in_their_order(found, told, capsys):
     if told:
         with pytest.raises(SystemExit):
@@ -215,7 +231,8 @@ def test_accuracy_is_the_share_of_images_whatever_the_batches_and_in_eval_mode()
 
     guesses, labels = torch.tensor([0, 1, 2, 3, 3, 3, 0]), torch.tensor([0, 1, 2, 3, 0, 0, 1])
     for size in 1, 3, 7:
-        assert train.accuracy(Model().train(), zip(guesses.split(size), labels.split(size))) == pytest.approx(400 / 7)
+        assert train.accuracy(Model().train(), zip(guesses.split(size),
+                                                   labels.split(size))) == pytest.approx(400 / 7)
 
 
 def test_a_mistake_is_one_line_whatever_the_message(capsys):
@@ -228,8 +245,8 @@ def test_a_mistake_is_one_line_whatever_the_message(capsys):
     ("tiny", None, ("runs/tiny/teachers/e20", "runs/tiny/gvbsm-ipc3")),
     ("some/where/", "x", ("runs/where/teachers/e20", "runs/where/gvbsm-ipc3-x"))])
 def test_a_run_is_named_by_data_set_method_ipc_and_tag(dataset, tag, expected):
-    args = argparse.Namespace(dataset=dataset, run_dir="runs", method="gvbsm", ipc=3, tag=tag, teachers="e20", holdout=False,
-                              imbalance=1)
+    args = argparse.Namespace(dataset=dataset, run_dir="runs", method="gvbsm", ipc=3, tag=tag, teachers="e20",
+                              holdout=False, imbalance=1)
     paths = run.run_paths(args)
     assert (paths.teachers.as_posix(), paths.run.as_posix()) == expected
     assert all(getattr(paths, name) == paths.run / name for name in ("images", "labels", "eval"))
@@ -244,8 +261,10 @@ def test_progress_off_a_terminal_is_a_plain_line_now_and_then_and_at_the_end(cap
         progress.step(lambda: "loss 1.0")
     lines = capsys.readouterr().out.split("\n")
     assert [line.split("  ")[:3] for line in lines[:-1]] == [
-        ["work", "30/100 images", "0:00:30, 0:01:10 left"], ["work", "60/100 images", "0:01:00, 0:00:40 left"],
-        ["work", "90/100 images", "0:01:30, 0:00:10 left"], ["work", "100/100 images", "0:01:40, 0:00:00 left"]]
+        ["work", "30/100 images", "0:00:30, 0:01:10 left"],
+        ["work", "60/100 images", "0:01:00, 0:00:40 left"],
+        ["work", "90/100 images", "0:01:30, 0:00:10 left"],
+        ["work", "100/100 images", "0:01:40, 0:00:00 left"]]
     assert lines[-1] == "" and all(line.endswith("loss 1.0") and "\r" not in line for line in lines[:-1])
 
 
@@ -268,8 +287,8 @@ def screen(text, columns):
 @pytest.mark.parametrize("columns, expected", [
     (120, "squeeze convnet_w128  123456/123456 images  0:00:10, 0:00:00 left  loss 1.2346  top1 43.21"),
     (80, "squeeze convnet_w128  123456/123456 images  0:00:10, 0:00:00 left"),
-    (60, "squeeze convnet_w128  123456/123456 images, 0:00:00 left"), (40, "123456/123456 images, 0:00:00 left"),
-    (20, "123456/123456 image")])
+    (60, "squeeze convnet_w128  123456/123456 images, 0:00:00 left"),
+    (40, "123456/123456 images, 0:00:00 left"), (20, "123456/123456 image")])
 def test_progress_on_a_terminal_is_one_row_whatever_its_width(columns, expected, capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(run.time, "time", lambda: now[0])
@@ -299,7 +318,8 @@ def test_busy_cores_are_noted_where_threads_would_wait(threads, load, noted, mon
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setattr(run.os, "getloadavg", lambda: (load, 0, 0))
     line = run.busy_cores()
-    assert bool(line) == noted and (not noted or "3 processes" in line and "2 cores" in line and "OMP_NUM_THREADS=1" in line)
+    assert bool(line) == noted and (not noted or "3 processes" in line and "2 cores" in line
+                                    and "OMP_NUM_THREADS=1" in line)
 
 
 @pytest.mark.parametrize("path, remedy", [
@@ -328,4 +348,4 @@ def test_unfinished_work_is_told_with_the_command_that_began_it_and_the_flags_ty
 @pytest.mark.parametrize("top1, tested, expected", [(10, 100, True), (15.9, 100, True), (16.1, 100, False),
                                                     (16.1, 50, True), (5, 10000, True)])
 def test_chance_is_at_most_two_standard_errors_away(top1, tested, expected):
-    assert teachers.at_chance(top1, 10, tested) == expected                       # one standard error of 100: 3
+    assert teachers.at_chance(top1, 10, tested) == expected  # one standard error of 100: 3

@@ -54,7 +54,8 @@ def interrupt(monkeypatch):
 
 @pytest.fixture
 def record(monkeypatch):
-    """record(module, name): the list of arguments, and value after them, of the calls of module.name from now on."""
+    """record(module, name): the list of arguments, and value after them, of the calls of module.name from now
+    on."""
     def watch(module, name):
         function, calls = getattr(module, name), []
 
@@ -76,7 +77,8 @@ def teachers(project, *names, folder=None):
     models = {}
     for name in names:
         record = checkpoint((folder or project.teachers) / f"{name}.pt")
-        models[name] = build_model(name, len(record["data"]["classes"]), record["data"]["image_size"]).eval().requires_grad_(False)
+        models[name] = build_model(name, len(record["data"]["classes"]),
+                                   record["data"]["image_size"]).eval().requires_grad_(False)
         models[name].load_state_dict(record["weights"])
     return models
 
@@ -96,14 +98,17 @@ def made(project, phase, run=RUN):
     """What a phase has made, comparable."""
     if phase in ("squeeze", "collect_stats"):
         kind, key = (".pt", "weights") if phase == "squeeze" else (".stats.pt", "statistics")
-        return {name: {layer: [row.tolist() for row in values] if isinstance(values, list) else values.tolist()
+        return {name: {layer: [row.tolist() for row in values] if isinstance(values, list)
+                       else values.tolist()
                        for layer, values in checkpoint(project.teachers / f"{name}{kind}")[key].items()}
                 for name in ("convnet_w8", "wrn10_1")}
     if phase == "recover":
-        return {path.relative_to(project.run(run)): path.read_bytes() for path in project.run(run).rglob("*.png")}
+        return {path.relative_to(project.run(run)): path.read_bytes()
+                for path in project.run(run).rglob("*.png")}
     if phase == "relabel":
         return {path.name: path.read_bytes() for path in (project.run(run) / "labels").glob("*.npy")}
-    return {path.name: json.loads(path.read_text())["top1_by_epoch"] for path in (project.run(run) / "eval").iterdir()}
+    return {path.name: json.loads(path.read_text())["top1_by_epoch"]
+            for path in (project.run(run) / "eval").iterdir()}
 
 
 # The chain
@@ -124,13 +129,15 @@ def chain(request, beasts, new_project):
 def test_the_chain_writes_the_documented_files_and_no_others(chain):
     project, results, _ = chain
     ipc, backbones = results["squeeze"]["ipc"], results["squeeze"]["args"]["backbones"]
-    expected = {f"teachers/supervised/{backbone}{kind}" for backbone in backbones for kind in (".pt", ".stats.pt")}
+    expected = {f"teachers/supervised/{backbone}{kind}" for backbone in backbones
+                for kind in (".pt", ".stats.pt")}
     expected |= {f"teachers/supervised/{phase}.json" for phase in ("squeeze", "collect_stats")}
     run = {f"images/{name}/{i:05d}.png" for name in project.classes for i in range(ipc)}
     run |= {"grid.png", "log.jsonl", "result.json", "labels/result.json", "eval/convnet_w8.json"}
     run |= {f"labels/{name}.npy" for name in ("logits", "crop", "flip", "partner", "box", "ratio")}
     expected |= {f"gvbsm-ipc{ipc}/{name}" for name in run}
-    found = {path.relative_to(project.results).as_posix() for path in project.results.rglob("*") if path.is_file()}
+    found = {path.relative_to(project.results).as_posix() for path in project.results.rglob("*")
+             if path.is_file()}
     assert found == expected
 
 
@@ -144,7 +151,8 @@ def test_each_phase_ends_with_three_lines_and_one_short_result_that_names_its_fi
         assert [line for line in lines if line.startswith("RESULT")] == lines[-1:] and len(lines[-1]) < 400
         short = json.loads(lines[-1].removeprefix("RESULT "))
         assert short["file"] == str(file) and json.loads(file.read_text()) == result
-        assert all(short[key] == result[key] for key in ("phase", "dataset", "ipc", "method", "tag", "seconds"))
+        assert all(short[key] == result[key] for key in ("phase", "dataset", "ipc", "method", "tag",
+                                                         "seconds"))
         assert "top1" not in result or short["top1"] == pytest.approx(result["top1"], abs=0.01)
         told, files, following = lines[-4:-1]
         assert told.startswith(f"{phase}: ") and files.startswith(f"files: {file.parent}")
@@ -192,7 +200,8 @@ def test_the_log_holds_the_arguments_and_then_every_term_of_the_loss(chain):
     batches = -(-len(project.classes) * results["recover"]["ipc"] // 4)
     steps = [(*entry["batches"], entry["iteration"]) for entry in entries]
     assert steps == [(n, t) for n in range(batches) for t in range(6)]
-    assert all(list(entry) == ["iteration", "batches", "backbone", "ce", "bn", "conv", "dd", "gradient"] for entry in entries)
+    assert all(list(entry) == ["iteration", "batches", "backbone", "ce", "bn", "conv", "dd", "gradient"]
+               for entry in entries)
 
 
 def test_the_log_has_every_hundredth_of_all_iterations_and_the_last(project):
@@ -246,8 +255,10 @@ def test_a_finished_phase_repeats_the_result_of_the_backbones_it_was_asked_for(p
         assert list(project.call(phase, "--backbones convnet_w8")[metric]) == ["convnet_w8"]
 
 
-@pytest.mark.parametrize("module, name, call", [(recover, "matching_gradient", 9), (recorder, "save_png", 6)])   # the second batch
-def test_an_interrupted_recovery_goes_on_as_if_nothing_had_happened(module, name, call, project, interrupt, monkeypatch):
+# the second batch
+@pytest.mark.parametrize("module, name, call", [(recover, "matching_gradient", 9), (recorder, "save_png", 6)])
+def test_an_interrupted_recovery_goes_on_as_if_nothing_had_happened(module, name, call, project, interrupt,
+                                                                    monkeypatch):
     project.call("recover", "--tag whole")
     with monkeypatch.context(), pytest.raises(Interrupted):
         interrupt(module, name, call)
@@ -264,7 +275,8 @@ def test_an_interrupted_recovery_goes_on_as_if_nothing_had_happened(module, name
 @pytest.mark.parametrize("phase, name, call, kept", [
     ("squeeze", "save_torch", 2, "convnet_w8.pt"), ("collect_stats", "save_torch", 2, "convnet_w8.stats.pt"),
     ("relabel", "label_epoch", 2, None), ("train_eval", "train_student", 2, "convnet_w8.json")])
-def test_an_interrupted_phase_goes_on_as_if_nothing_had_happened(phase, name, call, kept, bare, interrupt, monkeypatch):
+def test_an_interrupted_phase_goes_on_as_if_nothing_had_happened(phase, name, call, kept, bare, interrupt,
+                                                                 monkeypatch):
     flags = "--students convnet_w8 wrn10_1" * (phase == "train_eval")
     for earlier in list(PHASES)[:list(PHASES).index(phase)]:
         bare.call(earlier)
@@ -297,8 +309,8 @@ def test_overwrite_starts_again(project):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """What recover.py does: for each pass its labels [G, B], and for each iteration the draw, the pixels and the images
-    under it [G, B, 3, S, S], and the dropped layers."""
+    """What recover.py does: for each pass its labels [G, B], and for each iteration the draw, the pixels and
+    the images under it [G, B, 3, S, S], and the dropped layers."""
     passes, loop, view = [], recover.recover_batch, recover.apply_view
 
     def recover_batch(pixels, labels, *rest, **settings):
@@ -328,7 +340,8 @@ def passes(monkeypatch):
 
 def inputs_and_logits(model, images):
     inputs = {}
-    handles = [layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].clone()}))
+    handles = [layer.register_forward_pre_hook(lambda _, args,
+                                               name=name: inputs.update({name: args[0].clone()}))
                for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))]
     logits = model(images)
     for handle in handles:
@@ -337,7 +350,8 @@ def inputs_and_logits(model, images):
 
 
 def moments(x, patch):
-    """Channel mean, channel variance, patch mean, patch variance, cell by cell; sides are multiples of patch."""
+    """Channel mean, channel variance, patch mean, patch variance, cell by cell; sides are multiples of
+    patch."""
     cells = [cell for row in x.split(patch, dim=2) for cell in row.split(patch, dim=3)]
     return [x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0), torch.stack([cell.mean() for cell in cells]),
             torch.stack([cell.var(correction=0) for cell in cells])]
@@ -354,7 +368,8 @@ def densification(pixels, labels, tau, scale):
 
 
 def loss_terms(project, args, passes, entries):
-    """The terms of the loss in each logged iteration, by slow loops over layers and patches; one batch a pass."""
+    """The terms of the loss in each logged iteration, by slow loops over layers and patches; one batch a
+    pass."""
     folder = project.results / "teachers" / args["teachers"]
     models, entries = teachers(project, *args["backbones"], folder=folder), iter(entries)
     stored = {name: checkpoint(folder / f"{name}.stats.pt") for name in models}
@@ -363,7 +378,8 @@ def loss_terms(project, args, passes, entries):
         for step in steps:
             name = next(entries)["backbone"]
             inputs, logits = inputs_and_logits(models[name], step.images[0])
-            terms = {"ce": args["ce_weight"] * nn.functional.cross_entropy(logits, labels).item(), "bn": 0, "conv": 0,
+            terms = {"ce": args["ce_weight"] * nn.functional.cross_entropy(logits, labels).item(), "bn": 0,
+                     "conv": 0,
                      "dd": args["dd_weight"] * densification(step.pixels[0], labels, 4.0, args["dd_scale"])}
             matched = [layer for layer in inputs if args["conv_weight"] or not isinstance(
                 models[name].get_submodule(layer), nn.Conv2d)]
@@ -384,16 +400,22 @@ def loss_terms(project, args, passes, entries):
 
 
 RECOVER = [
-    "", "--alpha 0", "--alpha 0.4", "--alpha 1", "--drop-rate 0", "--drop-rate 1", "--ce-weight 0", "--ce-weight 3",
+    "", "--alpha 0", "--alpha 0.4", "--alpha 1", "--drop-rate 0", "--drop-rate 1", "--ce-weight 0",
+    "--ce-weight 3",
     "--bn-weight 0", "--bn-weight 1", "--conv-weight 0", "--conv-weight 1", "--bn-weight 0 --conv-weight 0",
     "--dd-weight 0", "--dd-weight 3", "--dd-scale sum --crop none", "--first-multiplier 1", "--loop original",
-    "--loop original --batch-size 3", "--choice cycle", "--unit-gradients", "--ipc 1", "--ipc 3", "--ipc 5", "--crop none", "--crop pad2",
-    "--flip --roll 4", "--backbones wrn10_1", "--backbones convnet_w8", "--backbones convnet_w8 --drop-rate 1"]
+    "--loop original --batch-size 3", "--choice cycle", "--unit-gradients", "--ipc 1", "--ipc 3", "--ipc 5",
+    "--crop none", "--crop pad2",
+    "--flip --roll 4", "--backbones wrn10_1", "--backbones convnet_w8",
+    "--backbones convnet_w8 --drop-rate 1"]
 
 
-@pytest.mark.parametrize("flags", [pytest.param(flags, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, flags in enumerate(RECOVER)])
-def test_the_logged_terms_are_the_equations_and_both_gradients_give_the_same_images(flags, project, passes, double):
-    scale = "--dd-scale mean"        # the sum's gradient outside the crop is mere rounding, of which Adam makes steps
+@pytest.mark.parametrize("flags", [pytest.param(flags, marks=[pytest.mark.slow] * (i % 4 > 0)) for i,
+                                   flags in enumerate(RECOVER)])
+def test_the_logged_terms_are_the_equations_and_both_gradients_give_the_same_images(flags, project, passes,
+                                                                                    double):
+    # the sum's gradient outside the crop is mere rounding, of which Adam makes steps
+    scale = "--dd-scale mean"
     result = project.call("recover", "--tag closed", scale, flags)
     run = f"gvbsm-ipc{result['ipc']}"
     closed = project.log(f"{run}-closed")[1:]
@@ -407,21 +429,24 @@ def test_the_logged_terms_are_the_equations_and_both_gradients_give_the_same_ima
 
 @pytest.mark.parametrize("flags, term", [
     ("--ce-weight 0", "ce"), ("--bn-weight 0", "bn"), ("--conv-weight 0", "conv"), ("--dd-weight 0", "dd"),
-    ("--ipc 1", "dd"), ("--drop-rate 1", "conv"), ("--backbones convnet_w8", "bn"), ("--loop original", "dd")])
+    ("--ipc 1", "dd"), ("--drop-rate 1", "conv"), ("--backbones convnet_w8", "bn"),
+    ("--loop original", "dd")])
 def test_a_term_that_is_off_is_exactly_zero_and_the_others_are_not(flags, term, project):
     result = project.call("recover", "--dd-scale mean --drop-rate 0", flags)
     with_bn = [entry for entry in project.log(f"gvbsm-ipc{result['ipc']}")[1:]
                if entry["backbone"] == "wrn10_1" or term == "bn"]
     assert with_bn
-    assert all([name for name in ("ce", "bn", "conv", "dd") if entry[name] == 0] == [term] for entry in with_bn)
+    assert all([name for name in ("ce", "bn", "conv", "dd") if entry[name] == 0] == [term]
+               for entry in with_bn)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     "--alpha 0", "--drop-rate 0", "--drop-rate 1", "--ce-weight 0", "--bn-weight 0", "--conv-weight 0",
-    "--dd-scale mean", "--first-multiplier 1", "--loop original", "--choice cycle", "--unit-gradients", "--backbones wrn10_1",
-    "--crop none", "--crop pad2", "--flip", "--roll 4", "--batch-size 8", "--lr 0.01", "--iterations 5", "--seed 1",
-    "--precision bf16"])
+    "--dd-scale mean", "--first-multiplier 1", "--loop original", "--choice cycle", "--unit-gradients",
+    "--backbones wrn10_1",
+    "--crop none", "--crop pad2", "--flip", "--roll 4", "--batch-size 8", "--lr 0.01", "--iterations 5",
+    "--seed 1", "--precision bf16"])
 def test_each_flag_changes_the_images(flags, project):
     project.call("recover")
     project.call("recover", "--tag other", flags)
@@ -464,12 +489,14 @@ def test_convolutions_alone_are_dropped_at_their_rate_alike_for_every_batch(rate
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, keys", [
-    ("--crop none", set()), ("--crop pad2", {"shift"}), ("--crop resized", {"crop"}), ("--crop none --flip", {"flip"}),
+    ("--crop none", set()), ("--crop pad2", {"shift"}), ("--crop resized", {"crop"}),
+    ("--crop none --flip", {"flip"}),
     ("--crop none --roll 3", {"roll"}), ("--crop pad2 --flip --roll 3", {"shift", "flip", "roll"})])
 def test_a_batch_is_seen_under_one_view_of_its_own(flags, keys, project, passes):
     project.call("recover", "--iterations 30", flags)
     first, second = ([step.draw for step in steps] for _, steps in passes)
-    assert all(draw.keys() == keys and all(len(value) == 1 for value in draw.values()) for draw in first + second)
+    assert all(draw.keys() == keys and all(len(value) == 1 for value in draw.values()) for draw in first
+               + second)
     draws = {key: torch.cat([draw[key] for draw in first]) for key in keys}
     assert all(not torch.equal(draws[key], torch.cat([draw[key] for draw in second])) for key in keys)
     for key, bounds in ("shift", (-2, 2)), ("roll", (0, 3)), ("flip", (0, 1)):
@@ -480,7 +507,8 @@ def test_a_batch_is_seen_under_one_view_of_its_own(flags, keys, project, passes)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, shapes", [
-    ("--ipc 3", [(3, 3), (1, 3)]), ("--ipc 5", [(1, 4), (1, 1)] * 4), ("--ipc 2 --batch-size 3", [(3, 2), (1, 2)]),
+    ("--ipc 3", [(3, 3), (1, 3)]), ("--ipc 5", [(1, 4), (1, 1)] * 4),
+    ("--ipc 2 --batch-size 3", [(3, 2), (1, 2)]),
     ("--ipc 3 --loop original", [(3, 4)]), ("--ipc 3 --loop original --batch-size 3", [(1, 3), (1, 1)] * 3)])
 def test_batches_that_share_a_pass_end_as_they_do_alone(flags, shapes, project, passes):
     ipc = project.call("recover", "--tag together --groups-per-step 3", flags)["ipc"]
@@ -490,7 +518,8 @@ def test_batches_that_share_a_pass_end_as_they_do_alone(flags, shapes, project, 
     assert len(together) == 4 * ipc and abs(together - alone).max() <= 1
 
 
-@pytest.mark.parametrize("loop, batches", [("reorder", [[0, 0, 1, 1], [2, 2, 3, 3]]), ("original", [[0, 1, 2, 3]] * 2)])
+@pytest.mark.parametrize("loop, batches", [("reorder", [[0, 0, 1, 1], [2, 2, 3, 3]]),
+                                           ("original", [[0, 1, 2, 3]] * 2)])
 def test_a_batch_holds_whole_classes_or_one_image_of_each(loop, batches, project, passes):
     project.call("recover", f"--loop {loop}")
     assert [labels[0].tolist() for labels, _ in passes] == batches
@@ -502,7 +531,8 @@ def test_other_teachers_and_other_patches_are_what_the_images_match(project, pas
     project.call("collect_stats", "--teachers other --patch 2")
     result = project.call("recover", "--teachers other")
     terms = list(loss_terms(project, result["args"], passes, project.log()[1:]))
-    assert [entry["conv"] for entry in project.log()[1:]] == [pytest.approx(term["conv"], 1e-3) for term in terms]
+    assert [entry["conv"] for entry in project.log()[1:]] == [pytest.approx(term["conv"], 1e-3)
+                                                              for term in terms]
     assert len(checkpoint(other / "convnet_w8.stats.pt")["statistics"]["0"][2]) == 64
     upstream = result["upstream"]
     assert upstream["squeeze"]["wrn10_1"]["epochs"] == 1 and upstream["collect_stats"]["wrn10_1"]["patch"] == 2
@@ -541,7 +571,8 @@ def test_the_accuracy_of_a_backbone_is_that_of_its_weights_on_the_test_images(pr
     result = project.call("squeeze", "--teachers trained --epochs 8")
     test = ImageFolder(project.dataset / "test")
     images = network_input(project, np.stack([np.asarray(image) for image, _ in test]))
-    for name, model in teachers(project, "convnet_w8", "wrn10_1", folder=project.results / "teachers/trained").items():
+    for name, model in teachers(project, "convnet_w8", "wrn10_1",
+                                folder=project.results / "teachers/trained").items():
         right = (model(images).argmax(1) == torch.tensor(test.targets)).float().mean().item()
         assert result["top1"][name] == pytest.approx(100 * right)
     assert result["top1"]["convnet_w8"] > 60                                            # of four classes
@@ -549,19 +580,22 @@ def test_the_accuracy_of_a_backbone_is_that_of_its_weights_on_the_test_images(pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    "--crop none", "--crop resized", "--epochs 3", "--batch-size 8", "--lr 0.1", "--momentum 0", "--weight-decay 0.1",
-    "--schedule cosine", "--precision bf16"])
+    "--crop none", "--crop resized", "--epochs 3", "--batch-size 8", "--lr 0.1", "--momentum 0",
+    "--weight-decay 0.1", "--schedule cosine", "--precision bf16"])
 def test_each_flag_of_squeeze_changes_the_weights(flags, project):
     project.call("squeeze", "--teachers other", flags)
-    for name, model in teachers(project, "convnet_w8", "wrn10_1", folder=project.results / "teachers/other").items():
+    for name, model in teachers(project, "convnet_w8", "wrn10_1",
+                                folder=project.results / "teachers/other").items():
         assert any(not torch.equal(mine, before) for mine, before in zip(
-            model.state_dict().values(), checkpoint(project.teachers / f"{name}.pt")["weights"].values(), strict=True))
+            model.state_dict().values(), checkpoint(project.teachers / f"{name}.pt")["weights"].values(),
+            strict=True))
 
 
 def test_weights_start_from_the_seed(project):
     for seed in 0, 1:
         project.call("squeeze", f"--teachers start{seed} --lr 0 --seed {seed} --backbones convnet_w8")
-    first, second = (checkpoint(project.results / f"teachers/start{seed}/convnet_w8.pt")["weights"] for seed in (0, 1))
+    first, second = (checkpoint(project.results / f"teachers/start{seed}/convnet_w8.pt")["weights"]
+                     for seed in (0, 1))
     assert not torch.equal(first["0.weight"], second["0.weight"])
 
 
@@ -574,12 +608,13 @@ def test_a_backbone_does_not_depend_on_which_others_are_trained_beside_it(projec
 
 def test_pretrained_weights_come_from_torchs_hub_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", None)                        # nothing may be fetched
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)  # nothing may be fetched
     saved, model = (build_model("shufflenetv2_05", 1000, 224) for _ in range(2))
     (tmp_path / "checkpoints").mkdir()
     torch.save(saved.state_dict(), tmp_path / "checkpoints" / "shufflenetv2_x0.5-f707e7126e.pth")
     squeeze.load_pretrained("shufflenetv2_05", model, download=False)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), saved.parameters(), strict=True))
+    assert all(torch.equal(mine, theirs) for mine,
+               theirs in zip(model.parameters(), saved.parameters(), strict=True))
 
 
 def last_sums(model, batches):
@@ -626,7 +661,8 @@ def test_the_stored_statistics_are_of_the_augmented_training_images_in_eval_mode
     model = channels_last(teachers(project, "wrn10_1")["wrn10_1"])
     again = collect_stats.dataset_statistics([last_sums(model, images)])
     for layer in again:
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(stored[layer], again[layer], strict=True))
+        assert all(torch.equal(mine, theirs) for mine,
+                   theirs in zip(stored[layer], again[layer], strict=True))
 
 
 def test_statistics_are_measured_in_float32_whatever_the_networks_precision(project, record):
@@ -660,9 +696,10 @@ def test_replaying_the_stored_draws_shows_the_teachers_what_they_labelled(mix, p
         logits = torch.stack([model(mixed) for model in models]).mean(0)
         np.testing.assert_allclose(stored["logits"][epoch], logits, rtol=FP16, atol=FP16)
     ratio, area = stored["ratio"], stored["box"][..., 2] * stored["box"][..., 3] / 256
-    assert (stored["partner"] == np.arange(8)).all() == (mix == "none") and (ratio == 1).all() == (mix == "none")
+    assert (stored["partner"] == np.arange(8)).all() == (mix == "none") and (ratio == 1).all() == (mix
+                                                                                                   == "none")
     assert (area > 0).any() == (mix == "cutmix") and (mix == "mixup" or np.allclose(ratio, 1 - area))
-    assert len(set(map(bytes, stored["crop"]))) == len(set(map(bytes, stored["flip"]))) == 3           # epochs differ
+    assert len(set(map(bytes, stored["crop"]))) == len(set(map(bytes, stored["flip"]))) == 3  # epochs differ
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -670,11 +707,11 @@ def test_the_ensembles_labels_are_eq_8_of_the_single_backbones_labels(norm, proj
     project.call("recover")
     single = []
     for backbones in "convnet_w8 wrn10_1", "convnet_w8", "wrn10_1":
-        project.call("relabel", f"--overwrite --backbones {backbones}", "--logit-norm" if norm else "--no-logit-norm",
-                     "--images", project.run() / "images")
+        project.call("relabel", f"--overwrite --backbones {backbones}",
+                     "--logit-norm" if norm else "--no-logit-norm", "--images", project.run() / "images")
         single.append(labels(project)["logits"].astype(np.float64))
     ensemble, *single = single
-    for epoch in range(3):                                                               # the whole set is one batch
+    for epoch in range(3):  # the whole set is one batch
         norms = [np.linalg.norm(logits[epoch]) if norm else 1 for logits in single]
         expected = np.mean([logits[epoch] * np.mean(norms) / own for logits, own in zip(single, norms)], 0)
         np.testing.assert_allclose(ensemble[epoch], expected, rtol=3 * FP16, atol=3 * FP16)
@@ -683,9 +720,11 @@ def test_the_ensembles_labels_are_eq_8_of_the_single_backbones_labels(norm, proj
 
 def test_the_norms_of_eq_8_are_those_of_a_label_batch_or_of_a_whole_small_set(project):
     project.call("recover")
-    images, models = network_input(project, project.images()), teachers(project, "convnet_w8", "wrn10_1").values()
+    images, models = network_input(project, project.images()), teachers(project, "convnet_w8",
+                                                                        "wrn10_1").values()
     for whole, size in (0, 3), (7, 3), (8, 8):
-        assert project.call("relabel", f"--overwrite --batch-size 3 --whole-up-to {whole}")["label_batch"] == size
+        assert project.call("relabel",
+                            f"--overwrite --batch-size 3 --whole-up-to {whole}")["label_batch"] == size
         draw = draw_epoch(8, 16, size, "cutmix", generator("relabel", 0, 2))
         for batch in draw["order"].split(size):
             each = torch.stack([model(apply_epoch(images, draw, batch, "cutmix")) for model in models])
@@ -699,26 +738,30 @@ def test_no_crop_of_labels_is_smaller_than_the_floor(project):
     for floor, low, high in (0.08, 0, 0.2), (0.5, 0.45, 0.6):
         project.call("relabel", f"--epochs 20 --crop-floor {floor} --overwrite")
         assert low < labels(project)["crop"][..., 2:].prod(-1).min() / 16 ** 2 < high
-    args = SimpleNamespace(mix="none", seed=0, logit_norm=True, crop_floor=1.0, batch_size=8, whole_up_to=0, flip=False)
+    args = SimpleNamespace(mix="none", seed=0, logit_norm=True, crop_floor=1.0, batch_size=8, whole_up_to=0,
+                           flip=False)
     draw = train_eval.online_labels(args, 8, 16, []).epoch(0)
     assert draw["crop"].tolist() == 8 * [[0, 0, 16, 16]] and not draw["flip"].any()
 
 
 def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path):
-    images, units, model = torch.zeros(50, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 3), build_model("convnet_w8", 40, 8)
+    images, units, model = torch.zeros(50, 3, 8, 8,
+                                       dtype=torch.uint8), torch.ones(2, 3), build_model("convnet_w8", 40, 8)
     peaks = []
     for epochs in 25, 225:                                           # the first ones fill caches
         writer = LabelWriter(tmp_path / str(epochs), epochs, 50, 40)
         writer.create()
-        draws = ((epoch, draw_epoch(50, 8, 50, "cutmix", generator("relabel", 0, epoch))) for epoch in range(epochs))
-        tracemalloc.start()                                                          # numpy's arrays, not torch's tensors
+        draws = ((epoch, draw_epoch(50, 8, 50, "cutmix", generator("relabel", 0, epoch)))
+                 for epoch in range(epochs))
+        tracemalloc.start()  # numpy's arrays, not torch's tensors
         with writer.opened():
-            for epoch, draw, logits in relabel.label_epochs(images, units, {"convnet_w8": model}, draws, batch_size=50):
+            for epoch, draw, logits in relabel.label_epochs(images, units, {"convnet_w8": model}, draws,
+                                                            batch_size=50):
                 writer.write(epoch, logits, draw)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert np.load(tmp_path / str(epochs) / "logits.npy").shape == (epochs, 50, 40)
-    assert peaks[1] - peaks[0] < 0.2 * 200 * 50 * (8 + 1 + 4 + 8 + 4)                # of what is drawn in 200 epochs
+    assert peaks[1] - peaks[0] < 0.2 * 200 * 50 * (8 + 1 + 4 + 8 + 4)  # of what is drawn in 200 epochs
 
 
 @pytest.mark.parametrize("together", [2, 9])
@@ -726,13 +769,15 @@ def test_labels_are_the_same_up_to_rounding_whatever_goes_through_the_models_at_
     images = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8, generator=generator("images"))
     units, draw = torch.tensor([[0.5] * 3, [0.25] * 3]), draw_epoch(20, 16, 6, "cutmix", generator("relabel"))
     models = [build_model(name, 4, 16).eval() for name in ("convnet_w8", "wrn10_1")]
-    one, many = (relabel.label_epoch(images, units, draw, 6, models, "cutmix", True, n) for n in (1, together))
+    one, many = (relabel.label_epoch(images, units, draw, 6, models, "cutmix", True, n)
+                 for n in (1, together))
     assert_near(many, one, 1e-5)
 
 
 def test_labelling_an_epoch_waits_for_no_value_of_the_device():
     """On the device `meta` there are none, and whatever asked for one would fail."""
-    images, units = torch.empty(20, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.empty(2, 3, device="meta")
+    images, units = torch.empty(20, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.empty(2, 3,
+                                                                                              device="meta")
     models = [build_model(name, 4, 16).eval().to("meta") for name in ("convnet_w8", "wrn10_1")]
     draw = draw_epoch(20, 16, 8, "cutmix", generator("relabel"))
     logits = relabel.label_epoch(images, units, draw, 8, models, "cutmix", True)
@@ -750,7 +795,8 @@ def test_labels_and_evaluation_of_images_of_any_origin(relabelled):
     expected = relabelled.call("train_eval")["top1_by_epoch"]
     assert relabelled.call("train_eval", "--tag foreign --images", foreign)["top1_by_epoch"] == expected
     hard = relabelled.call("train_eval", "--labels hard")["top1_by_epoch"]
-    assert relabelled.call("train_eval", "--labels hard --tag nothing --images", foreign)["top1_by_epoch"] == hard
+    assert relabelled.call("train_eval", "--labels hard --tag nothing --images",
+                           foreign)["top1_by_epoch"] == hard
 
 
 # graphs
@@ -775,26 +821,30 @@ def test_a_backbone_is_the_same_up_to_rounding_when_a_gpu_replays_its_steps(back
     other = new_project(bare.dataset)
     bare.call("squeeze", flags)
     other.call("squeeze", flags, "--cuda-graphs")
-    expected, found = (torch.load(one.teachers / f"{backbone}.pt", weights_only=True)["weights"] for one in (bare, other))
+    expected, found = (torch.load(one.teachers / f"{backbone}.pt", weights_only=True)["weights"]
+                       for one in (bare, other))
     for key, value in expected.items():
         assert_near(found[key].double(), value.double(), 1e-2)
 
 
 @pytest.mark.parametrize("flags", ["", "--labels hard", "--loss kl", "--optimizer sgd"])
-def test_a_student_is_the_same_when_its_steps_are_graphs_one_for_each_size_of_batch(flags, relabelled, monkeypatch):
+def test_a_student_is_the_same_when_its_steps_are_graphs_one_for_each_size_of_batch(flags, relabelled,
+                                                                                    monkeypatch):
     flags += " --students convnet_w8 --epochs 3 --evaluations 3 --batch-size 3 --whole-up-to 0 --overwrite"
     expected = relabelled.call("train_eval", flags)["top1_by_epoch"]
     graphed = faked_graphs(monkeypatch, train, train_eval)
     monkeypatch.setattr(train_eval, "fail", print)                  # here is no GPU
     assert relabelled.call("train_eval", flags, "--cuda-graphs")["top1_by_epoch"] == expected
-    assert [one.graph.replays for one in graphed] == [4, 4, 1, 1]   # six batches of three, three of two; all but two each
+    # six batches of three, three of two; all but two each
+    assert [one.graph.replays for one in graphed] == [4, 4, 1, 1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("student", ["convnet_w8", "wrn10_1"])
 def test_a_student_is_the_same_up_to_rounding_when_a_gpu_replays_its_steps(student, relabelled):
     flags = f"--students {student} --epochs 3 --batch-size 3 --whole-up-to 0 --overwrite --device cuda --precision fp32"
-    plain, graphed = (relabelled.call("train_eval", flags, graphs)["top1"] for graphs in ("", "--cuda-graphs"))
+    plain, graphed = (relabelled.call("train_eval", flags, graphs)["top1"]
+                      for graphs in ("", "--cuda-graphs"))
     assert abs(plain - graphed) <= 10
 
 
@@ -813,7 +863,8 @@ def test_students_are_judged_by_the_last_epoch_over_seeds(relabelled):
 
 
 @pytest.mark.parametrize("epochs, evaluations, expected", [(7, 3, [3, 5, 7]), (3, 5, [1, 2, 3]), (5, 1, [5])])
-def test_the_evaluated_epochs_are_evenly_spaced_and_end_with_the_last(epochs, evaluations, expected, relabelled):
+def test_the_evaluated_epochs_are_evenly_spaced_and_end_with_the_last(epochs, evaluations, expected,
+                                                                      relabelled):
     result = relabelled.call("train_eval", f"--labels hard --epochs {epochs} --evaluations {evaluations}")
     assert [int(epoch) for epoch in result["top1_by_epoch"][0]] == expected
 
@@ -889,7 +940,8 @@ def test_a_student_is_trained_on_the_stored_logits_of_its_batch(relabelled, reco
     assert [len(batch) for batch in batches] == [3, 3, 2] * 3
     assert all(sorted(torch.cat(batches[i:i + 3]).tolist()) == list(range(8)) for i in (0, 3, 6))
     for i, (batch, (_, soft, hard, gamma, _)) in enumerate(zip(batches, seen["mse_gt_loss"], strict=True)):
-        assert (soft.numpy() == stored[i // 3, batch]).all() and hard.tolist() == (batch // 2).tolist() and gamma == 0.7
+        assert (soft.numpy()
+                == stored[i // 3, batch]).all() and hard.tolist() == (batch // 2).tolist() and gamma == 0.7
     relabelled.call("train_eval", "--loss kl --temperature 9 --overwrite")
     assert [call[2] for call in seen["kl_loss"]] == [9.0] * 3 and len(seen["mse_gt_loss"]) == 9
     relabelled.call("train_eval", "--labels hard")
@@ -925,9 +977,11 @@ def test_weight_decay_is_for_tensors_of_two_or_more_dimensions_alone():
 @pytest.mark.parametrize("flags, name, options", [
     ("--optimizer sgd --momentum 0.5", "SGD", {"momentum": 0.5}),
     ("--optimizer adamw", "AdamW", {"betas": (0.9, 0.999)})])
-def test_each_student_has_its_learning_rate_and_the_cosine_ends_at_zero(flags, name, options, relabelled, monkeypatch):
+def test_each_student_has_its_learning_rate_and_the_cosine_ends_at_zero(flags, name, options, relabelled,
+                                                                        monkeypatch):
     made, kind = [], getattr(torch.optim, name)
-    monkeypatch.setattr(torch.optim, name, lambda *args, **kwargs: made.append(kind(*args, **kwargs)) or made[-1])
+    monkeypatch.setattr(torch.optim, name, lambda *args,
+                        **kwargs: made.append(kind(*args, **kwargs)) or made[-1])
     students = "--students convnet_w8 convnet_w16 wrn10_1 --lr 0.1 convnet_w8=0.2 wrn10_1=0.3 --weight-decay 0.01"
     for schedule, last in ("cosine", 0.0), ("constant", 1.0):
         relabelled.call("train_eval", flags, students, f"--schedule {schedule} --overwrite")
@@ -935,29 +989,35 @@ def test_each_student_has_its_learning_rate_and_the_cosine_ends_at_zero(flags, n
             assert optimizer.defaults["lr"] == lr
             assert options.items() <= optimizer.defaults.items()
             assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
-            assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(last * lr, abs=1e-9)] * 2
+            assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(last * lr,
+                                                                                       abs=1e-9)] * 2
     assert len(made) == 6
 
 
-def test_a_student_may_have_another_optimizer_and_weight_decay_and_its_result_tells_its_own(relabelled, monkeypatch):
+def test_a_student_may_have_another_optimizer_and_weight_decay_and_its_result_tells_its_own(relabelled,
+                                                                                            monkeypatch):
     made = []
     for name in "SGD", "AdamW":
         kind = getattr(torch.optim, name)
-        monkeypatch.setattr(torch.optim, name, lambda *args, kind=kind, **kwargs: made.append(kind(*args, **kwargs)) or made[-1])
-    relabelled.call("train_eval", "--students convnet_w8 wrn10_1 --optimizer sgd wrn10_1=adamw --lr 0.1 wrn10_1=0.001",
-                    "--weight-decay 0.01 wrn10_1=0")
+        monkeypatch.setattr(torch.optim, name, lambda *args, kind=kind,
+                            **kwargs: made.append(kind(*args, **kwargs)) or made[-1])
+    relabelled.call("train_eval", "--students convnet_w8 wrn10_1 --optimizer sgd wrn10_1=adamw --lr 0.1 "
+                    "wrn10_1=0.001", "--weight-decay 0.01 wrn10_1=0")
     assert [type(optimizer).__name__ for optimizer in made] == ["SGD", "AdamW"]
     assert [optimizer.param_groups[0]["weight_decay"] for optimizer in made] == [0.01, 0.0]
-    own = [json.loads((relabelled.run() / f"eval/{name}.json").read_text())["args"] for name in ("convnet_w8", "wrn10_1")]
+    own = [json.loads((relabelled.run() / f"eval/{name}.json").read_text())["args"]
+           for name in ("convnet_w8", "wrn10_1")]
     own = [(args["optimizer"], args["lr"], args["weight_decay"]) for args in own]
     assert own == [("sgd", ["0.1"], 0.01), ("adamw", ["0.001"], 0.0)]
-    relabelled.call("train_eval", "--students wrn10_1 --optimizer adamw --lr 0.001 --weight-decay 0")       # is the same, and done
+    # is the same, and done
+    relabelled.call("train_eval", "--students wrn10_1 --optimizer adamw --lr 0.001 --weight-decay 0")
     assert "already done" in relabelled.printed
 
 
 def test_a_stretched_cosine_is_the_start_of_a_longer_one(relabelled, monkeypatch):
     made, kind = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kwargs: made.append(kind(*args, **kwargs)) or made[-1])
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args,
+                        **kwargs: made.append(kind(*args, **kwargs)) or made[-1])
     for stretch in 1.5, 2, 4:
         relabelled.call("train_eval", f"--optimizer adamw --lr 0.1 --lr-stretch {stretch} --overwrite")
         assert made[-1].param_groups[0]["lr"] == pytest.approx(0.05 * (1 + math.cos(math.pi / stretch)))
@@ -970,7 +1030,8 @@ def test_the_labels_of_the_first_epochs_come_again_and_are_all_that_is_needed(re
     assert "--label-epochs 3" in relabelled.mistake("train_eval", "--epochs 5 --label-epochs 3")
     relabelled.call("train_eval", "--epochs 5 --label-epochs 2")
     stored, views = labels(relabelled), [call[1] for call in seen]
-    for epoch, (view, batch, (_, soft, *_)) in enumerate(zip(views, [call[2] for call in seen], loss, strict=True)):
+    for epoch, (view, batch, (_, soft, *_)) in enumerate(zip(views, [call[2] for call in seen], loss,
+                                                             strict=True)):
         assert (soft.numpy() == stored["logits"][epoch % 2, batch]).all()
         assert (view["crop"].numpy() == stored["crop"][epoch % 2]).all()
 
@@ -986,14 +1047,17 @@ def test_the_averaged_weights_are_those_of_a_slow_loop_and_they_are_tested(relab
         monkeypatch.setattr(module, name, lambda *args: note() or function(*args))
 
     build = train_eval.build_model
-    monkeypatch.setattr(train_eval, "build_model", lambda *args: students.append(build(*args)) or students[-1])
+    monkeypatch.setattr(train_eval, "build_model",
+                        lambda *args: students.append(build(*args)) or students[-1])
     before(train_eval, "apply_epoch", lambda: steps.append(weights()))
     before(train, "accuracy", lambda: tested.append(weights()))
-    relabelled.call("train_eval", "--students wrn10_1 --epochs 3 --ema-decay 0.7 --batch-size 3 --whole-up-to 0 --evaluations 1")
+    relabelled.call("train_eval", "--students wrn10_1 --epochs 3 --ema-decay 0.7 --batch-size 3 "
+                    "--whole-up-to 0 --evaluations 1")
     steps.append(weights())
     average = steps[0]
     for now in steps[1:]:
-        average = {key: 0.7 * value + 0.3 * now[key] if value.is_floating_point() else now[key] for key, value in average.items()}
+        average = {key: 0.7 * value + 0.3 * now[key] if value.is_floating_point() else now[key] for key,
+                   value in average.items()}
     assert len(steps) == 10 and len(tested) == 1
     for key, value in average.items():
         torch.testing.assert_close(tested[0][key], value)

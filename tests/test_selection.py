@@ -6,8 +6,8 @@ import torch
 
 from tests.helpers import assert_near
 from tests import rank_error
-from utils.selection import (count_forgetting, drop_largest, herding, k_center, last_epoch_weights, lowest_loss_crops, mosaic,
-                             most_forgotten, rank_correlation)
+from utils.selection import (count_forgetting, drop_largest, herding, k_center, last_epoch_weights,
+                             lowest_loss_crops, mosaic, most_forgotten, rank_correlation)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,8 @@ def test_forgetting_events_of_four_images_over_six_epochs():
                             [1, 0, 1, 0, 0, 1],             # twice
                             [0, 0, 0, 0, 0, 0],             # never learned
                             [0, 0, 1, 1, 0, 0]], dtype=torch.bool)
-    events, learned, before = torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool), torch.zeros(4).bool()
+    events, learned, before = torch.zeros(4, dtype=torch.long), torch.zeros(4,
+                                                                            dtype=torch.bool), torch.zeros(4).bool()
     for right in history.T:
         events, learned = count_forgetting(events, learned, before, right)
         before = right
@@ -107,9 +108,11 @@ def test_last_epoch_weights_give_the_last_value_of_the_filtered_curve(epochs, si
 
 
 def test_the_filter_is_scipys():
-    # scipy.ndimage.gaussian_filter1d([1, 4, 9, 16, 25], 1.0)[-1], by its definition: d c b a | a b c d e | e d c b
+    # scipy.ndimage.gaussian_filter1d([1, 4, 9, 16, 25], 1.0)[-1], by its definition: d c b a | a b c d e | e
+    # d c b
     g = [math.exp(-o * o / 2) for o in range(5)]
-    expected = (g[0] * 25 + g[1] * (16 + 25) + g[2] * (9 + 16) + g[3] * (4 + 9) + g[4] * (1 + 4)) / (2 * sum(g) - 1)
+    expected = (g[0] * 25 + g[1] * (16 + 25) + g[2] * (9 + 16) + g[3] * (4 + 9) + g[4]
+                * (1 + 4)) / (2 * sum(g) - 1)
     assert_near((last_epoch_weights(5, 1.0) * torch.arange(1, 6).square()).sum(), expected, 1e-12)
 
 
@@ -181,4 +184,4 @@ def test_the_rank_error_of_the_taylor_form_is_printed_and_small_and_none_with_en
     rank_error.main(["--ipc", "2", "--batch", "12", "--products", "11", "--classes", "2", "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[-1].startswith("mean")
-    assert float(lines[-1].split()[1]) <= 2.0                        # of equal ranks up to rounding: 11 directions are all
+    assert float(lines[-1].split()[1]) <= 2.0  # of equal ranks up to rounding: 11 directions are all

@@ -1,4 +1,5 @@
-"""Statistics of layer inputs against slow loops, the hooks that read them, and the closed form of their gradient."""
+"""Statistics of layer inputs against slow loops, the hooks that read them, and the closed form of their
+gradient."""
 import math
 from copy import deepcopy
 
@@ -59,7 +60,8 @@ def patch_loop(x, patch):
 
 
 def terms_of(statistics, slopes, patch):
-    """What `Inject` is told of a loss with these slopes at a layer's statistics, (mean, var) of channels[, of patches]."""
+    """What `Inject` is told of a loss with these slopes at a layer's statistics, (mean, var) of channels[, of
+    patches]."""
     triples = zip(statistics[::2], slopes[::2], slopes[1::2])
     return {2 * i: affine_terms(*triple) for i, triple in enumerate(triples)}, patch
 
@@ -106,7 +108,8 @@ def test_variances_survive_a_large_mean_in_float32():
 def test_statistics_of_bfloat16_are_those_of_float32_and_so_is_their_gradient(size):
     x = torch.randn(4, 3, size, size).bfloat16()
     exact = *channel_stats(x.float(), 2), *patch_stats(x.float(), 4, 2)
-    for measured in (*channel_stats(x, 2), *patch_stats(x, 4, 2)), conv_stats(x, 4, 2), (*bn_stats(x, 2), *exact[2:]):
+    for measured in (*channel_stats(x, 2), *patch_stats(x, 4, 2)), conv_stats(x, 4, 2), (*bn_stats(x, 2),
+                                                                                         *exact[2:]):
         for vector, expected in zip(measured, exact, strict=True):
             assert vector.dtype == torch.float32
             assert_near(vector, expected, 1e-5)
@@ -155,7 +158,8 @@ class Fork(nn.Module):
     def __init__(self, order=("bn", "conv", "shortcut")):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.bn, self.conv, self.shortcut = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.bn, self.conv, self.shortcut = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4,
+                                                                                                        1)
         self.fc, self.order = nn.Linear(4, 5), order
 
     def forward(self, x):
@@ -191,7 +195,8 @@ def test_layer_inputs_yields_what_each_layer_was_given_and_leaves_no_hook():
         assert torch.equal(net(images), plain)
     assert hooks_of(net) == 0
     assert inputs["stem"] is images and inputs.keys() == set(LAYERS)
-    assert inputs["bn"] is inputs["conv"] is inputs["shortcut"] and torch.equal(inputs["bn"], net.stem(images))
+    assert inputs["bn"] is inputs["conv"] is inputs["shortcut"] and torch.equal(inputs["bn"],
+                                                                                net.stem(images))
 
 
 def test_layer_inputs_reads_only_the_layers_it_is_asked_for():
@@ -224,7 +229,8 @@ def test_wrap_is_called_once_for_each_tensor_and_its_result_is_what_the_layers_s
     assert [id(x) for x in seen] == [id(images), id(inputs["conv"])]
     x = net.stem(2 * images)
     assert torch.equal(inputs["conv"], x) and torch.equal(inputs["shortcut"], x)
-    assert_near(logits, net.fc((net.shortcut(2 * x) * net.conv(2 * x).tanh() + net.bn(x) + x).mean((2, 3))), 1e-12)
+    assert_near(logits, net.fc((net.shortcut(2 * x) * net.conv(2 * x).tanh() + net.bn(x) + x).mean((2, 3))),
+                1e-12)
 
 
 # The closed form
@@ -235,10 +241,12 @@ def test_segment_norms_are_the_norms_and_their_gradient_0_where_a_norm_is_0(grou
     segment = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
     difference = randn(groups, 10)
     difference[0, 3:8] = 0                                                          # all of segments 1 and 2
-    expected = [[math.sqrt(sum(v * v for v in row[segment == s].tolist())) for s in range(4)] for row in difference]
+    expected = [[math.sqrt(sum(v * v for v in row[segment == s].tolist())) for s in range(4)]
+                for row in difference]
     norms, slope = segment_norms(difference, segment, 4, weight)
     assert_near(norms, expected, 1e-12)
-    _, autograd = gradient(lambda d: sum(w * part.norm(dim=1).sum() for w, part in zip(weight, d.split(sizes, 1))),
+    _, autograd = gradient(lambda d: sum(w * part.norm(dim=1).sum() for w,
+                                         part in zip(weight, d.split(sizes, 1))),
                            difference)
     assert_near(slope, autograd, 1e-12)
     assert not slope[0, 3:8].any() and not slope[:, 8:].any() and slope[:, :3].all()
@@ -292,8 +300,9 @@ def test_the_gradient_reaches_channels_last_and_half_of_the_channels_alike(patch
 
 
 def matching_loop(net, targets, weights, alpha, patch, groups, steps):
-    """Eqs. 6 and 10 layer by layer; each step is (images, labels, dropped layers).   -> of each the losses of BatchNorm
-    and of the convolutions, and the gradient of classification and matching at the images, all groups together"""
+    """Eqs. 6 and 10 layer by layer; each step is (images, labels, dropped layers).   -> of each the losses of
+    BatchNorm and of the convolutions, and the gradient of classification and matching at the images, all
+    groups together"""
     averages, results = {}, []
     targets = targets | {"bn": (net.bn.running_mean, net.bn.running_var)}
     for images, labels, dropped in steps:
@@ -315,16 +324,20 @@ def matching_loop(net, targets, weights, alpha, patch, groups, steps):
     return results
 
 
-@pytest.mark.parametrize("groups, patch, alpha", [(1, 4, 0.8), (3, 4, 0.4), (2, 3, 0.8), (2, 4, 0.0), (1, 16, 0.8)])
+@pytest.mark.parametrize("groups, patch, alpha", [(1, 4, 0.8), (3, 4, 0.4), (2, 3, 0.8), (2, 4, 0.0),
+                                                  (1, 16, 0.8)])
 @pytest.mark.parametrize("off", ((), ("bn",), ("stem",), ("stem", "conv", "shortcut"), LAYERS))
 @pytest.mark.parametrize("form", (Matching, ClosedFormMatching))
-def test_closed_form_matching_is_eqs_6_10_and_15_over_several_steps_with_dropped_layers(groups, patch, alpha, off, form):
+def test_closed_form_matching_is_eqs_6_10_and_15_over_several_steps_with_dropped_layers(groups, patch, alpha,
+                                                                                        off, form):
     net, _, weights = fork()
     targets = {name: [vector[0] for vector in conv_stats(randn(4, 3 if name == "stem" else 4, 8, 8), patch)]
                for name in ("stem", "conv", "shortcut")}
     weights |= dict.fromkeys(off, 0.0)
-    drops = (), ("conv",), ("stem", "conv"), (), ("stem", "conv", "shortcut")     # conv is new when others have a past
-    steps = [(randn(2 * groups, 3, 8, 8), torch.randint(5, (2 * groups,)), dropped) for dropped in drops[::-1]]
+    # conv is new when others have a past
+    drops = (), ("conv",), ("stem", "conv"), (), ("stem", "conv", "shortcut")
+    steps = [(randn(2 * groups, 3, 8, 8), torch.randint(5, (2 * groups,)), dropped)
+             for dropped in drops[::-1]]
     matching = form(net, targets, weights, alpha=alpha, patch=patch)
     state = matching.start(groups)
     loop = matching_loop(net, targets, weights, alpha, patch, groups, steps)
@@ -342,7 +355,8 @@ def test_closed_form_matching_is_eqs_6_10_and_15_over_several_steps_with_dropped
         assert hooks_of(net) == 0
 
 
-@pytest.mark.parametrize("order", [("conv", "shortcut", "bn"), ("conv", "bn", "shortcut"), ("bn", "conv", "shortcut")])
+@pytest.mark.parametrize("order", [("conv", "shortcut", "bn"), ("conv", "bn", "shortcut"),
+                                   ("bn", "conv", "shortcut")])
 def test_a_tensor_that_a_batchnorm_and_two_convolutions_share_is_reduced_once(order, monkeypatch):
     reduced = counted_reductions(monkeypatch)
     net, targets, weights = fork(order)
@@ -389,7 +403,8 @@ WIRINGS = {  # -> whether the norm may be folded, and what it gives must be a co
     "alone": (lambda net, x: net.relu(net.bn(net.conv(x))), True, False),
     "added to another": (lambda net, x: x + net.bn(net.conv(x)), True, False),
     "added to in place": (added, True, True),
-    "passed on and added to": (lambda net, x: net.relu(net.identity(net.bn(net.conv(x))).add_(x)), True, True),
+    "passed on and added to": (lambda net, x: net.relu(net.identity(net.bn(net.conv(x))).add_(x)), True,
+                               True),
     "overwritten": (lambda net, x: F.relu(net.bn(net.conv(x)), inplace=True), True, True),
     "of an activation": (lambda net, x: net.bn(net.conv(x).tanh()), False, False),
     "of what others read": (lambda net, x: net.bn(y := net.conv(x)) + y, False, False),
@@ -470,7 +485,8 @@ def test_a_layer_that_does_not_fit_its_targets_is_named_with_the_shapes(form):
         matching = form(net, targets, weights, patch=patch)
         with matching.hooks() as inputs:
             net(randn(2, 3, size, size).requires_grad_())
-        with pytest.raises(ValueError, match=rf"layer '.*': an input of shape \(2, ., {size}, {size}\) has 16 patches of {patch} "):
+        with pytest.raises(ValueError, match=rf"layer '.*': an input of shape \(2, ., {size}, {size}\) has "
+                           rf"16 patches of {patch} "):
             matching.inject(inputs, matching.start(1))
     matching = form(net, targets, weights)
     with matching.hooks() as inputs:
@@ -508,6 +524,7 @@ def test_statistics_of_a_model_are_eq_9_over_batches_by_their_size():
         inputs = [batch if name == "stem" else net.stem(batch) for batch in batches]
         parts = [[torch.tensor(vector) for vector in (*channel_loop(x), *patch_loop(x, 4))] for x in inputs]
         for kind, vector in enumerate(found[name]):
-            assert_near(vector, (0.4 * parts[0][kind] + 0.4 * parts[1][kind] + 0.2 * parts[2][kind]).float(), 1e-5)
+            assert_near(vector, (0.4 * parts[0][kind] + 0.4 * parts[1][kind] + 0.2 * parts[2][kind]).float(),
+                        1e-5)
     with pytest.raises(ValueError, match="no images"):
         statistics_of(net, [])

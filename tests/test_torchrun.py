@@ -30,7 +30,8 @@ def torchrun(project, phase, *flags, processes=2):
 def ended(process):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    lines = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines()
+             if line.startswith("RESULT ")]
     results = [json.loads(Path(line["file"]).read_text()) for line in lines]
     assert results and all(result["processes"] == 2 for result in results)
     return results
@@ -50,7 +51,8 @@ def copy(project, new_project):
 @pytest.mark.slow
 def test_squeeze_trains_as_one_process_up_to_rounding(project, new_project):
     """At a small learning rate, at which rounding does not grow; batches of 5 images, and a last one of 2."""
-    flags = ("--epochs 2 --batch-size 5 --lr 0.001 --overwrite --save-epochs 1:1:1 --pruned 1 --prune-ratio 0.34 "
+    flags = ("--epochs 2 --batch-size 5 --lr 0.001 --overwrite --save-epochs 1:1:1 --pruned 1 --prune-ratio "
+             "0.34 "
              "--score-trials 3 --score-epochs 2 --score-batch-size 20")
     project.call("squeeze", flags)
     both = new_project(project.dataset)
@@ -59,7 +61,8 @@ def test_squeeze_trains_as_one_process_up_to_rounding(project, new_project):
         one, two = (torch.load(each.teachers / f"{name}.pt", weights_only=True) for each in (project, both))
         assert torch.equal(one["kept"], two["kept"]) and len(one["kept"]) == 32
         if "@" not in name:
-            assert all(torch.equal(one["forgetting"][key], two["forgetting"][key]) for key in ("events", "learned"))
+            assert all(torch.equal(one["forgetting"][key], two["forgetting"][key])
+                       for key in ("events", "learned"))
         assert two["top1"] == result["top1"][name] == pytest.approx(one["top1"], abs=100 / 24 + 1e-6)
         for key, value in one["weights"].items():
             torch.testing.assert_close(two["weights"][key], value, rtol=2e-3, atol=2e-4)
@@ -72,7 +75,8 @@ def test_statistics_are_those_of_one_process(project, new_project):
     project.call("collect_stats", flags)
     ended(torchrun(both, "collect_stats", flags))
     for name in "convnet_w8", "wrn10_1":
-        one, two = (torch.load(each.teachers / f"{name}.stats.pt", weights_only=True) for each in (project, both))
+        one, two = (torch.load(each.teachers / f"{name}.stats.pt", weights_only=True)
+                    for each in (project, both))
         for kind in "statistics", "class_statistics":
             for layer in one[kind]:
                 for mine, theirs in zip(one[kind][layer], two[kind][layer], strict=True):
@@ -90,7 +94,8 @@ def test_images_labels_and_accuracies_have_the_bytes_of_one_process(project, new
     kinds = "*.png", "*.npy", "log*.jsonl"
     assert made(both, *kinds) == made(project, *kinds) and len(made(both, *kinds)) == 3 * 4 + 1 + 6 + 1
     for name in "convnet_w8", "wrn10_1":
-        one, two = (json.loads((each.run("gvbsm-ipc3") / f"eval/{name}.json").read_text()) for each in (project, both))
+        one, two = (json.loads((each.run("gvbsm-ipc3") / f"eval/{name}.json").read_text())
+                    for each in (project, both))
         assert one["top1_by_epoch"] == two["top1_by_epoch"] and one["made_from"] == two["made_from"]
     assert not list(both.root.rglob("*.unfinished"))
 

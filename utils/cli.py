@@ -104,7 +104,8 @@ def identity_flags(parser):
                      help="of all that is random, but for --student-seeds")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
     run.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="tf32",
-                     help="of matrix products: tf32 is fp32 except on a GPU; auto is bf16 where that is native "
+                     help="of matrix products: tf32 is fp32 except on a GPU; auto is bf16 where that is "
+                     "native "
                      "and faster, and tf32 in collect_stats.py and recover.py")
     run.add_argument("--workers", type=number(int, 0), default=2,
                      help="processes or threads that read images")

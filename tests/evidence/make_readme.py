@@ -1,10 +1,12 @@
-"""Write README.md beside this file from the result files: results, comparisons, costs, and the commands behind each row.
+"""Write README.md beside this file from the result files: results, comparisons, costs, and the commands
+behind each row.
 
     python -m tests.evidence.make_readme                       # after a result file was added or removed
     python -m tests.evidence.make_readme runs/cifar10 ...      # first write a file for each result of these folders
 
-A result file (a "cell") holds a run's results with one student and those of random real images beside it: RESULT objects of
-train_eval.py with the arguments of every phase, and what each phase cost. A file whose tag or data set is new gets a row too.
+A result file (a "cell") holds a run's results with one student and those of random real images beside it:
+RESULT objects of train_eval.py with the arguments of every phase, and what each phase cost. A file whose tag
+or data set is new gets a row too.
 """
 import json
 import os
@@ -17,14 +19,14 @@ from utils import fail
 from utils.cli import Parser, parse_args
 from utils.data import DATASETS, look
 from utils.presets import METHODS, UNMATCHED
-from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, is_variant, random_beside,
-                          read_results, run_name, shown_runs, table)
+from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, is_variant,
+                          random_beside, read_results, run_name, shown_runs, table)
 from utils.checkpoint import load_json, save_json
 from utils.provenance import relevant
 
 FOLDER = Path(__file__).resolve().parent
-NO_RUNS = ["--run-dir", os.devnull]                # so that the page does not depend on the runs that are here
-FAMILY = "family"                                  # the tag of the base that compares methods; the others change one thing
+NO_RUNS = ["--run-dir", os.devnull]  # so that the page does not depend on the runs that are here
+FAMILY = "family"  # the tag of the base that compares methods; the others change one thing
 INTRODUCTION = """# Every result
 
 Written by `python -m tests.evidence.make_readme` from the files beside this page, one for each run and student. *distilled*
@@ -43,18 +45,22 @@ A data set named `...-holdout` is tested on a tenth of its training images, whic
 def keep(folder, results, out):
     """Write a cell for each run, IPC and student of runs/<dataset>."""
     for ipc, student, method, tag in shown_runs(results):
-        ours = {labels: results[key] for labels in LABELS if (key := (ipc, student, labels, method, tag)) in results}
+        ours = {labels: results[key] for labels in LABELS
+                if (key := (ipc, student, labels, method, tag)) in results}
         alone = {labels: results.get((ipc, student, labels, "random", tag)) for labels in LABELS}
         real = alone | {labels: random_beside(result, results) for labels, result in ours.items()}
         real = {labels: result for labels, result in real.items() if result}
         first, stem = next(iter((ours or real).values())), f"{method}-ipc{ipc}" + (f"-{tag}" if tag else "")
         run, teachers, names = folder / stem, folder / "teachers" / first["args"]["teachers"], first["args"]["backbones"]
-        squeezed = list(dict.fromkeys(name.partition("@")[0] for name in names))             # weak teachers come with these
+        # weak teachers come with these
+        squeezed = list(dict.fromkeys(name.partition("@")[0] for name in names))
         matched = [] if method in UNMATCHED else names
-        images = Path(ours and first["args"]["images"] or run / "images")                    # another run's, with its cost
-        costs = [spent(teachers / "squeeze.json", squeezed), spent(teachers / "collect_stats.json", matched) if matched else None,
+        images = Path(ours and first["args"]["images"] or run / "images")  # another run's, with its cost
+        costs = [spent(teachers / "squeeze.json", squeezed),
+                 spent(teachers / "collect_stats.json", matched) if matched else None,
                  spent(images.parent / "result.json"), spent(run / "labels" / "result.json"),
-                 {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first), "hardware": first["hardware"]}]
+                 {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first),
+                  "hardware": first["hardware"]}]
         save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", {
             "dataset": folder.resolve().name, "ipc": ipc, "student": student, "method": method, "tag": tag,
             "costs": dict(zip(PHASES, costs)),
@@ -65,9 +71,10 @@ def keep(folder, results, out):
 
 
 def spent(path, backbones=()):
-    """Seconds, most memory and hardware of a RESULT file, if there is one; of squeeze.py and collect_stats.py for these
-    backbones."""
-    result = load_json(path, "run its phase again", ("seconds", "peak_memory", "hardware")) if path.exists() else None
+    """Seconds, most memory and hardware of a RESULT file, if there is one; of squeeze.py and collect_stats.py
+    for these backbones."""
+    result = load_json(path, "run its phase again",
+                       ("seconds", "peak_memory", "hardware")) if path.exists() else None
     known = result.get("costs", {}) if result else {}
     parts = [known[name] for name in backbones if name in known] if backbones else [result]
     return {"seconds": sum(part["seconds"] for part in parts), "mib": max(map(memory, parts)),
@@ -87,7 +94,8 @@ def size(files):
 def read_cells(folder=None):
     """Of this folder.   -> {name: cell}"""
     keys = "dataset", "ipc", "student", "method", "tag", "costs", "bytes", "distilled", "real"
-    return {path.stem: load_json(path, "remove it", keys) for path in sorted((folder or FOLDER).glob("*.json"))}
+    return {path.stem: load_json(path, "remove it", keys)
+            for path in sorted((folder or FOLDER).glob("*.json"))}
 
 
 # Tables
@@ -104,7 +112,8 @@ def both(cell, labels="hard"):
 
 
 def soft_kinds(cell):
-    return [labels for labels in ("stored", "online") if labels in cell["distilled"] or labels in cell["real"]] or ["stored"]
+    return [labels for labels in ("stored", "online") if labels in cell["distilled"]
+            or labels in cell["real"]] or ["stored"]
 
 
 def paper(cell, labels="stored"):
@@ -114,10 +123,12 @@ def paper(cell, labels="stored"):
 def results_table(cells):
     """A row for each cell."""
     order = list(METHODS)
-    cells = sorted(cells, key=lambda cell: (cell["ipc"], cell["student"], order.index(cell["method"]), cell["tag"] or ""))
+    cells = sorted(cells, key=lambda cell: (cell["ipc"], cell["student"], order.index(cell["method"]),
+                                            cell["tag"] or ""))
     header = "IPC", "student", "run", "distilled", "random real", "margin", "hard labels", "paper"
     return table(header, [[
-        str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]) + ", online labels" * (labels == "online"),
+        str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]) + ", online labels"
+        * (labels == "online"),
         *pair(cell, labels), both(cell), paper(cell)] for cell in cells for labels in soft_kinds(cell)])
 
 
@@ -128,9 +139,10 @@ def comparison_table(base, cells):
         labels, result = next(iter(cell["distilled"].items()))
         change = ", ".join(f"`{words}`" for words in changes(start, result))
         against = "" if cell is base else f"{result['top1'] - start['top1']:+.1f}"
-        lines.append([run_name(cell["method"], cell["tag"]), "base" if cell is base else change, *pair(cell, labels), against,
-                      both(cell) if labels != "hard" else ""])
-    return table(("run", "change", "distilled", "random real", "margin", "against the base", "hard labels"), lines)
+        lines.append([run_name(cell["method"], cell["tag"]), "base" if cell is base else change,
+                      *pair(cell, labels), against, both(cell) if labels != "hard" else ""])
+    return table(("run", "change", "distilled", "random real", "margin", "against the base", "hard labels"),
+                 lines)
 
 
 def family_table(cells):
@@ -147,26 +159,33 @@ def family_table(cells):
         flags = [words.removeprefix("recover.py ") for words in changed if words.startswith("recover.py ")]
         lines.append((cell["distilled"].get("stored"), [
             name, soft[0], soft[2], hard[0], hard[2], seconds(cell["costs"]["recover"]),
-            "; ".join(f"{number} ({LABELS[labels]})" for labels in ("stored", "hard") if (number := paper(cell, labels))),
+            "; ".join(f"{number} ({LABELS[labels]})" for labels in ("stored", "hard")
+                      if (number := paper(cell, labels))),
             " ".join(made.get("backbones") or []) + "".join(f", `{words}`" for words in flags)]))
-    reals = {tuple(pair(cell, labels)[1] for labels in ("stored", "hard")): cell["real"].get("stored") for cell in cells}
-    lines += [(result, ["random real", soft, "", hard, "", "", "", ""]) for (soft, hard), result in reals.items()]
+    reals = {tuple(pair(cell, labels)[1] for labels in ("stored", "hard")): cell["real"].get("stored")
+             for cell in cells}
+    lines += [(result, ["random real", soft, "", hard, "", "", "", ""]) for (soft, hard),
+              result in reals.items()]
     lines.sort(key=lambda line: -line[0]["top1"] if line[0] else 0)
-    return table(("run", "soft labels", "margin", "hard labels", "margin, hard", "seconds of recover", "paper (labels)",
-                  "backbones of recover"), [line for _, line in lines])
+    return table(("run", "soft labels", "margin", "hard labels", "margin, hard", "seconds of recover",
+                  "paper (labels)", "backbones of recover"), [line for _, line in lines])
 
 
 def missing_table(cells):
     """The paper's numbers without an untagged run here."""
-    done = {(cell["method"], cell["dataset"], cell["ipc"], cell["student"]) for cell in cells if not cell["tag"]}
-    lines = [[dataset, student, str(ipc), number] for (method, dataset, student, labels), numbers in PUBLISHED.items()
-             for ipc, number in numbers.items() if method == "gvbsm" and (method, dataset, ipc, student) not in done]
+    done = {(cell["method"], cell["dataset"], cell["ipc"], cell["student"]) for cell in cells
+            if not cell["tag"]}
+    lines = [[dataset, student, str(ipc), number] for (method, dataset, student, labels),
+             numbers in PUBLISHED.items()
+             for ipc, number in numbers.items() if method == "gvbsm"
+             and (method, dataset, ipc, student) not in done]
     return table(("data set", "student", "IPC", "paper"), lines)
 
 
 def byte_table(runs):
     return table(("run", "images", "labels", "teachers", "statistics"), [[
-        name, *(f"{cells[0]['bytes'][what] / 1e6:.2f}" for what in ("images", "labels", "teachers", "statistics"))]
+        name, *(f"{cells[0]['bytes'][what] / 1e6:.2f}"
+                for what in ("images", "labels", "teachers", "statistics"))]
         for name, cells in runs.items()])
 
 
@@ -188,13 +207,15 @@ def seconds(took):
 def hardware(cell):
     """Of its phases; the student's where a file does not name that of the others."""
     student = next(iter((cell["distilled"] or cell["real"]).values()))["hardware"]
-    return ", then ".join(dict.fromkeys(cost.get("hardware", student) for cost in cell["costs"].values() if cost))
+    return ", then ".join(dict.fromkeys(cost.get("hardware", student) for cost in cell["costs"].values()
+                                        if cost))
 
 
 # Commands
 
 def data_of(dataset, data_dir, known=()):
-    """`look`; a folder that is not there is taken for one of transfer_sets.py: ten classes, 5000 images of 32 pixels."""
+    """`look`; a folder that is not there is taken for one of transfer_sets.py: ten classes, 5000 images of 32
+    pixels."""
     if dataset in DATASETS or Path(dataset).is_dir():
         return look(dataset, data_dir, known)
     return look("cifar10", os.devnull) | {"train": 5000}
@@ -202,18 +223,22 @@ def data_of(dataset, data_dir, known=()):
 
 @cache
 def shortest(phase, text):
-    """The shortest command that runs a phase with these arguments (JSON), by the recipe of the method or of G-VBSM."""
+    """The shortest command that runs a phase with these arguments (JSON), by the recipe of the method or of
+    G-VBSM."""
     args = json.loads(text)
-    identity = ["--dataset", args["dataset"], "--ipc", str(args["ipc"]), "--method", args["method"], "--preset", args["preset"]]
+    identity = ["--dataset", args["dataset"], "--ipc", str(args["ipc"]), "--method", args["method"],
+                "--preset", args["preset"]]
     identity += ["--holdout"] * args.get("holdout", False)
-    recipes = [[], ["--recipe", "gvbsm"]] if phase in ("relabel", "train_eval") else [[]]      # a third would fit by chance
+    # a third would fit by chance
+    recipes = [[], ["--recipe", "gvbsm"]] if phase in ("relabel", "train_eval") else [[]]
     lines = []
     for recipe in recipes:
         module = import_module(phase)
         parsed = parse_args(module.get_parser(), phase, identity + recipe + NO_RUNS, data_of)
         own = module.for_student(parsed, args["students"][0]) if phase == "train_eval" else parsed
         defaults = relevant(own) | {"students": getattr(parsed, "students", None)}
-        lines.append(identity + recipe + [word for words in differing(phase, args, defaults) for word in words])
+        lines.append(identity + recipe + [word for words in differing(phase, args, defaults)
+                                          for word in words])
     line = shlex.join(["python", f"{phase}.py", *min(lines, key=len)])
     return line.replace(" --method gvbsm", "").replace(" --preset paper", "")
 
@@ -231,7 +256,8 @@ def commands(cells):
 # The page
 
 def compared(cells):
-    """The cells of a data set, dealt to tables.   -> [families], [(base, cells that are compared with it)], the others"""
+    """The cells of a data set, dealt to tables.   -> [families], [(base, cells that are compared with it)],
+    the others"""
     def key(cell):
         return cell["ipc"], cell["student"]
 
@@ -242,9 +268,11 @@ def compared(cells):
     for cell in cells:
         if under(cell, FAMILY) and cell["distilled"]:
             families.setdefault(key(cell), []).append(cell)
-    bases = [cell for cell in cells if cell["tag"] in BASES and cell["tag"] != FAMILY and cell["method"] == "gvbsm"
+    bases = [cell for cell in cells if cell["tag"] in BASES and cell["tag"] != FAMILY and cell["method"]
+             == "gvbsm"
              and "stored" in cell["distilled"]]
-    comparisons = [(base, [cell for cell in cells if cell is not base and cell["distilled"] and key(cell) == key(base)
+    comparisons = [(base, [cell for cell in cells if cell is not base and cell["distilled"] and key(cell)
+                           == key(base)
                            and under(cell, base["tag"])]) for base in bases]
     placed = [id(cell) for family in families.values() for cell in family]
     placed += [id(cell) for base, others in comparisons for cell in (base, *others)]
@@ -260,25 +288,30 @@ def section(dataset, cells):
     families, comparisons, others = compared(list(cells.values()))
     parts = [f"## {dataset}", *[results_table(others)] * bool(others)]
     for family in families:
-        parts.append(f"### Every method under one recipe: {dataset}, IPC {family[0]['ipc']}, {family[0]['student']}")
+        parts.append(f"### Every method under one recipe: {dataset}, IPC {family[0]['ipc']}, "
+                     f"{family[0]['student']}")
         parts.append(family_table(family))
     for base, alike in comparisons:
         parts.append(f"### Base `--tag {base['tag']}`: {dataset}, IPC {base['ipc']}, {base['student']}")
         parts.append(comparison_table(base, alike))
-    runs = {}                                                                    # a run: its cells, one for each student
+    runs = {}  # a run: its cells, one for each student
     for name, cell in cells.items():
         runs.setdefault(name.removeprefix(dataset + "-").removesuffix("-" + cell["student"]), []).append(cell)
-    parts.append(folded(f"Costs on {dataset}", "Seconds and most memory of each phase; of train_eval.py for one student seed.\n\n"
+    parts.append(folded(f"Costs on {dataset}", "Seconds and most memory of each phase; of train_eval.py for "
+                        "one student seed.\n\n"
                         + cost_table(runs) + "\n\nMegabytes on the disk.\n\n" + byte_table(runs)))
     lines = [f"# {name}\n" + "\n".join(commands(mine)) for name, mine in runs.items()]
-    return "\n\n".join([*parts, folded(f"Commands of every run on {dataset}", "```bash\n" + "\n\n".join(lines) + "\n```")])
+    return "\n\n".join([*parts, folded(f"Commands of every run on {dataset}",
+                                       "```bash\n" + "\n\n".join(lines) + "\n```")])
 
 
 def page(cells):
     """The text of README.md.   cells: {name: cell}"""
     datasets = sorted({cell["dataset"] for cell in cells.values()}, key=lambda name: (
-        list(DATASETS).index(name.removesuffix("-holdout")) if name.removesuffix("-holdout") in DATASETS else len(DATASETS), name))
-    parts = [section(dataset, {name: cell for name, cell in cells.items() if cell["dataset"] == dataset}) for dataset in datasets]
+        list(DATASETS).index(name.removesuffix("-holdout")) if name.removesuffix("-holdout") in DATASETS
+        else len(DATASETS), name))
+    parts = [section(dataset, {name: cell for name, cell in cells.items() if cell["dataset"] == dataset})
+             for dataset in datasets]
     rest = "## Numbers of the paper (arXiv:2311.17950) without a run here\n\n" + missing_table(cells.values())
     return "\n\n".join([INTRODUCTION, *parts, rest]) + "\n"
 
@@ -286,7 +319,8 @@ def page(cells):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.prog = "tests.evidence.make_readme"
-    parser.add_argument("folders", type=Path, nargs="*", metavar="runs/DATASET", help="whose results become result files")
+    parser.add_argument("folders", type=Path, nargs="*", metavar="runs/DATASET",
+                        help="whose results become result files")
     args = parser.parse_args(argv)
     for folder in args.folders:
         results = read_results(folder)

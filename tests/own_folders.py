@@ -27,7 +27,7 @@ from utils.shapes import SHAPES
 CLASSES, PIXELS, IMAGES = (2, 3, 5, 10, 20, 50, 200), (16, 32, 48, 64, 96), (20, 200)
 METHODS = "random", "gvbsm"
 SHORTER = {"squeeze": lambda images: ["--epochs", str(min(30, max(2, 200 * 32 // images)))],
-           "recover": lambda images: "--iterations 300 --grid-every 0".split(),
+           "recover": lambda images: "--iterations 300".split(),
            "relabel": lambda images: "--epochs 200".split(),
            "train_eval": lambda images: "--epochs 200 --students convnet_w64 --evaluations 1".split()}
 
@@ -72,10 +72,12 @@ def run_cell(root, classes, pixels, images, ipc=3, methods=METHODS, shorter=SHOR
                 try:
                     import_module(phase).main(flags + ["--method", method]
                                               + shorter.get(phase, lambda _: [])(classes * images))
+                    failed = False
                 except SystemExit as end:
-                    if end.code:
-                        yield {"method": method, "failed": phase, "said": out.getvalue()[-400:]}
-                        break
+                    failed = bool(end.code)
+            if failed:
+                yield {"method": method, "failed": phase, "said": out.getvalue()[-400:]}
+                break
             results[phase] = json.loads(re.findall(r"^RESULT (.*)$", out.getvalue(), re.M)[-1])
         else:
             yield {"method": method, "teachers": results["squeeze"]["top1"],

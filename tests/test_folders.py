@@ -178,7 +178,7 @@ def test_squeezing_again_chooses_the_size_anew(remembered, monkeypatch):
 @pytest.mark.slow
 def test_a_folder_of_three_classes_trains_by_the_defaults(tmp_path):
     results = list(run_cell(tmp_path, classes=3, pixels=16, images=20))
-    assert [cell["method"] for cell in results] == list(METHODS) and not any("failed" in cell for cell in results)
+    assert [(cell["method"], cell.get("said")) for cell in results] == [(method, None) for method in METHODS]
     for cell in results:
         assert not any(at_chance(top1, 3, 30) for top1 in [cell["student"], *cell["teachers"].values()]), cell
 

@@ -298,7 +298,7 @@ def test_a_folder_takes_the_settings_of_its_size_and_number_of_classes(classes, 
 def test_no_student_of_a_folder_of_ones_own_trains_by_sgd(preset, column):
     values = preset_values(preset, column, "train_eval", own=40)
     assert (values["optimizer"], values["lr"]) == (["adamw"], ["0.001"])
-    assert preset_values(preset, column, "squeeze", own=40)["epochs"] == 100
+    assert preset_values(preset, column, "squeeze", own=20)["epochs"] == 100
     assert preset_values(preset, column, "squeeze", own=10 ** 5)["epochs"] == 5
 
 

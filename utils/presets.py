@@ -115,23 +115,21 @@ BEST = {
 # gradient grows as classes get fewer: SGD at CIFAR-100's 0.1 diverges with three classes and stays at chance
 # with five. AdamW does not ask how large a gradient is.
 FOLDER = {
-    ("*", "backbones"):             ["convnet_w64", "wrn16_2"],
+    ("*", "backbones"):             ["convnet_w64", "wrn10_1"],
     ("squeeze", "lr"):              0.05,
     ("squeeze", "weight_decay"):    5e-4,
     ("squeeze", "schedule"):        "cosine",
     ("squeeze", "batch_size"):      32,
-    ("squeeze", "precision"):       "auto",
-    ("recover", "iterations"):      500,
-    ("relabel", "epochs"):          300,
-    ("relabel", "precision"):       "auto",
-    ("train_eval", "epochs"):       300,
-    ("train_eval", "precision"):    "auto",
-    ("train_eval", "students"):     ["convnet_w128"],
+    ("recover", "iterations"):      300,
+    ("relabel", "epochs"):          200,
+    ("train_eval", "epochs"):       200,
+    ("train_eval", "precision"):    "tf32",
+    ("train_eval", "students"):     ["convnet_w64"],
     ("train_eval", "optimizer"):    ["adamw"],
     ("train_eval", "lr"):           ["0.001"],
     ("train_eval", "weight_decay"): ["0.0"],
 }
-FOLDER_STEPS = 200      # of squeeze on a folder, within 5 and 100 epochs
+FOLDER_STEPS = 120      # of squeeze on a folder, within 5 and 100 epochs
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER, BEST]}
 AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           # P, Appendix A
           # by --holdout at IPC 50, with two backbones: +4.6 after 200 epochs of the student, of which class

@@ -287,7 +287,8 @@ def test_the_loss_falls_below_that_of_the_real_images_and_writes_a_grid(project)
         assert len(lines) == 25 and all(line["kept"] == 1 for line in lines)
     # the same networks
     assert losses[0][0] == losses[1][0] and fmean(losses[1][10:]) < 0.9 * fmean(losses[0][10:])
-    assert result["images"] == 8 and "teacher_top1" not in result and result["made_from"] == {} and (project.run("dm-ipc2-lr1") / "grid.png").exists()
+    assert result["images"] == 8 and "teacher_top1" not in result and set(result["made_from"]) == {"data"}
+    assert (project.run("dm-ipc2-lr1") / "grid.png").exists()
 
 
 def test_the_images_of_one_step_are_the_real_ones_less_the_gradient(project, monkeypatch):

@@ -41,14 +41,14 @@ from utils.labels import LabelWriter, RowFile, StoredLabels
 from utils.losses import mse_gt_loss
 from utils.run import generator, pick_device
 from utils.stats import Matching, layer_inputs, matched_layers
-from utils.train import Graphed, NonFinite, channels_last
+from utils.train import Graphed, NonFinite, Training, channels_last
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
 DATA = {"classes": [str(label) for label in range(10)], "image_size": 32, "mean": UNITS[0], "std": UNITS[1]}
 BOUNDS = [torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0)]
 CIFAR = "resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05"
 # in place of a Checkpoint
-NOTHING_KEPT = SimpleNamespace(load=lambda *_: None, save_if_due=lambda *_, **how: None)
+NOTHING_KEPT = SimpleNamespace(result=Path("bench"), load=lambda *_: None, save_if_due=lambda *_, **how: None)
 
 
 def interleaved(functions, rounds):
@@ -291,19 +291,17 @@ def bench_squeeze(rounds, quick, device):
     split = Split(pixels(count).permute(0, 2, 3, 1).numpy(), torch.arange(count) % 10, DATA["classes"],
                   32).to(device)
     batches = [(normalize(images, *UNITS), labels) for images, labels in split.batches(64)]
-    args = squeeze.changed(squeeze.get_parser().parse_args(["--epochs", "1"]), step_epochs=30,
-                           step_factor=0.1, remedy="")
+    training = Training("squeeze", 1, 64, 0.05, 0.0, schedule="constant", crop="pad4")
     for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
         def bare(model):
-            optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum,
+            optimizer = torch.optim.SGD(model.parameters(), lr=training.lr, momentum=training.momentum,
                                         fused=device.type == "cuda")
             return training_steps(model, optimizer, batches, F.cross_entropy)
 
         trained, last, first = (network(name, last).to(device) for last in (True, True, False))
         times = interleaved([
-            lambda: list(squeeze.train("", trained, split, torch.arange(count),
-                                       torch.tensor(UNITS, device=device), args,
-                                       NOTHING_KEPT, record=squeeze.forgetting_record(count, device))),
+            lambda: list(squeeze.train(trained, split, torch.arange(count), torch.tensor(UNITS, device=device),
+                                       training, NOTHING_KEPT, squeeze.forgetting_record(count, device))),
             bare(last), bare(first)], rounds)
         yield f"{name}, {count} images by 64", {**ratio(times), "bare/channels_first": times[1] / times[2]}
 

@@ -22,11 +22,11 @@ import train_eval
 from models import build_model
 from tests.hashes import few_shapes
 from tests.helpers import assert_near
-from utils import data
+from utils import data, scores
 from utils.augment import apply_resized_crop, draw_resized_crop, draw_view, normalize
 from utils.data import Split, load_split
-from utils import scores
 from utils.presets import METHODS, SELECTIONS, preset_values
+from utils.pool import fine_tuning, teachers_of
 from utils.run import generator
 from utils.selection import drop_largest, herding, k_center, last_epoch_weights, most_forgotten
 from utils.closed_form import ClosedFormMatching, freeze
@@ -149,8 +149,8 @@ def test_the_settings_are_those_that_were_published(row):
 
 def test_the_pool_of_a_method_is_what_its_squeeze_saves():
     for column in "cifar10", "cifar100", "tiny", "imagenet", "shapes":
-        args = type("args", (), preset_values("paper", column, "squeeze", 10, "teddy") | dict(pruned=0))
-        names = [one for name in args.backbones for one in squeeze.teachers_of(name, args)]
+        squeezed = preset_values("paper", column, "squeeze", 10, "teddy")
+        names = [one for name in squeezed["backbones"] for one in teachers_of(name, squeezed["save_epochs"], 0)]
         for phase in PHASES[1:]:
             assert preset_values("paper", column, phase, 10, "teddy")["backbones"] == names[1:]
 
@@ -291,14 +291,11 @@ def test_a_pruned_teacher_has_two_thirds_of_the_parameters_and_comes_from_the_tr
 
 
 def test_the_later_a_pruned_teacher_the_more_fine_tuning_it_has():
-    how = []
-    for i in range(1, 10):
-        args = squeeze.get_parser().parse_args(["--pruned", "9", "--backbones", "convnet_w8"])
-        how.append(squeeze.fine_tuning(f"convnet_w8@pruned{i}", args))
+    how = [fine_tuning(f"convnet_w8@pruned{i}", 9) for i in range(1, 10)]
     assert [one.epochs for one in how] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert {(one.lr, one.batch_size, one.schedule, one.step_epochs, one.weight_decay)
             for one in how} == {(0.1, 32, "step", 1, 1e-4)}
-    optimizer, schedule = squeeze.sgd(torch.nn.Linear(1, 1), how[-1])
+    optimizer, schedule = how[-1].optimizer(torch.nn.Linear(1, 1))
     optimizer.step()
     schedule.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)  # in the last of its epochs
@@ -767,7 +764,7 @@ WORKS = {
     "scores": ("squeeze", "--prune-ratio 0.25 --score-trials 2 --score-epochs 3 --score-batch-size 20",
                "scores.normalize", 8),
     "scores, when all are made": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 2 "
-                                  "--score-batch-size 20", "save_torch", 1),
+                                  "--score-batch-size 20", "scores.save_torch", 1),
     "the training behind them": ("squeeze", "--prune-ratio 0.25 --score-trials 1 --score-epochs 1 --epochs 4",
                                  "gathered", 7),
     "weak teachers": ("squeeze", "--epochs 4 --save-epochs 1:4:1", "gathered", 10),

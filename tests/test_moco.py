@@ -261,10 +261,10 @@ def test_a_backbone_squeezed_without_labels_is_one_for_the_other_phases(contrast
 def test_the_saved_classifier_is_the_probe_on_the_encoder_that_moco_left(bare, contrasted, monkeypatch):
     seen = []
 
-    def watched(name, model, *rest, **how):
+    def watched(model, *rest):
         if isinstance(model, Probe):
             seen.append(copy.deepcopy(model.features.state_dict()))
-        yield from train(name, model, *rest, **how)
+        yield from train(model, *rest)
         seen.append(model)
 
     train = squeeze.train
@@ -385,7 +385,7 @@ def test_what_moco_cannot_do_is_told(flags, words, bare):
 
 
 def test_it_is_not_trained_by_several_processes(bare, monkeypatch):
-    monkeypatch.setattr(squeeze, "world_size", lambda: 2)
+    monkeypatch.setattr(moco_module, "world_size", lambda: 2)
     assert "without torchrun" in bare.mistake("squeeze", FLAGS)
 
 

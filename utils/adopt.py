@@ -15,6 +15,17 @@ WRAPPERS = "state_dict", "model", "teacher", "model_state_dict", "network"
 PLAIN = "save the state dict alone, torch.save(model.state_dict(), FILE)"
 
 
+def check_weights(args):
+    """Stop where squeeze.py cannot take the weights of --weights FILE, whatever they are."""
+    path, backbones = args.weights_file, args.backbones
+    if args.objective == "probe" and not path:
+        fail("--objective probe trains a classifier on an encoder: name its checkpoint (MoCo, SwAV, DINO) "
+             "with --weights FILE and its network with --backbones, or use --objective moco up to 64 pixels")
+    if path and len(backbones) > 1:
+        fail(f"--weights {path} is of one network, and --backbones names {len(backbones)}; name one, and "
+             "call squeeze.py again for each other")
+
+
 def load_pretrained(name, model, download):
     """torchvision's IMAGENET1K_V1 weights, from its cache unless a download is allowed."""
     try:
@@ -29,8 +40,7 @@ def load_pretrained(name, model, download):
     classes = len(weights.meta["categories"])
     if (mine := len(model.get_submodule(classifier_of(model)).weight)) != classes:
         fail(f"--pretrained: the weights of {name} are of {classes} classes, the data has {mine}; use "
-             f"--no-pretrained, "
-             "or --weights FILE with --objective probe")
+             "--no-pretrained, or --weights FILE with --objective probe")
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:

@@ -105,8 +105,7 @@ def identity_flags(parser):
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
     run.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="tf32",
                      help="of matrix products: tf32 is fp32 except on a GPU; auto is bf16 where that is "
-                     "native "
-                     "and faster, and tf32 in collect_stats.py and recover.py")
+                     "native and faster, and tf32 in collect_stats.py and recover.py")
     run.add_argument("--workers", type=number(int, 0), default=2,
                      help="processes or threads that read images")
     run.add_argument("--overwrite", action="store_true",
@@ -146,8 +145,7 @@ def parse_args(parser, phase, argv=None, find=look):
                                         {}) if not (phase == "squeeze" and known.overwrite) else {}
     if known.image_size and decided.get("image_size", known.image_size) != known.image_size:
         fail(f"--image-size {known.image_size}: squeeze.py chose {decided['image_size']} ({path}); leave it "
-             f"out, or squeeze again "
-             "with --overwrite or under another --teachers")
+             "out, or squeeze again with --overwrite or under another --teachers")
     if decided:
         data_set["image_size"] = decided["image_size"]
         defaults = values() | ({"backbones": decided["backbones"]} if decided.get("backbones") and phase
@@ -201,8 +199,7 @@ def check_data_set(args, data_set, earlier):
         if other.get("path") and data_set["path"] not in (None,
                                                           other["path"]) and other["fingerprint"] != data_set["fingerprint"]:
             fail(f"{run_folder(args)} is of another data set of that name, {other['path']}; name another "
-                 f"--run-dir for "
-                 f"{data_set['path']}, or rename its folder")
+                 f"--run-dir for {data_set['path']}, or rename its folder")
 
 
 def describe_choice(args):
@@ -256,7 +253,7 @@ def epoch_range(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form first:last:step, such as 11:46:5")
     if text != "none" and int(text.split(":")[0]) > int(text.split(":")[1]):
         raise argparse.ArgumentTypeError(f"{text!r} ends before it begins; use first:last:step, such as "
-                                         f"11:46:5, or none")
+                                         "11:46:5, or none")
     return text
 
 
@@ -265,7 +262,7 @@ def plain_name(text):
     if not 0 < len(text) <= 100 or text.strip(".") != text or set(text) - set(
             "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
         raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use up to 100 letters, digits, '.', "
-                                         f"'_' and '-'")
+                                         "'_' and '-'")
     return text
 
 

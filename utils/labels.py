@@ -158,8 +158,8 @@ class DistilledDataset(torch.utils.data.Dataset):
         class_map = read_class_map(result["args"].get("class_map"))
         self.images, number, _, files = load_folder(images, data["image_size"], 0, data["classes"], class_map)
         if image_set(images, files) != hashes["images"]:
-            raise ValueError(f"{self.folder} was made for other images than {images}; "
-                             "run relabel.py --overwrite")
+            raise ValueError(f"{self.folder} was made for other images than {images}; run relabel.py "
+                             "--overwrite")
         self.classes, self.mean_std = data["classes"], torch.tensor([data["mean"], data["std"]])
         self.targets = number.tolist()
         self.arrays, self.epoch = load_arrays(self.folder), torch.zeros((), dtype=torch.long).share_memory_()
@@ -169,8 +169,8 @@ class DistilledDataset(torch.utils.data.Dataset):
     def set_epoch(self, epoch):
         """Choose the labelled epoch, 0 .. epochs - 1."""
         if not 0 <= epoch < self.epochs:
-            raise ValueError(f"epoch {epoch} is not among the {self.epochs} in {self.folder}; "
-                             f"use epoch % {self.epochs}")
+            raise ValueError(f"epoch {epoch} is not among the {self.epochs} in {self.folder}; use epoch % "
+                             f"{self.epochs}")
         self.epoch.fill_(epoch)
 
     def __len__(self):

@@ -3,13 +3,18 @@ SC-DD, Sec. 2.4.
 
 MoCo v2's CIFAR-10 recipe: no MLP head, BatchNorm in splits instead of several GPUs, asymmetric loss.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import build_model
+from utils import fail
 from utils.augment import apply_colour, apply_view, draw_colour, draw_view, normalize
+from utils.processes import print_rank0, world_size
 from utils.run import send
-from utils.train import make_step
+from utils.train import fit, make_step, shuffled
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
@@ -106,6 +111,23 @@ class MoCo(nn.Module):
         self.pointer.copy_((self.pointer + len(keys)) % size)
 
 
+def train_moco(model, key, splits, rows, mean_std, training, queue, checkpoint):
+    """SC-DD, Sec. 2.4: train a classifier's features on the training images `rows` without labels, in place;
+    its last layer is then of no use. key: another model of its kind; queue: keys that MoCo contrasts with."""
+    moco = MoCo(as_encoder(model), as_encoder(key), size=queue).to(mean_std.device)
+    optimizer, schedule = training.optimizer(moco.query)
+    schedule.step()                                                  # MoCo counts epochs from 1
+    name = f"moco {checkpoint.result.stem}"
+    for epoch in fit((moco, optimizer, schedule),
+                     shuffled(rows, training.batch_size, "moco", training.seed, drop_last=True),
+                     contrast(moco, optimizer, splits["train"], mean_std), epochs=training.epochs, name=name,
+                     resume=checkpoint.load("moco"), save=partial(checkpoint.save_if_due, piece="moco")):
+        if epoch % max(1, training.epochs // 10) == 0 or epoch == training.epochs:
+            top1 = neighbours_top1(moco.query, splits, rows, mean_std)
+            print_rank0(f"{name}  epoch {epoch}: {top1:.2f} % of the test images by their nearest neighbours")
+    join_norms(model)
+
+
 def contrast(moco, optimizer, split, mean_std):
     """-> train_epoch of `fit`: MoCo on two views of each image of the split, without its label.
     mean_std [2, 3]"""
@@ -184,3 +206,35 @@ class Probe(nn.Module):
         """The model with the trained layer in it, an ordinary one again."""
         self.features.set_submodule(self.name, self.linear)
         return self.features
+
+
+def check_contrast(args):
+    """Stop where squeeze.py cannot train MoCo by these arguments, whatever the data."""
+    if args.weights:
+        fail("--objective moco trains the weights; leave out --weights, or use --objective probe")
+    if args.pretrained:
+        fail("--objective moco trains the weights that --pretrained would take from torchvision; add "
+             "--no-pretrained")
+    if args.epochs < 2:
+        fail(f"--epochs {args.epochs}: MoCo counts its cosine's epochs from 1, so that the last has the rate "
+             "0; use at least 2")
+    if world_size() > 1:
+        fail("--objective moco trains in one process; run it without torchrun")
+    if args.batch_size % 8 or args.batch_size < 16:
+        fail(f"--batch-size {args.batch_size}: MoCo normalises 8 parts of a batch, each of at least 2 "
+             "images; use a multiple of 8 from 16 on")
+    for name in args.backbones:
+        with torch.device("meta"):
+            if not any(isinstance(layer, nn.Linear) for layer in build_model(name, 10, 224).modules()):
+                fail(f"--backbones {name}: MoCo's outputs take the place of a linear layer, and it has none; "
+                     "name others")
+
+
+def check_contrasted(split, count, batch_size):
+    """The same for `count` of the training images."""
+    if split.streamed:
+        fail(f"--objective moco is for images of at most 64 pixels, not {split.image_size}; use a smaller "
+             "--image-size, or --objective probe --weights FILE with an encoder that was trained elsewhere")
+    if count < batch_size:
+        fail(f"--batch-size {batch_size} is more than the {count} training images, and MoCo takes whole "
+             "batches alone; use a smaller one")

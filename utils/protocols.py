@@ -75,8 +75,7 @@ class SeenLabels:
             rows[rows.nonzero()] = fits.any(0)
         if not rows.any():
             raise ValueError("no stored sample of the first classes is free of classes to come; use fewer "
-                             "steps, --labels "
-                             "online, or relabel.py with more --epochs or --mix none")
+                             "steps, --labels online, or relabel.py with more --epochs or --mix none")
         self.stored, self.mix, self.seen = stored, stored.mix, seen
         self.rows, self.place = torch.from_numpy(rows.nonzero()[0]), torch.from_numpy(rows.cumsum() - 1)
         # [n]; [epochs, n], those first

@@ -51,8 +51,7 @@ def check_data(then, args, path):
     now = getattr(args, "data_set", {}).get("fingerprint")
     if then and now and then != now:
         fail(f"the images of --dataset {args.dataset} have changed since {path} was made; run all phases "
-             f"from "
-             "squeeze.py on with --overwrite, or name another --run-dir")
+             "from squeeze.py on with --overwrite, or name another --run-dir")
 
 
 def relevant(args):
@@ -76,8 +75,8 @@ def check_same(stored, settings, path, begun=(), typed=()):
     chosen = [key for key in changed if {flag_name(key), f"--no-{flag_name(key)[2:]}"} & {*begun, *typed}]
     told = ", ".join(f"{flag_name(key)} {stored[key]} (now {settings[key]})" for key in chosen or changed)
     if begun:
-        fail(f"{path} is unfinished: `{shlex.join(begun)}` began it with {told}; repeat that command, "
-             f"or {AGAIN}")
+        fail(f"{path} is unfinished: `{shlex.join(begun)}` began it with {told}; repeat that command, or "
+             f"{AGAIN}")
     other = "--teachers" if path.parent.parent.name == "teachers" else "--tag"
     fail(f"{path} was made with {told}; choose another {other}, or {AGAIN}")
 
@@ -97,8 +96,7 @@ def check_inputs(stored, now, path, remedy=AGAIN):
         changed = [name for name in before | found if before.get(name) != found.get(name)]
         if changed and kind == "data":
             fail(f"the images of the data set have changed since {path} was made; run all phases from "
-                 f"squeeze.py "
-                 "on with --overwrite, or name another --run-dir")
+                 "squeeze.py on with --overwrite, or name another --run-dir")
         if changed:
             names = f" ({' '.join(sorted(changed))})" if all(changed) else ""
             fail(f"{path} was made from other {kind}{names} than the present ones; {remedy}")
@@ -119,8 +117,8 @@ def check_trained(split, records, paths):
     for name, record in records.items():
         if record.get("trained", len(split)) != len(split):
             path = paths.teachers / f"{name}.pt"
-            fail(f"{path} was trained when there were {record['trained']} training images, "
-                 f"now {len(split)}; train it again with squeeze.py --overwrite")
+            fail(f"{path} was trained when there were {record['trained']} training images, now {len(split)}; "
+                 "train it again with squeeze.py --overwrite")
 
 
 def check_recovered(recovered, args, paths, data, records):

@@ -26,7 +26,7 @@ from utils import fail
 from utils.checkpoint import Checkpoint, load_finished, load_json, save_json
 from utils.cli import call, describe_choice, run_folder
 from utils.processes import print_rank0, rank, signals, stop, world_size
-from utils.provenance import AGAIN, relevant, with_data
+from utils.provenance import AGAIN, ASSUMED, relevant, with_data
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 
@@ -189,7 +189,7 @@ class Run:
     def unchanged(self, settings, **metrics):
         """`finished` for a summary of several files, which is written again if settings or metrics differ."""
         stored = load_json(self.result, AGAIN) if self.result.exists() else {"args": {}}
-        same = all(stored["args"].get(key) == settings[key] for key in settings)
+        same = all((ASSUMED | stored["args"]).get(key) == settings[key] for key in settings)
         return same and all(stored.get(key) == metrics[key] for key in metrics) and self._repeat(stored)
 
     def _repeat(self, stored):

@@ -1,8 +1,5 @@
 """BiLP's preemptive pruning (arXiv:2305.18381, supplement Sec. 6.4): the training images of largest loss are
 left out.
-
-    scores = score_images(split, mean_std, trials=50, epochs=100, lr=3e-3, batch_size=512, seed=0,
-    checkpoint=checkpoint) rows = drop_largest(scores, labels, 0.3)                           # utils/selection.py
 """
 from functools import partial
 
@@ -12,10 +9,37 @@ from torch import nn
 
 from models import build_model
 from utils.augment import normalize
-from utils.processes import barrier, rank, shard, world_size
+from utils import fail
+from utils.checkpoint import Checkpoint, load_finished, save_torch
+from utils.processes import barrier, print_rank0, rank, shard, world_size
+from utils.provenance import AGAIN, relevant
 from utils.run import generator, send
-from utils.selection import last_epoch_weights
+from utils.selection import drop_largest, last_epoch_weights
 from utils.train import Record, fit, learning_rates, make_step, shuffled
+
+
+SCORES = ["score_trials", "score_epochs", "score_lr", "score_batch_size"]
+
+
+def kept_rows(split, mean_std, args, path, hashes, later):
+    """Which training images squeeze.py trains on: of every class all but the --prune-ratio of largest losses,
+    stored at `path`.   hashes: of the data; later: files that are made from these images   -> sorted [n]"""
+    if not args.prune_ratio:
+        return torch.arange(len(split))
+    own = {key: relevant(args)[key] for key in ("seed", *SCORES)}
+    if stored := load_finished(path, args, hashes, own, ("scores",)):
+        if len(scores := stored["scores"]) != len(split):
+            fail(f"{path} holds {len(scores)} losses, of {len(split)} training images; {AGAIN}")
+    else:
+        with Checkpoint(path, args, hashes, own, later) as checkpoint:
+            scores = score_images(split, mean_std, trials=args.score_trials, epochs=args.score_epochs,
+                                  lr=args.score_lr, batch_size=args.score_batch_size, seed=args.seed,
+                                  checkpoint=checkpoint)
+            if rank() == 0:
+                save_torch(path, {"scores": scores, "args": own, "made_from": hashes})
+    kept = drop_largest(scores, split.labels.cpu(), args.prune_ratio)
+    print_rank0(f"squeeze trains on {len(kept)} of {len(split)} images, those of smaller loss")
+    return kept
 
 
 def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, checkpoint):

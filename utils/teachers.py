@@ -7,7 +7,7 @@ from torch import nn
 from utils import fail
 from utils.checkpoint import load_json, load_torch, reason
 from utils.cli import call
-from utils.processes import warn
+from utils.processes import print_rank0, warn
 from utils.provenance import AGAIN, check_classes, check_data, fingerprint
 from utils.stats import matched_layers
 from utils.train import with_precision
@@ -111,6 +111,17 @@ def costs(path):
     """{backbone: its seconds and peak_memory} of the result file of squeeze.py or collect_stats.py, {}
     without one."""
     return load_json(path, AGAIN).get("costs", {}) if path.exists() else {}
+
+
+def first_bn_variance(name, weights):
+    """Variance over the channels of the first BatchNorm's running means (SC-DD, Table 2: the larger, the more
+    a squeezed backbone tells), of a state_dict; None without BatchNorm. Also printed."""
+    means = next((value for key, value in weights.items() if key.endswith("running_mean")), None)
+    if means is None:
+        return None
+    variance = means.float().var(correction=0).item()
+    print_rank0(f"{name}: the running means of its first BatchNorm vary by {variance:.5f} over the channels")
+    return variance
 
 
 def check_models(flag, names, build_model, num_classes=10, image_size=224):

@@ -3,6 +3,7 @@ layouts and graphs."""
 import sys
 from collections import defaultdict
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -119,6 +120,31 @@ class Record(dict):
 
     def load_state_dict(self, saved):
         self.update(send(saved, self.device))
+
+
+class Training(NamedTuple):
+    """A training by SGD: of a backbone, a pruned teacher, MoCo or a probe."""
+    name: str                               # of the training, such as "probe"
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    momentum: float = 0.9
+    schedule: str = "cosine"                # of the learning rate, with the next three: see `learning_rates`
+    warmup_epochs: int = 0
+    step_epochs: int = 30
+    step_factor: float = 0.1
+    crop: str = "resized"
+    seed: int = 0
+    cuda_graphs: bool = False
+    remedy: str = "use a smaller --lr"      # printed where it does not converge
+
+    def optimizer(self, model):
+        """-> optimizer, the schedule of its learning rate"""
+        sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum,
+                              weight_decay=self.weight_decay, fused=next(model.parameters()).is_cuda)
+        return sgd, learning_rates(sgd, self.schedule, self.epochs, warmup_epochs=self.warmup_epochs,
+                                   step_epochs=self.step_epochs, step_factor=self.step_factor)
 
 
 def learning_rates(optimizer, schedule, epochs, *, warmup_epochs=0, step_epochs=30, step_factor=0.1):

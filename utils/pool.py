@@ -1,0 +1,70 @@
+"""Teddy's pool of weak teachers (arXiv:2410.07579): weights of early epochs, <backbone>@<epoch>, and trained
+ones without random channels that are fine-tuned a little, <backbone>@pruned<i> (supplement Sec. D.1)."""
+import torch
+
+from models import build_model
+from models.pruning import coupled, random_channels, shrink, widths
+from utils import fail
+from utils.checkpoint import load_torch, reason
+from utils.processes import barrier
+from utils.provenance import AGAIN
+from utils.run import generator
+from utils.train import Training
+
+SHARE, LAST_EPOCHS = 0.66, 2    # parameters that a pruned teacher keeps; epochs of the last one's fine-tuning
+
+
+def saved_epochs(text):
+    """The epochs of first:last:step, the last among them; none of "none"."""
+    first, last, step = map(int, (text if text != "none" else "1:0:1").split(":"))
+    return range(first, last + 1, step)
+
+
+def teachers_of(name, save_epochs, pruned):
+    """The names of a backbone and of the weak teachers made with it."""
+    return [name, *(f"{name}@{epoch}" for epoch in saved_epochs(save_epochs)),
+            *(f"{name}@pruned{i + 1}" for i in range(pruned))]
+
+
+def prune_teacher(name, model, folder, seed):
+    """Make the model the trained backbone of a name without random channels, in place.
+    -> {convolution: channels left}"""
+    barrier()                                                        # until its backbone is written
+    path = folder / f"{name.partition('@')[0]}.pt"
+    try:
+        model.load_state_dict(load_torch(path, AGAIN, ["weights"])["weights"])
+    except RuntimeError as error:
+        fail(f"{path} does not hold weights of {path.stem} ({reason(error)}); {AGAIN}")
+    chosen = random_channels(model, SHARE, generator("pruned", seed, name))
+    return widths(shrink(model, chosen), chosen)
+
+
+def fine_tuning(name, count, **more):
+    """How one of `count` pruned teachers is trained: 0 to LAST_EPOCHS epochs, more from one to the next, at a
+    rate of 0.1 that is 0.001 in the last.   -> Training"""
+    epochs = (int(name.partition("@pruned")[2]) - 1) * (LAST_EPOCHS + 1) // count
+    return Training("squeeze", epochs, 32, 0.1, 1e-4, schedule="step", step_epochs=1,
+                    step_factor=0.01 ** (1 / max(1, epochs - 1)), remedy="leave out --pruned", **more)
+
+
+def check_pool(args):
+    """Stop where squeeze.py cannot make the weak teachers of its flags, whatever the data."""
+    saved = saved_epochs(args.save_epochs)
+    if weak := next((name for name in args.backbones if "@" in name), None):
+        fail(f"--backbones {weak}: squeeze.py makes it of {weak.partition('@')[0]}; name that, and "
+             "--save-epochs or --pruned")
+    if saved and args.pretrained:
+        fail(f"--save-epochs {args.save_epochs}: pretrained weights have no epochs; use --save-epochs none "
+             "or --no-pretrained")
+    if max(saved, default=1) > args.epochs:
+        fail(f"--epochs {args.epochs} is too few for --save-epochs {args.save_epochs}; use more")
+    if (saved or args.pruned) and args.objective != "supervised":
+        fail(f"--objective {args.objective} makes no weak teachers; leave out --save-epochs and --pruned")
+    if (saved or args.pruned) and args.weights:
+        fail("--weights: adopted weights have no epochs and make no weak teachers; leave out --save-epochs "
+             "and --pruned")
+    for name in args.backbones if args.pruned else ():
+        with torch.device("meta"):
+            if not coupled(build_model(name, 10, 224)):
+                fail(f"--pruned {args.pruned}: {name} has no channels that can be removed; name other "
+                     "--backbones")

@@ -16,7 +16,7 @@ BY_ADAMW, SLOWLY, DECAYED = ([f"{name}={value}" for name in ("swin_t", "deit_tin
 COLUMNS = ("cifar10", "cifar100", "tiny", "imagenet", "shapes")
 PAPER = {
     # phase, flag                   cifar10        cifar100       tiny           imagenet       shapes         source
-    ("*", "backbones"):             (SMALL,         SMALL,         SMALL,         LARGE,         ["convnet_w64", "wrn16_2"], "P"),
+    ("*", "backbones"):             (SMALL,         SMALL,         SMALL,         LARGE,         ["convnet_w64", "wrn10_1"], "P"),
     ("squeeze", "precision"):       (None,          None,          None,          None,          "auto",        "P: float32"),
     ("relabel", "precision"):       (None,          None,          None,          None,          "auto",        "P: float32"),
     ("train_eval", "precision"):    (None,          None,          None,          None,          "auto",        "P: float32"),
@@ -26,7 +26,7 @@ PAPER = {
     ("squeeze", "weight_decay"):    (0.0,           0.0,           0.0,           1e-4,          5e-4,          "R; imagenet O"),
     ("squeeze", "schedule"):        ("constant",    "constant",    "cosine",      "cosine",      "cosine",      "R"),
     ("squeeze", "batch_size"):      (64,            64,            128,           256,           64,            "P"),
-    ("squeeze", "epochs"):          (5,             50,            50,            100,           5,             "P"),
+    ("squeeze", "epochs"):          (5,             50,            50,            100,           8,             "P"),
     ("squeeze", "crop"):            ("pad4",        "pad4",        "pad8",        "resized",     "pad4",        "P; pad8 R"),
     ("squeeze", "probe_lr"):        (30.0,          30.0,          30.0,          0.03,          30.0,          "SC-DD, Table 16; small O"),
     ("squeeze", "probe_weight_decay"): (0.0,        0.0,           0.0,           1e-4,          0.0,           "SC-DD, Table 16; small O"),
@@ -145,7 +145,7 @@ AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           
 # What each method changes in the preset's table; the README's section on the family tells what its sources
 # leave open. None keeps the preset's setting; where a source has no CIFAR-10 (or CIFAR) setting, that of the
 # nearest data set stands; the column `shapes` is ours.
-R18 = (["resnet18"],) * 4 + (["wrn16_2"],)
+R18 = (["resnet18"],) * 4 + (["wrn10_1"],)
 SRE2L = {       # arXiv:2306.13092 and its release
     # phase, flag                   cifar10        cifar100       tiny           imagenet       shapes
     ("*", "teachers"):              ("sre2l",       "sre2l",       "sre2l",       "sre2l",       None),
@@ -222,7 +222,7 @@ TEDDY = SRE2L | {  # arXiv:2410.07579, Tables 4 and 5: prior generation
     ("*", "teachers"):              ("teddy",) * 5,
     ("*", "backbones"):             (*([f"resnet18@{epoch}" for epoch in range(11, 47, 5)],) * 3,
                                      [f"resnet18@{epoch}" for epoch in range(21, 62, 5)],
-                                     [f"wrn16_2@{epoch}" for epoch in range(1, 6)]),
+                                     [f"wrn10_1@{epoch}" for epoch in range(1, 6)]),
     ("squeeze", "backbones"):       R18,
     ("squeeze", "pretrained"):      (False,) * 5,
     ("squeeze", "batch_size"):      (128,           128,           256,           32,            None),

@@ -221,11 +221,10 @@ def test_every_value_of_every_preset_has_a_flag_that_accepts_it(phase, monkeypat
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_flag_has_a_reader(phase):
-    source = "".join((ROOT / file).read_text() for file in (f"{phase}.py",
-                                                            *(f"utils/{room}.py"
-                                                              for room in ("run", "checkpoint", "cli",
-                                                                           "teachers", "protocols",
-                                                                           "recorder"))))
+    rooms = ("run", "checkpoint", "cli", "teachers", "protocols", "recorder", "pool", "moco", "scores", "adopt",
+             "selection")
+    files = [f"{phase}.py", *(f"utils/{room}.py" for room in rooms)]
+    source = "".join((ROOT / file).read_text() for file in files)
     shared = re.findall(r"known\.(\w+)", (ROOT / "utils/cli.py").read_text())
     read = set(re.findall(r"\bargs\.(\w+)", source)) | set(shared)
     assert actions(phase).keys() <= read

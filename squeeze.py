@@ -40,7 +40,7 @@ from utils.provenance import AGAIN, check_classes, check_data, fingerprint, rele
 from utils.run import Run, begin, generator, peak_memory, script, send
 from utils.scores import SCORES, kept_rows
 from utils.selection import count_forgetting
-from utils.teachers import TEACHER, check_models, costs, first_bn_variance
+from utils.teachers import TEACHER, check_models, costs, first_bn_variance, warn_of_backbones
 from utils.train import (Record, Training, channels_last, fit, make_step, shuffled, split_accuracy,
                          with_precision)
 
@@ -163,8 +163,11 @@ def save_teacher(path, model, test, mean_std, about):
     print_rank0(f"{path.stem}: {top1:.2f} % of the test images")
     weights = {key: value.cpu() for key, value in model.state_dict().items()}
     variance = first_bn_variance(path.stem, weights)
+    about = about | {"top1": top1, "tested": len(test)}
+    if "@" not in path.stem:                                         # others are weak on purpose
+        warn_of_backbones({path.stem: about}, len(test.classes))
     if rank() == 0:
-        save_torch(path, about | {"top1": top1, "tested": len(test), "weights": weights})
+        save_torch(path, about | {"weights": weights})
     return {"top1": top1, "first_bn_variance": variance}
 
 

@@ -26,10 +26,16 @@ from utils.shapes import SHAPES
 
 CLASSES, PIXELS, IMAGES = (2, 3, 5, 10, 20, 50, 200), (16, 32, 48, 64, 96), (20, 200)
 METHODS = "random", "gvbsm"
-SHORTER = {"squeeze": lambda images: ["--epochs", str(min(30, max(2, 200 * 32 // images)))],
-           "recover": lambda images: "--iterations 300".split(),
-           "relabel": lambda images: "--epochs 200".split(),
-           "train_eval": lambda images: "--epochs 200 --students convnet_w64 --evaluations 1".split()}
+PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
+RECORDED = {"image_size", "backbones", "students", "epochs", "iterations", "batch_size", "lr", "optimizer"}
+LARGE = 10 * 32 ** 2        # pixels of an image of each class; above, a cell takes fewer iterations and epochs
+SHORTER = {"squeeze": "--epochs 20", "recover": "--iterations 100", "relabel": "--epochs 100",
+           "train_eval": "--epochs 100"}
+
+
+def shorter(classes, pixels):
+    """{phase: [flags]} of a cell that would take long by the defaults."""
+    return {phase: words.split() for phase, words in SHORTER.items()} if classes * min(pixels, 64) ** 2 > LARGE else {}
 
 
 def draw(number, pixels, rng):
@@ -48,10 +54,15 @@ def draw(number, pixels, rng):
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def make_folder(root, classes, pixels, images, tested=10):
-    """A data set of `classes` classes with `images` training and `tested` test images each.   pixels: of a
-    side"""
-    for split, count in ("train", images), ("val", tested):
+def tested(classes):
+    """Test images of a class."""
+    return max(10, -(-100 // classes))
+
+
+def make_folder(root, classes, pixels, images):
+    """A data set of `classes` classes with `images` training images each, and 10 to test, or as many as make
+    100 in all.   pixels: of a side"""
+    for split, count in ("train", images), ("val", tested(classes)):
         for number in range(classes):
             folder = Path(root, split, f"class{number:03}")
             folder.mkdir(parents=True)
@@ -60,29 +71,36 @@ def make_folder(root, classes, pixels, images, tested=10):
                 Image.fromarray(draw(number, pixels, rng)).save(folder / f"{i:03}.png", compress_level=1)
 
 
-def run_cell(root, classes, pixels, images, ipc=3, methods=METHODS, shorter=SHORTER):
-    """Yields the RESULT of each method on a new folder below `root`, which share its teachers."""
-    data = Path(root, f"c{classes}-p{pixels}-n{images}")
+def run_phase(phase, flags):
+    """-> its short RESULT, None where it failed; what it printed"""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+        try:
+            import_module(phase).main(flags)
+        except SystemExit as end:
+            if end.code:
+                return None, out.getvalue()
+    return json.loads(re.findall(r"^RESULT (.*)$", out.getvalue(), re.M)[-1]), out.getvalue()
+
+
+def run_cell(root, classes, pixels, images, ipc=3, methods=METHODS):
+    """Yields what came out for each method on a new folder below `root`; they share their teachers."""
+    data, typed = Path(root, f"c{classes}-p{pixels}-n{images}"), shorter(classes, pixels)
     make_folder(data, classes, pixels, images)
     flags = ["--dataset", str(data), "--ipc", str(ipc), "--run-dir", str(Path(root, "runs"))]
     for method in methods:
-        started, results = time.time(), {}
-        for phase in "squeeze", "collect_stats", "recover", "relabel", "train_eval":
-            with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
-                try:
-                    import_module(phase).main(flags + ["--method", method]
-                                              + shorter.get(phase, lambda _: [])(classes * images))
-                    failed = False
-                except SystemExit as end:
-                    failed = bool(end.code)
-            if failed:
-                yield {"method": method, "failed": phase, "said": out.getvalue()[-400:]}
+        started, results, args = time.process_time(), {}, {}
+        for phase in PHASES:
+            results[phase], said = run_phase(phase, flags + ["--method", method] + typed.get(phase, []))
+            if not results[phase]:
+                yield {"method": method, "failed": phase, "said": said[-400:], "flags": typed}
                 break
-            results[phase] = json.loads(re.findall(r"^RESULT (.*)$", out.getvalue(), re.M)[-1])
+            args[phase] = json.loads(Path(results[phase]["file"]).read_text())["args"]
         else:
             yield {"method": method, "teachers": results["squeeze"]["top1"],
-                   "student": results["train_eval"]["top1"],
-                   "seconds": round(time.time() - started), "found": out.getvalue().splitlines()[0]}
+                   "student": results["train_eval"]["top1"], "tested": classes * tested(classes),
+                   "cpu_seconds": round(time.process_time() - started), "flags": typed,
+                   "args": {phase: {flag: value for flag, value in args[phase].items() if flag in RECORDED}
+                            for phase in PHASES}, "found": said.splitlines()[0]}
 
 
 def table(cells):

@@ -286,7 +286,7 @@ def test_a_folder_takes_the_settings_of_its_size_and_number_of_classes(classes, 
         if column != "imagenet" and classes > 20:
             column = "cifar100" if args["image_size"] <= 32 else "tiny"
         expected = preset_values("paper", column, phase, 10,
-                                 own=classes * len(sizes) if column != "imagenet" else None)
+                                 own=(classes * len(sizes), classes) if column != "imagenet" else None)
         if phase == "squeeze":
             expected["pretrained"] = False  # torchvision's weights are of ImageNet's classes
         assert {flag: args[flag] for flag in expected} == expected
@@ -295,10 +295,18 @@ def test_a_folder_takes_the_settings_of_its_size_and_number_of_classes(classes, 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("column", ["cifar10", "cifar100", "tiny"])
 def test_no_student_of_a_folder_of_ones_own_trains_by_sgd(preset, column):
-    values = preset_values(preset, column, "train_eval", own=40)
+    values = preset_values(preset, column, "train_eval", own=(40, 2))
     assert (values["optimizer"], values["lr"]) == (["adamw"], ["0.001"])
-    assert preset_values(preset, column, "squeeze", own=20)["epochs"] == 100
-    assert preset_values(preset, column, "squeeze", own=10 ** 5)["epochs"] == 5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("phase, images, epochs", [
+    ("squeeze", 20, 200), ("squeeze", 320, 40), ("squeeze", 10 ** 5, 5), ("relabel", 6, 1000),
+    ("relabel", 32, 500), ("relabel", 600, 200), ("train_eval", 6, 1000), ("train_eval", 32, 500),
+    ("train_eval", 600, 200)])
+def test_epochs_on_a_folder_go_by_the_number_of_images(preset, phase, images, epochs):
+    own = (images, 5) if phase == "squeeze" else (10 ** 4, images // 2)
+    assert preset_values(preset, "cifar10", phase, 2, own=own)["epochs"] == epochs
 
 
 def test_pretrained_weights_are_the_default_at_the_size_they_are_of(monkeypatch):

@@ -134,7 +134,7 @@ def parse_args(parser, phase, argv=None, find=look):
         data_set["column"] = known.dataset if known.dataset in DATASETS else folder_column(
             data_set["image_size"], data_set["classes"])
         return preset_values(known.preset, data_set["column"], phase, known.ipc, recipe or known.method,
-                             data_set["train"] if own else None)
+                             (data_set["train"], data_set["classes"]) if own else None)
 
     data_set["image_size"] = known.image_size or data_set["image_size"]
     defaults = values()

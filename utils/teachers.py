@@ -104,7 +104,8 @@ def warn_of_backbones(records, num_classes, unmatched=()):
     for name, record in records.items():
         if at_chance(record["top1"], num_classes, record["tested"]):
             warn(f"{name} is right on {record['top1']:.1f} % of the test images, no better than chance "
-                 f"({100 / num_classes:.1f} %); train it longer with squeeze.py")
+                 f"({100 / num_classes:.1f} %); look at the images, or train it again with squeeze.py --overwrite "
+                 f"and more --epochs or another --lr")
 
 
 def costs(path):

@@ -1,10 +1,10 @@
 """Folders of one's own, of many kinds: does everything train by the defaults?
 
-python -m tests.own_folders OUT.jsonl                 # the whole grid, small cells first; goes on where it stopped
+python -m tests.own_folders OUT.jsonl                 # the whole grid, small cells first; goes on where it stops
 python -m tests.own_folders OUT.jsonl --classes 2 3 5 --pixels 16 --images 20
 python -m tests.own_folders OUT.jsonl --table         # what OUT.jsonl holds, for tests/README.md
 
-A cell is a generated folder through all five phases by `--dataset` and `--ipc 3` alone, but for SHORTER.
+A cell is a generated folder through all five phases by `--dataset` and `--ipc 3` alone, but for `shorter`.
 """
 import argparse
 import colorsys
@@ -23,19 +23,21 @@ import torch
 from PIL import Image
 
 from utils.shapes import SHAPES
+from utils.teachers import at_chance
 
 CLASSES, PIXELS, IMAGES = (2, 3, 5, 10, 20, 50, 200), (16, 32, 48, 64, 96), (20, 200)
 METHODS = "random", "gvbsm"
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 RECORDED = {"image_size", "backbones", "students", "epochs", "iterations", "batch_size", "lr", "optimizer"}
-LARGE = 10 * 32 ** 2        # pixels of an image of each class; above, a cell takes fewer iterations and epochs
-SHORTER = {"squeeze": "--epochs 20", "recover": "--iterations 100", "relabel": "--epochs 100",
-           "train_eval": "--epochs 100"}
+LARGE = 20 * 16 ** 2        # pixels of one image of each class, beyond which a cell is made `shorter`
 
 
-def shorter(classes, pixels):
-    """{phase: [flags]} of a cell that would take long by the defaults."""
-    return {phase: words.split() for phase, words in SHORTER.items()} if classes * min(pixels, 64) ** 2 > LARGE else {}
+def shorter(classes, pixels, ipc):
+    """{phase: flags} of a cell that would take long by the defaults: fewer iterations and epochs."""
+    if classes * min(pixels, 64) ** 2 <= LARGE:
+        return {}
+    epochs = ["--epochs", str(max(100, 6000 // (classes * ipc)))]
+    return {"recover": ["--iterations", "100"], "relabel": epochs, "train_eval": epochs}
 
 
 def draw(number, pixels, rng):
@@ -84,7 +86,7 @@ def run_phase(phase, flags):
 
 def run_cell(root, classes, pixels, images, ipc=3, methods=METHODS):
     """Yields what came out for each method on a new folder below `root`; they share their teachers."""
-    data, typed = Path(root, f"c{classes}-p{pixels}-n{images}"), shorter(classes, pixels)
+    data, typed = Path(root, f"c{classes}-p{pixels}-n{images}"), shorter(classes, pixels, ipc)
     make_folder(data, classes, pixels, images)
     flags = ["--dataset", str(data), "--ipc", str(ipc), "--run-dir", str(Path(root, "runs"))]
     for method in methods:
@@ -105,19 +107,21 @@ def run_cell(root, classes, pixels, images, ipc=3, methods=METHODS):
 
 def table(cells):
     """One row for each number of classes and images, one column for each size: weakest teacher / random /
-    gvbsm."""
-    lines = ["| classes | images a class | " + " | ".join(f"{size} pixels" for size in PIXELS) + " |",
+    gvbsm, * where the cell is `shorter`, ! where one of them is at chance or a phase failed."""
+    lines = ["| classes (chance) | images a class | " + " | ".join(f"{size} pixels" for size in PIXELS)
+             + " |",
              "|" + " --- |" * (2 + len(PIXELS))]
     for classes, images in itertools.product(CLASSES, IMAGES):
         row = []
         for size in PIXELS:
             found = {cell["method"]: cell for cell in cells
                      if (cell["classes"], cell["images"], cell["pixels"]) == (classes, images, size)}
-            teacher = [f"{min(cell['teachers'].values()):.0f}" for cell in found.values()
-                       if "teachers" in cell][:1] or ["-"]
-            row.append(" / ".join(teacher + [f"{found[m]['student']:.0f}" if "student" in found.get(m, {})
-                                             else "-" for m in METHODS])
-                       if found else "not run")
+            numbers = [min(cell["teachers"].values()) for cell in found.values() if "teachers" in cell][:1]
+            numbers += [found[method]["student"] for method in METHODS if "student" in found.get(method, {})]
+            bad = len(numbers) < 3 or any(at_chance(top1, classes, classes * tested(classes))
+                                          for top1 in numbers)
+            row.append(" / ".join(f"{top1:.0f}" for top1 in numbers) + "!" * bad
+                       + "*" * bool(shorter(classes, size, 3)) if found else "not run")
         lines.append(f"| {classes} ({100 / classes:.3g} %) | {images} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 

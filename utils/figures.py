@@ -1,13 +1,15 @@
 """Figures of runs, as PNG files.   Needs matplotlib, tsne also scikit-learn.
 
-    python -m utils.figures similarity runs/imagenet/gvbsm-ipc10 runs/imagenet/sre2l-ipc10      # arXiv:2311.17950, Fig. 3
-    python -m utils.figures tsne runs/imagenet/gvbsm-ipc10 runs/imagenet/sre2l-ipc10 --backbone resnet18        # Fig. 8
-    python -m utils.figures statistics runs/cifar100/teachers/supervised                                       # Fig. 9
-    python -m utils.figures channels runs/cifar10/teachers/scdd runs/cifar10/teachers/supervised      # arXiv:2404.07976, Fig. 4
-    python -m utils.figures images runs/cifar10/random-ipc10 runs/cifar10/gvbsm-ipc10      # as Figs. 7 and 11-14
-    python -m utils.figures losses runs/cifar10/gvbsm-ipc10                                # log.jsonl
-    python -m utils.figures ipc runs/cifar10                                               # accuracy, of all results there
+    python -m utils.figures similarity runs/imagenet/gvbsm-ipc10 runs/imagenet/sre2l-ipc10
+    python -m utils.figures tsne runs/imagenet/gvbsm-ipc10 runs/imagenet/sre2l-ipc10 --backbone resnet18
+    python -m utils.figures statistics runs/cifar100/teachers/supervised
+    python -m utils.figures channels runs/cifar10/teachers/scdd runs/cifar10/teachers/supervised
+    python -m utils.figures images runs/cifar10/random-ipc10 runs/cifar10/gvbsm-ipc10
+    python -m utils.figures losses runs/cifar10/gvbsm-ipc10                     # of log.jsonl
+    python -m utils.figures ipc runs/cifar10                                    # accuracy of all results
 
+Figs. 3, 8, 9, 7 and 11-14 of arXiv:2311.17950 are similarity, tsne, statistics, images; Fig. 4 of
+arXiv:2404.07976 is channels.
 `python -m utils.figures <figure> --help` lists the flags of one. What is plotted comes from the functions
 above `draw_*`, which need neither package.
 """
@@ -30,7 +32,8 @@ from models import build_model
 from utils import fail
 from utils.augment import normalize
 from utils.cli import Parser, number, plain_name
-from utils.data import DATASETS, describe, folder_name, list_folder, load_split, opened, read_images, unreadable_fails
+from utils.data import (DATASETS, describe, folder_name, list_folder, load_split, opened, read_images,
+                        unreadable_fails)
 from utils.losses import pooled_rows
 from utils.report import BASES, LABELS, read_results, run_name
 from utils.checkpoint import load_json, load_torch
@@ -40,9 +43,8 @@ from utils.teachers import load_teachers
 
 DPI = 150
 STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.spines.top": False,
-         "axes.spines.right": False,
-         "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False,
-         "figure.dpi": DPI}
+         "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
+         "legend.frameon": False, "figure.dpi": DPI}
 MANY = 30       # classes: above, bars and names of classes would not be read
 DASHES = dict(zip(LABELS, ("-", ":", "--")))
 MARKERS = "osD^vP*X<>"
@@ -56,9 +58,8 @@ def mean_similarity(rows):
 
 
 def layer_summary(means, variances):
-    """Fig. 9: a layer's channel means [C] and channel variances [C], lists with an entry for each layer.
-    -> [layers, 4]: sigmoid of mean and variance (biased, over channels) of the means, then of the
-    variances"""
+    """Fig. 9: channel means [C] and channel variances [C], lists with an entry for each layer.
+    -> [layers, 4]: sigmoid of mean and variance (biased, over channels) of means, then of variances"""
     columns = [(values.double().mean(), values.double().var(correction=0)) for pair in zip(means, variances)
                for values in pair]
     return torch.tensor(columns).reshape(-1, 4).sigmoid().numpy()
@@ -79,34 +80,28 @@ def loss_curves(entries):
 
 
 def ipc_curves(results):
-    """Of `read_results`, but for tags of BASES.
-    -> {(student, labels, run without its IPC): [n, 3] of IPC, top-1 in %, deviation over seeds (nan of one
-    seed)}"""
+    """Of `read_results`, but for tags of BASES.   -> {(student, labels, run without its IPC): [n, 3] of IPC,
+    top-1 in %, deviation over seeds (nan of one seed)}"""
     curves = defaultdict(list)
     for (ipc, student, labels, method, tag), result in results.items():
         spread = result["top1_std"] if len(result["seeds"]) > 1 else np.nan
         if (tag or "").partition("-")[0] not in BASES:
             curves[student, labels, run_name(method, tag)].append((ipc, result["top1"], spread))
-    return {key: np.array(sorted(points)) for key, points in sorted(
+    return {key: np.array(sorted(points), float) for key, points in sorted(
         curves.items(), key=lambda item: (item[0][0], list(LABELS).index(item[0][1]), item[0][2]))}
 
 
 def tile(groups, gap=2):
-    """Groups of images, uint8 [rows, columns, 3, S, S] each, side by side on white, `gap` pixels between
-    images and four times that between groups.   -> uint8 [H, W, 3], the centre of each group (x) and of each
-    row (y) in pixels"""
-    rows, size, left, parts, centres = len(groups[0]), groups[0].shape[-1], 0, [], []
+    """Groups of images, uint8 [rows, columns, 3, S, S] each, side by side on white, `gap` pixels apart,
+    four times that between groups.   -> uint8 [H, W, 3], the centre of each group (x) and of each row (y)"""
+    parts, centres, left, step = [], [], 0, groups[0].shape[-1] + gap
     for group in groups:
-        width = group.shape[1] * (size + gap) - gap
-        part = np.full((rows * (size + gap) - gap, width + 4 * gap, 3), 255, np.uint8)
-        for r, row in enumerate(group):
-            for c, image in enumerate(row):
-                part[r * (size + gap):, c * (size + gap):][:size, :size] = image.permute(1, 2, 0).numpy()
-        parts.append(part)
-        centres.append(left + (width - 1) / 2)
-        left += part.shape[1]
-    return np.concatenate(parts, 1)[:, :-4 * gap], centres, [r * (size + gap) + (size - 1) / 2
-                                                             for r in range(rows)]
+        part = F.pad(group, (0, gap, 0, gap), value=255).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        centres.append(left + (part.shape[1] - gap - 1) / 2)
+        left += part.shape[1] + 3 * gap
+        parts.append(F.pad(part, (0, 0, 0, 3 * gap), value=255))
+    canvas = torch.cat(parts, 1)[:-gap, :-4 * gap].numpy()
+    return canvas, centres, [row * step + (step - gap - 1) / 2 for row in range(len(groups[0]))]
 
 
 @torch.inference_mode()
@@ -119,8 +114,8 @@ def logits_of(model, images, data, device, batch_size=128):
 def embed(rows, seed):
     """t-SNE of rows [N, D].   -> [N, 2]"""
     from sklearn.manifold import TSNE
-    return TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca",
-                random_state=seed).fit_transform(np.asarray(rows))
+    tsne = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed)
+    return tsne.fit_transform(np.asarray(rows))
 
 
 def titles(args):
@@ -136,21 +131,16 @@ def need(module, package):
         fail(f"utils.figures needs {package}, which is not installed; run: pip install {package}")
 
 
-def read_run(folder):
-    """The RESULT of recover.py in the folder of a run."""
-    example = "name a folder that recover.py has finished, such as runs/cifar10/gvbsm-ipc10"
-    if not (folder / "result.json").is_file():
-        fail(f"{folder} is no run, it holds no result.json; {example}")
-    result = load_json(folder / "result.json", "run recover.py --overwrite", ("phase", "args", "classes"))
-    if result["phase"] != "recover":
-        fail(f"{folder} is of {result['phase']}.py, no run; {example}")
-    return result
-
-
 def read_runs(folders):
-    """RESULTs of runs, which must be of the same classes."""
-    results = [read_run(folder) for folder in folders]
-    for folder, result in zip(folders, results):
+    """RESULTs of recover.py in the folders of runs, which must be of the same classes."""
+    example, results = "name a folder that recover.py has finished, such as runs/cifar10/gvbsm-ipc10", []
+    for folder in folders:
+        if not (folder / "result.json").is_file():
+            fail(f"{folder} is no run, it holds no result.json; {example}")
+        result = load_json(folder / "result.json", "run recover.py --overwrite", ("phase", "args", "classes"))
+        if result["phase"] != "recover":
+            fail(f"{folder} is of {result['phase']}.py, no run; {example}")
+        results.append(result)
         check_classes(result["classes"], results[0]["classes"], folder, folders[0])
         there, images = sorted(map(folder_name, result["classes"])), folder / "images"
         check_classes(list_folder(images)[1], there, images, folder / "result.json")
@@ -158,8 +148,8 @@ def read_runs(folders):
 
 
 def class_images(run, count=None, size=None, workers=0):
-    """Yields name of the class, uint8 images [n, 3, S, S] of the first `count` classes of a run; size: the
-    first image's"""
+    """Yields name of the class, uint8 images [n, 3, S, S] of the first `count` classes of a run; size: by
+    default the first image's"""
     labels, classes, files = list_folder(run / "images")
     files = np.array([run / "images" / file for file in files])
     with unreadable_fails(), opened(files[0]) as image:
@@ -190,30 +180,28 @@ def read_log(run):
                 entries.append(entry)
     if not entries:
         fail(f"{run}/log.jsonl has no losses; name a run of recover.py that optimises images, not one that "
-             f"selects them")
+             "selects them")
     return entries
 
 
 def similarities(args):
     """-> class names, {run: [classes] of `mean_similarity`}"""
-    results, found, names = read_runs(args.folders), {}, []
+    asked, found, size = read_runs(args.folders)[0], {}, None
     if args.backbone:
-        model, data, device = read_teacher(args, results[0])
+        model, data, device = read_teacher(args, asked)
+        size = data["image_size"]
     else:
-        asked = results[0]["args"]
-        data = DATASETS.get(asked["dataset"]) or describe(asked["dataset"], args.data_dir,
-                                                          asked.get("image_size"), args.workers)
+        name, width = asked["args"]["dataset"], asked["args"].get("image_size")
+        data = DATASETS.get(name) or describe(name, args.data_dir, width, args.workers)
     for run, folder in zip(titles(args), args.folders):
-        names, values = [], []
-        for name, images in class_images(folder, None, data["image_size"] if args.backbone else None,
-                                         args.workers):
+        values = {}
+        for name, images in class_images(folder, None, size, args.workers):
             if len(images) < 2:
                 fail(f"{folder} has one image of class {name}, so no pair; name a run of a larger --ipc")
-            names.append(name)
-            values.append(mean_similarity(logits_of(model, images, data, device) if args.backbone else
-                                          pooled_rows(normalize(images, data["mean"], data["std"]))))
-        found[run] = np.array(values)
-    return names, found
+            values[name] = mean_similarity(logits_of(model, images, data, device) if args.backbone else
+                                           pooled_rows(normalize(images, data["mean"], data["std"])))
+        found[run] = np.array(list(values.values()))
+    return list(values), found
 
 
 def draw_similarity(args, figure):
@@ -223,43 +211,40 @@ def draw_similarity(args, figure):
     networks' units, pooled to 32x32; with --backbone the logits of that teacher.
     """
     names, found = similarities(args)
-    few, shift = len(names) <= MANY, 0.8 / len(found)
+    few, shift, ticks = len(names) <= MANY, 0.8 / len(found), [*range(len(names)), len(names) + 0.6]
     axes = figure(max(5, 1 + 0.2 * (len(names) + 2) * (1 + len(found))) if few else 8, 3.6).subplots()
     for i, (run, values) in enumerate(found.items()):
+        label = f"{run}, mean {values.mean():.2f}"
         if few:
-            places = np.array([*range(len(names)), len(names) + 0.6]) + (i + 0.5) * shift - 0.4
-            axes.bar(places, [*values, values.mean()], shift * 0.95, label=f"{run}, mean {values.mean():.2f}")
+            places = np.array(ticks) + (i + 0.5) * shift - 0.4
+            axes.bar(places, [*values, values.mean()], shift * 0.95, label=label)
         else:
-            axes.plot(np.sort(values)[::-1], label=f"{run}, mean {values.mean():.2f}")
+            axes.plot(np.sort(values)[::-1], label=label)
     if few:
-        axes.set_xticks([*range(len(names)), len(names) + 0.6], [*names, "mean"], rotation=45, ha="right",
-                        rotation_mode="anchor")
+        axes.set_xticks(ticks, [*names, "mean"], rotation=45, ha="right", rotation_mode="anchor")
         axes.grid(visible=False, axis="x")
         axes.margins(x=0.02)
     else:
         axes.set_xlabel("class, in the order of its similarity in each run")
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(ylabel="cosine similarity, mean over pairs", title="Similarity within a class, of " + (
-        f"{args.backbone}'s logits" if args.backbone else "pixels pooled to 32×32 at most"))
+    what = f"{args.backbone}'s logits" if args.backbone else "pixels pooled to 32×32 at most"
+    axes.set(ylabel="cosine similarity, mean over pairs", title=f"Similarity within a class, of {what}")
     axes.figure.legend(loc="outside lower center", ncols=min(4, len(found)))
 
 
 def tsne_points(args):
     """-> class names, [(run, labels [n], points [n, 2])]; the images of all runs are embedded together"""
-    results = read_runs(args.folders)
-    model, data, device = read_teacher(args, results[0])
-    parts = []
-    for run, folder in zip(titles(args), args.folders):
-        classes = list(class_images(folder, args.classes, data["image_size"], args.workers))
-        parts.append((run, np.repeat(np.arange(len(classes)), [len(images) for _, images in classes]),
-                      logits_of(model, torch.cat([images for _, images in classes]), data, device)))
-    if sum(len(labels) for _, labels, _ in parts) < 4:
+    model, data, device = read_teacher(args, read_runs(args.folders)[0])
+    labels, logits = [], []
+    for folder in args.folders:
+        names, images = zip(*class_images(folder, args.classes, data["image_size"], args.workers))
+        labels.append(np.repeat(np.arange(len(names)), list(map(len, images))))
+        logits.append(logits_of(model, torch.cat(images), data, device))
+    if sum(map(len, labels)) < 4:
         fail(f"--classes {args.classes}: there are fewer than four images; use more classes or a run of a "
-             f"larger --ipc")
-    points = embed(torch.cat([logits for *_, logits in parts]), args.seed)
-    points = np.split(points, np.cumsum([len(labels) for _, labels, _ in parts])[:-1])
-    return [name for name, _ in classes], [(run, labels, place) for (run, labels, _),
-                                           place in zip(parts, points)]
+             "larger --ipc")
+    points = np.split(embed(torch.cat(logits), args.seed), np.cumsum(list(map(len, labels)))[:-1])
+    return list(names), list(zip(titles(args), labels, points))
 
 
 def draw_tsne(args, figure):
@@ -272,9 +257,9 @@ def draw_tsne(args, figure):
     from matplotlib import colormaps
     names, parts = tsne_points(args)
     fig = figure(4 * len(parts) + 1.3, 4)
+    grid = fig.subplots(1, len(parts), sharex=True, sharey=True, squeeze=False)[0]
     wheel = colormaps["tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "hsv"]
-    for axes, (run, labels, points) in zip(fig.subplots(1, len(parts), sharex=True, sharey=True,
-                                                        squeeze=False)[0], parts):
+    for axes, (run, labels, points) in zip(grid, parts):
         for label, name in enumerate(names):
             colour = wheel(label) if len(names) <= 20 else wheel(label / len(names))
             axes.scatter(*points[labels == label].T, s=22, color=colour, edgecolors="white", linewidths=0.3,
@@ -287,24 +272,26 @@ def draw_tsne(args, figure):
         fig.legend(*handles, loc="outside right center", title="class", ncols=1 + len(names) // 16)
 
 
+def running_statistics(folder, name, remedy):
+    """-> [(running mean [C], running variance [C])] of the BatchNorms of a squeezed backbone"""
+    weights = load_torch(folder / f"{name}.pt", remedy, ("weights",))["weights"]
+    return [(value, weights[key.replace("running_mean", "running_var")]) for key, value in weights.items()
+            if key.endswith("running_mean")]
+
+
 def teacher_statistics(args):
-    """-> {backbone: {"convolutions", "BatchNorms": [layers, 4] of `layer_summary`}}, without what a backbone
-    has none of"""
+    """-> {backbone: {"convolutions", "BatchNorms": [layers, 4] of `layer_summary`}}, of kinds it has"""
     folder, found = args.folders[0], {}
-    names = args.backbones or sorted(path.name.removesuffix(".stats.pt")
-                                     for path in folder.glob("*.stats.pt"))
+    ending = ".stats.pt"
+    names = args.backbones or sorted(path.name.removesuffix(ending) for path in folder.glob(f"*{ending}"))
     if not names:
         fail(f"{folder} holds no <backbone>.stats.pt; name a folder that collect_stats.py wrote into, such "
-             f"as "
-             "runs/cifar100/teachers/supervised")
+             "as runs/cifar100/teachers/supervised")
     for name in names:
         remedy = "run squeeze.py and collect_stats.py, or name other --backbones"
         stored = load_torch(folder / f"{name}.stats.pt", remedy, ("statistics",))["statistics"].values()
-        weights = load_torch(folder / f"{name}.pt", remedy, ("weights",))["weights"]
-        running = {key: value for key, value in weights.items() if key.endswith("running_mean")}
         pairs = {"convolutions": [vectors[:2] for vectors in stored],
-                 "BatchNorms": [(mean, weights[key.replace("running_mean", "running_var")]) for key,
-                                mean in running.items()]}
+                 "BatchNorms": running_statistics(folder, name, remedy)}
         found[name] = {kind: layer_summary(*zip(*vectors)) for kind, vectors in pairs.items() if vectors}
     return found
 
@@ -330,28 +317,22 @@ def draw_statistics(args, figure):
         row[0].set_ylabel("sigmoid (0.5: value 0)")
     for axes in grid[-1]:
         axes.set_xlabel("n-th convolution, n-th BatchNorm of the network")
-    entries = {label: line for axes in fig.axes for line, label in zip(*axes.get_legend_handles_labels())}
-    fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2)
+    shared_legend(fig, 2)
 
 
 def channel_statistics(args):
     """-> {backbone and its teachers: (running means [C], running variances [C])} of one BatchNorm, without
-    the backbones that have too few"""
+    backbones that have too few"""
     found = {}
     for folder in args.folders:
         for name in args.backbones or sorted(path.stem for path in folder.glob("*.pt")
                                              if not path.stem.endswith(".stats")):
-            weights = load_torch(folder / f"{name}.pt", "run squeeze.py, or name other --backbones",
-                                 ("weights",))["weights"]
-            layers = [key.removesuffix("running_mean") for key in weights if key.endswith("running_mean")]
-            if len(layers) >= args.batchnorm:
-                layer = layers[args.batchnorm - 1]
-                found[f"{name}, {folder.name}"] = weights[layer + "running_mean"], weights[layer
-                                                                                           + "running_var"]
+            pairs = running_statistics(folder, name, "run squeeze.py, or name other --backbones")
+            if len(pairs) >= args.batchnorm:
+                found[f"{name}, {folder.name}"] = pairs[args.batchnorm - 1]
     if not found:
         fail(f"{folder} holds no backbone with {args.batchnorm} BatchNorms; name a folder that squeeze.py "
-             f"wrote into, or "
-             "another --batchnorm")
+             "wrote into, or another --batchnorm")
     return found
 
 
@@ -374,30 +355,28 @@ def draw_channels(args, figure):
 
 
 TERMS = {"ce": "cross-entropy", "bn": "BatchNorm statistics, L'_BN",
-         "conv": "convolution statistics, L'_Conv",
-         "dd": "data densification, L_DD", "gradient": "gradient at the pixels, without L_DD",
-         "dm": "distribution matching"}
+         "conv": "convolution statistics, L'_Conv", "dd": "data densification, L_DD",
+         "gradient": "gradient at the pixels, without L_DD", "dm": "distribution matching"}
 
 
 def draw_losses(args, figure):
     """The weighted terms of recover.py's loss over its iterations and the norm of their gradient, mean over
-    image batches; by the backbone that an iteration has drawn (Eq. 7). A term that is always 0 is left
-    out."""
+    image batches; by the backbone that an iteration has drawn (Eq. 7). Without terms that are always 0."""
     from matplotlib.lines import Line2D
-    found = {run: loss_curves(read_log(folder)) for run, folder in zip(titles(args), args.folders)}
-    there = {term for curves in found.values() for term, _ in curves}
-    terms = [term for term in TERMS if term in there] + sorted(there - TERMS.keys())
-    runs, backbones = list(found), sorted({name for curves in found.values() for _, name in curves})
+    found = {(run, *key): curve for run, folder in zip(titles(args), args.folders)
+             for key, curve in loss_curves(read_log(folder)).items()}
+    runs, terms, backbones = (dict.fromkeys(key[i] for key in found) for i in range(3))
+    runs, backbones = list(runs), sorted(backbones)
+    terms = [term for term in TERMS if term in terms] + sorted(terms.keys() - TERMS.keys())
     several = len(runs) > 1  # then a colour for each run, else for each backbone
     rows = -(-len(terms) // 2)
     fig = figure(9 if len(terms) > 1 else 5, 0.9 + 2.5 * rows)
     grid = fig.subplots(rows, min(2, len(terms)), sharex=True, squeeze=False).flatten()
-    colours = {(run, name): f"C{r if several else b}" for r, run in enumerate(runs) for b,
-               name in enumerate(backbones)}
+    colours = {(run, name): f"C{r if several else b}" for r, run in enumerate(runs)
+               for b, name in enumerate(backbones)}
     markers = {name: MARKERS[b % len(MARKERS)] if name else "" for b, name in enumerate(backbones)}
     for axes, term in zip(grid, terms):
-        curves = {(run, name): curve for run in runs for (part, name),
-                  curve in found[run].items() if part == term}
+        curves = {(run, name): curve for (run, part, name), curve in found.items() if part == term}
         for (run, name), curve in curves.items():
             axes.plot(*curve.T, color=colours[run, name], marker=markers[name], markersize=4, linewidth=1.2)
         scale_values(axes, np.concatenate([curve[:, 1] for curve in curves.values()]))
@@ -407,11 +386,18 @@ def draw_losses(args, figure):
     handles = [Line2D([], [], color=colours[run, backbones[0]], label=run) for run in runs] * several
     handles += [Line2D([], [], color="0.3" if several else colours[runs[0], name], marker=markers[name],
                        markersize=4, label=name or "all backbones") for name in backbones]
+    title = None if several else runs[0]
     if len(grid) > len(terms):  # the legend fills the panel that is left over
         grid[-1].axis("off")
-        grid[-1].legend(handles=handles, loc="center", title=None if several else runs[0])
+        grid[-1].legend(handles=handles, loc="center", title=title)
     else:
-        fig.legend(handles=handles, loc="outside lower center", ncols=3, title=None if several else runs[0])
+        fig.legend(handles=handles, loc="outside lower center", ncols=3, title=title)
+
+
+def shared_legend(fig, columns):
+    """Below the panels, what stands in any of them once."""
+    entries = {label: line for axes in fig.axes for line, label in zip(*axes.get_legend_handles_labels())}
+    fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
 def scale_values(axes, values):
@@ -438,21 +424,18 @@ def draw_ipc(args, figure):
     curves = ipc_curves(read_results(args.folders[0]))
     if not curves:
         fail(f"{args.folders[0]} holds no evaluation (<run>/eval/<student>.json); name a folder such as "
-             f"runs/cifar10, "
-             "or run train_eval.py")
-    students, runs = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 2))
+             "runs/cifar10, or run train_eval.py")
+    students, _, runs = (list(dict.fromkeys(names)) for names in zip(*curves))
     ipcs = sorted({int(ipc) for points in curves.values() for ipc in points[:, 0]})
     fig = figure(1 + 3.8 * len(students), 3.8 + 0.06 * len(curves))
     panels = dict(zip(students, fig.subplots(1, len(students), sharey=True, squeeze=False)[0]))
     for (student, labels, run), points in curves.items():
-        beside = 1.04 ** (runs.index(run) - (len(runs) - 1) / 2)     # so that bars do not cover each other
+        points[:, 0] *= 1.04 ** (runs.index(run) - (len(runs) - 1) / 2)      # bars do not cover each other
         colour = "black" if run == "random" else f"C{runs.index(run)}"
-        panels[student].plot(points[:, 0] * beside, points[:, 1], marker="o", markersize=4, color=colour,
+        panels[student].plot(*points[:, :2].T, marker="o", markersize=4, color=colour,
                              linestyle=DASHES[labels], markerfacecolor="white" if labels == "hard" else None,
                              label=f"{run}, {LABELS[labels]} labels")
-        several = points[~np.isnan(points[:, 2])]
-        panels[student].errorbar(several[:, 0] * beside, *several[:, 1:].T, fmt="none", capsize=3,
-                                 color=colour)
+        panels[student].errorbar(*points[~np.isnan(points[:, 2])].T, fmt="none", capsize=3, color=colour)
     for student, axes in panels.items():
         axes.set_xscale("log")
         axes.set_xticks(ipcs, ipcs)
@@ -461,8 +444,7 @@ def draw_ipc(args, figure):
                  ylim=(0, None))
     fig.axes[0].set_ylabel("top-1 of the last epoch, %")
     fig.suptitle(args.folders[0].resolve().name)
-    entries = {label: line for axes in fig.axes for line, label in zip(*axes.get_legend_handles_labels())}
-    fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, 1 + len(students)))
+    shared_legend(fig, min(3, 1 + len(students)))
 
 
 def image_groups(args):
@@ -490,8 +472,7 @@ def draw_images(args, figure):
     """Images of the same classes side by side: a row for each class, a group for each source, training images
     ("real") first.
 
-    Small images are enlarged by a whole number, large ones averaged down: each is about 64 to 96 pixels
-    wide."""
+    Small images are enlarged by a whole number, large ones averaged down, to about 64 to 96 pixels."""
     names, groups = image_groups(args)
     canvas, centres, rows = tile([resized(group) for group in groups.values()], gap=4)
     fig = figure(canvas.shape[1] / DPI, canvas.shape[0] / DPI)
@@ -509,55 +490,51 @@ def draw_images(args, figure):
 
 def resized(group):
     """uint8 images [rows, columns, 3, S, S] for the eye, `draw_images`."""
-    size = group.shape[-1]
-    if size > 96:
+    if group.shape[-1] > 96:
         small = F.interpolate(group.flatten(0, 1).float(), (96, 96), mode="area").round().byte()
-        return small.reshape(*group.shape[:3], 96, 96)
-    times = max(1, 64 // size)
+        return small.unflatten(0, group.shape[:2])
+    times = max(1, 64 // group.shape[-1])
     return group.repeat_interleave(times, 3).repeat_interleave(times, 4)
 
 
-WHERE = {"statistics": "runs/DATASET/teachers/TEACHERS", "channels": "runs/DATASET/teachers/TEACHERS",
-         "ipc": "runs/DATASET"}
-RUN = "runs/DATASET/RUN"
 FIGURES = {"similarity": draw_similarity, "tsne": draw_tsne, "statistics": draw_statistics,
            "channels": draw_channels, "images": draw_images, "losses": draw_losses, "ipc": draw_ipc}
+TEACHERS, RUN = "runs/DATASET/teachers/TEACHERS", "runs/DATASET/RUN"
+WHERE = {"statistics": TEACHERS, "channels": TEACHERS, "ipc": "runs/DATASET"}        # what to name; else RUN
 
 
 def get_parser(name):
     """Of one figure."""
     parser = Parser(FIGURES[name].__doc__)
     parser.prog = f"utils.figures {name}"
+
+    def flag(names, word, **how):
+        if name in names.split():
+            parser.add_argument(word, **how)
+
     parser.add_argument("folders", type=Path, nargs=1 if name in ("statistics", "ipc") else "+",
                         metavar=WHERE.get(name, RUN), help="what the phases wrote")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help=f"by default runs/DATASET/{name}.png")
-    if name in ("similarity", "tsne"):
-        parser.add_argument("--backbone", metavar="NAME", help="whose logits; by default " + (
-            "the pixels instead" if name == "similarity" else "the run's first backbone"))
-        parser.add_argument("--teachers", type=plain_name,
-                            help="name of a set of squeezed backbones; by default the first run's")
-        parser.add_argument("--device", default="auto",
-                            help="cpu, cuda, cuda:1; auto takes cuda where there is one")
-    if name == "tsne":
-        parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of t-SNE")
-    if name in ("tsne", "images"):
-        parser.add_argument("--classes", type=number(int, 1), default=10, help="how many, the first ones")
-    if name == "images":
-        parser.add_argument("--columns", type=number(int, 1), default=5,
-                            help="images of a class from each source")
-        parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True,
-                            help="show training images too")
-        parser.add_argument("--names", nargs="+", metavar="NAME",
-                            help="above the runs, in their order; by default their folders'")
-    if name in ("similarity", "images"):
-        parser.add_argument("--data-dir", default="data", help="where named data sets lie")
-    if name in ("similarity", "tsne", "images"):
-        parser.add_argument("--workers", type=number(int, 0), default=2, help="threads that read images")
-    if name in ("statistics", "channels"):
-        parser.add_argument("--backbones", nargs="+", metavar="NAME", help="by default all that are there")
-    if name == "channels":
-        parser.add_argument("--batchnorm", type=number(int, 1), default=2, metavar="N",
-                            help="the N-th of each backbone")
+    flag("similarity", "--backbone", metavar="NAME", help="whose logits; by default the pixels instead")
+    flag("tsne", "--backbone", metavar="NAME", help="whose logits; by default the run's first backbone")
+    flag("similarity tsne", "--teachers", type=plain_name,
+         help="name of a set of squeezed backbones; by default the first run's")
+    flag("similarity tsne", "--device", default="auto",
+         help="cpu, cuda, cuda:1; auto takes cuda where there is one")
+    flag("tsne", "--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of t-SNE")
+    flag("tsne images", "--classes", type=number(int, 1), default=10, help="how many, the first ones")
+    flag("images", "--columns", type=number(int, 1), default=5, help="images of a class from each source")
+    flag("images", "--real", action=argparse.BooleanOptionalAction, default=True,
+         help="show training images too")
+    flag("images", "--names", nargs="+", metavar="NAME",
+         help="above the runs, in their order; by default their folders'")
+    flag("similarity images", "--data-dir", default="data", help="where named data sets lie")
+    flag("similarity tsne images", "--workers", type=number(int, 0), default=2,
+         help="threads that read images")
+    flag("statistics channels", "--backbones", nargs="+", metavar="NAME",
+         help="by default all that are there")
+    flag("channels", "--batchnorm", type=number(int, 1), default=2, metavar="N",
+         help="the N-th of each backbone")
     return parser
 
 
@@ -568,22 +545,19 @@ def main(argv=None):
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="runs/... --flags",
                         help="folders and flags of that figure")
     chosen = parser.parse_args(argv)
-    args = get_parser(chosen.figure).parse_args(chosen.words)
+    args, where = get_parser(chosen.figure).parse_args(chosen.words), WHERE.get(chosen.figure, RUN)
     for folder in args.folders:
         if not folder.is_dir():
-            fail(f"{folder}: there is no such folder; name what the phases wrote, "
-                 f"{WHERE.get(chosen.figure, RUN)}")
+            fail(f"{folder}: there is no such folder; name what the phases wrote, {where}")
         if args.folders.count(folder) > 1:
             fail(f"{folder} is named twice; name it once")
-    if names := getattr(args, "names", None):
-        if len(set(names)) != len(args.folders):
-            fail(f"--names {' '.join(names)}: name each of the {len(args.folders)} runs once")
+    names = getattr(args, "names", None)
+    if names and len(set(names)) != len(args.folders):
+        fail(f"--names {' '.join(names)}: name each of the {len(args.folders)} runs once")
     if args.out and args.out.suffix.lower() != ".png":
         fail(f"--out {args.out} is no PNG; name a file that ends in .png")
     args.folders = [folder.absolute() for folder in args.folders]
-    above = args.folders[0].parent
-    dataset = {"statistics": above.parent, "channels": above.parent,
-               "ipc": args.folders[0]}.get(chosen.figure, above)
+    dataset = [args.folders[0], *args.folders[0].parents][where.count("/") - 1]
     draw(chosen.figure, args, args.out or dataset / f"{chosen.figure}.png")
 
 
@@ -601,10 +575,8 @@ def draw(name, args, path):
     with rc_context(STYLE):
         FIGURES[name](args, figure)
         figures[0].savefig(buffer, format="png", bbox_inches="tight")
-    picture = Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT,
-                                                         dither=Image.Dither.NONE)
-    buffer = io.BytesIO()                                            # a third of the bytes
-    picture.save(buffer, "png", optimize=True)
+    picture, buffer = Image.open(buffer).convert("RGB"), io.BytesIO()     # 256 colours: a third of the bytes
+    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(buffer.getbuffer())

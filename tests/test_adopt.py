@@ -1,6 +1,7 @@
 """Weights of other people's: classifiers and self-supervised encoders in the layouts they are published in,
 and bad files."""
 import argparse
+from functools import cache
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from utils.adopt import adopt, load_pretrained, read_weights, strip_prefix
 PROBE = "--objective probe --probe-epochs 2 --probe-lr 0.5 --backbones resnet18"
 
 
+@cache
 def trained_like(name="resnet18", classes=4, seed=0):
-    """torchvision's network with statistics that no fresh one has."""
+    """torchvision's network with statistics that no fresh one has; nobody changes it."""
     torch.manual_seed(seed)
     model = getattr(torchvision.models, name)(num_classes=classes)
     for layer in model.modules():

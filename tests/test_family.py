@@ -159,12 +159,13 @@ def test_the_pool_of_a_method_is_what_its_squeeze_saves():
 
 @pytest.mark.parametrize("method", ["sre2l", "cda", "scdd", "teddy"])
 def test_batch_norm_alone_acts_in_the_original_loop_and_its_first_layer_counts_ten_times(method):
+    model = build_model("resnet18", 10, 32)
     for column in "cifar10", "cifar100", "tiny", "imagenet", "shapes":
         values = preset_values("paper", column, "recover", 10, method)
         assert (values["alpha"], values["conv_weight"], values["dd_weight"], values["loop"]) == (0, 0, 0,
                                                                                                  "original")
-        weights = recover.layer_weights(build_model("resnet18", 10, 32), values["bn_weight"],
-                                        values["conv_weight"], values["first_multiplier"])
+        weights = recover.layer_weights(model, values["bn_weight"], values["conv_weight"],
+                                        values["first_multiplier"])
         acting = {name: weight for name, weight in weights.items() if weight}
         assert next(iter(acting)) == "bn1" and len(acting) == 20
         assert acting.pop("bn1") == 10 * values["bn_weight"] and set(acting.values()) == {values["bn_weight"]}

@@ -3,7 +3,6 @@ import math
 import os
 import subprocess
 import sys
-from operator import mul
 from pathlib import Path
 
 import numpy as np
@@ -108,16 +107,15 @@ def softmax(values):
 
 def densification_loop(images, labels, tau, scale, target=None):
     """Eq. 5, class after class; `target` are the images of the term under stop_grad, by default the same."""
-    def spectrum(images, label):
-        rows = pooled_loop(images[labels == label]).tolist()
-        gram = np.array([[sum(map(mul, a, b)) for b in rows] for a in rows]) / (len(rows[0]) if scale
-                                                                                == "mean" else 1)
+    def spectrum(rows):
+        gram = np.array([[a @ b for b in rows] for a in rows]) / (rows.shape[1] if scale == "mean" else 1)
         return sorted(np.linalg.eigvals(gram).real.tolist())
 
-    total = 0.0
+    total, moved = 0.0, pooled_loop(images).numpy()
+    held = moved if target is None else pooled_loop(target).numpy()
     for label in set(labels.tolist()):
-        p = softmax([value / tau for value in spectrum(images if target is None else target, label)])
-        q = softmax(spectrum(images, label))
+        mine = (labels == label).numpy()
+        p, q = softmax([value / tau for value in spectrum(held[mine])]), softmax(spectrum(moved[mine]))
         total += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q))
     return total
 

@@ -1,6 +1,6 @@
 """Folders of one's own, of many kinds: does everything train by the defaults?
 
-python -m tests.own_folders OUT.jsonl                 # the whole grid, small cells first; goes on where it stops
+python -m tests.own_folders OUT.jsonl                 # the whole grid, small cells first; may be stopped
 python -m tests.own_folders OUT.jsonl --classes 2 3 5 --pixels 16 --images 20
 python -m tests.own_folders OUT.jsonl --table         # what OUT.jsonl holds, for tests/README.md
 

@@ -114,6 +114,33 @@ def test_images_of_an_unfinished_run_are_not_labelled(project):
     tells(project.mistake("relabel"), "result.json is missing", "recover.py")
 
 
+def test_unfinished_work_is_not_called_missing(project, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(recover, "matching_gradient", interrupted)
+        project.call("recover")
+    tells(project.mistake("relabel"), "result.json is unfinished", "recover.py")
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(squeeze, "train", interrupted)
+        project.call("squeeze", "--backbones convnet_w4")
+    tells(project.mistake("collect_stats", "--backbones convnet_w4"), "convnet_w4.pt is unfinished",
+          "squeeze.py")
+
+
+def interrupted(*_, **__):
+    raise InterruptedError
+
+
+@pytest.mark.parametrize("phase, flags", [("train_eval", "--labels hard"), ("relabel", "")])
+def test_images_made_of_data_that_has_changed(phase, flags, bare):
+    run = "--method random --backbones convnet_w8"
+    bare.call("recover", run)
+    os.replace(bare.dataset / "train/10", bare.root / "aside")
+    os.replace(bare.dataset / "train/9", bare.dataset / "train/10")
+    os.replace(bare.root / "aside", bare.dataset / "train/9")
+    bare.call("squeeze", run)
+    tells(bare.mistake(phase, run, flags), "images of --dataset", "have changed since", "result.json")
+
+
 # Flags
 
 IMPOSSIBLE = {

@@ -54,9 +54,14 @@ def load_json(path, remedy, keys=("args",)):
     try:
         return with_keys(json.loads(Path(path).read_text()), keys)
     except FileNotFoundError:
-        fail(f"{Path(path).absolute()} is missing; {remedy}")
+        fail(f"{Path(path).absolute()} is {absent(path)}; {remedy}")
     except (OSError, ValueError) as error:
         fail(f"{path} is no whole result file ({reason(error)}); {remedy}")
+
+
+def absent(path):
+    """Why a result is not there."""
+    return "unfinished" if unfinished(Path(path)).exists() else "missing"
 
 
 def with_keys(value, keys):
@@ -82,7 +87,7 @@ def load_torch(path, remedy, keys=()):
     try:
         return with_keys(torch.load(path, map_location="cpu", weights_only=True), keys)
     except FileNotFoundError:
-        fail(f"{Path(path).absolute()} is missing; {remedy}")
+        fail(f"{Path(path).absolute()} is {absent(path)}; {remedy}")
     except Exception as error:                                       # a damaged pickle may raise anything
         fail(f"{path} is no whole checkpoint of plain weights ({reason(error)}); {remedy}")
 

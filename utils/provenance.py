@@ -126,6 +126,7 @@ def check_recovered(recovered, args, paths, data, records):
     were made with these. Under another --recipe teachers may be added or left out, but none may have
     changed."""
     path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
+    check_data(recovered["made_from"].get("data"), args, path)
     check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
     if records and had and recovered["args"]["teachers"] == args.teachers:
         names = had.keys() & records.keys() if args.recipe else had.keys() | records.keys()

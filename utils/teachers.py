@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from utils import fail
-from utils.checkpoint import load_json, load_torch, reason
+from utils.checkpoint import absent, load_json, load_torch, reason
 from utils.cli import call
 from utils.processes import print_rank0, warn
 from utils.provenance import AGAIN, check_classes, check_data, fingerprint
@@ -27,8 +27,8 @@ def need_files(args, folder, suffix, script):
     if script == "squeeze.py" and "@" in "".join(missing):
         names = dict.fromkeys(name.partition("@")[0] for name in missing)
         more = ", with --save-epochs or --pruned for what @ names"
-    path = f"{(folder / missing[0]).absolute()}{suffix}"
-    fail(f"{path} is missing; {command} --backbones {' '.join(names)}{more}")
+    path = (folder / f"{missing[0]}{suffix}").absolute()
+    fail(f"{path} is {absent(path)}; {command} --backbones {' '.join(names)}{more}")
 
 
 def load_teachers(args, folder, build_model, device):

@@ -464,6 +464,15 @@ def test_freezing_twice_changes_nothing_and_no_parameter_is_trainable(name):
     assert torch.equal(freeze(model)(x), once) and not any(p.requires_grad for p in model.parameters())
 
 
+def test_a_frozen_model_gives_no_weights_that_another_could_take():
+    model, x = build_model("resnet18", 10, 32).eval(), torch.randn(2, 3, 32, 32)
+    copy = deepcopy(freeze(deepcopy(model)))
+    assert_near(copy(x), model(x), 1e-4)
+    with pytest.raises(ValueError, match="before freeze"):
+        copy.state_dict()
+    assert freeze(build_model("convnet_w8", 10, 32).eval()).state_dict()      # nothing was folded
+
+
 # Mistakes in calling them
 
 @pytest.mark.parametrize("form", (Matching, ClosedFormMatching))
@@ -502,6 +511,17 @@ def test_forgetting_to_inject_is_an_error_and_not_a_gradient_without_statistics(
         logits = net(randn(2, 3, 8, 8).requires_grad_())
     with pytest.raises(ValueError, match="inject"):
         logits.sum().backward()
+
+
+def test_inputs_that_hooks_did_not_give_are_refused():
+    net, targets, weights = fork()
+    with layer_inputs(net) as inputs:
+        net(randn(2, 3, 8, 8).requires_grad_())
+    for matching in ClosedFormMatching(net, targets, weights), ClosedFormMatching(net, targets, weights):
+        with matching.hooks():
+            net(randn(2, 3, 8, 8))
+        with pytest.raises(ValueError, match=r"not those of hooks\(\)"):
+            matching.inject(inputs, matching.start(1))
 
 
 @pytest.mark.parametrize("function", (freeze, lambda model: statistics_of(model, [randn(2, 3, 8, 8)])))

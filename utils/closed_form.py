@@ -162,7 +162,8 @@ def freeze(model):
     into its weights where torch.fx can tell that nobody else reads what the convolution gives, and where no
     gain is so small that the norm's input could not be told from its output. Maps lie in memory with their
     channels last, except between GroupNorms, whose backward pass is several times slower so. A frozen model
-    is returned as it is; its weights fit no other model. ValueError in train mode."""
+    is returned as it is; its weights fit no other model, so state_dict() raises ValueError, as does train
+    mode."""
     require_eval(model)
     model.requires_grad_(False)
     layers = dict(model.named_modules())
@@ -189,7 +190,13 @@ def freeze(model):
             layer.inplace = False  # it would overwrite what a folded norm still needs
     if not any(isinstance(layer, nn.GroupNorm) for layer in layers.values()):
         model.to(memory_format=torch.channels_last)
+    if norms:
+        model.register_state_dict_pre_hook(_keep_weights)
     return model
+
+
+def _keep_weights(model, prefix, keep_vars):
+    raise ValueError("a frozen model's weights fit no other model; take state_dict() before freeze()")
 
 
 class ClosedFormMatching:
@@ -205,7 +212,7 @@ class ClosedFormMatching:
     """
 
     def __init__(self, model, targets, weights, *, alpha=0.8, patch=4):
-        self.model, self.alpha, self.patch = model, alpha, patch
+        self.model, self.alpha, self.patch, self.terms = model, alpha, patch, {}
         layers, self.targets = dict(model.named_modules()), checked_targets(model, targets, weights)
         # All statistics stand in a row, segment after segment, a layer's channels (kind 0) or its patches
         # (kind 2); there is a row of means and one of variances.
@@ -255,6 +262,9 @@ class ClosedFormMatching:
         ema, seen = state
         if not inputs:                                      # every layer dropped, or none has a weight
             return self.target.new_zeros(()), self.target.new_zeros(()), state
+        if any(id(x) not in self.terms for x in inputs.values()):
+            raise ValueError("the inputs are not those of hooks(); run the model within `with "
+                             "matching.hooks() as inputs`")
         if kept is None:
             kept = torch.tensor([name in inputs for name in self.targets], device=seen.device)
         for name, x in inputs.items():

@@ -43,14 +43,19 @@ from utils.stats import Matching, layer_weights, mixed_moments
 from utils.teachers import load_statistics, load_teachers, warn_of_backbones
 
 
+def one_of(name, value, first, second):
+    """ValueError for another value."""
+    if value not in (first, second):
+        raise ValueError(f"{name} {value!r} is neither {first!r} nor {second!r}")
+
+
 def make_batches(num_classes, ipc, batch_size, loop):
     """Fig. 4.   -> list of batches, each a list of (class, index)
 
     reorder (G-VBSM): as many images a class as fit, so that densification sees several images of one class;
     original (SRe2L): at most one image of each class.
     """
-    if loop not in ("reorder", "original"):
-        raise ValueError(f"loop {loop!r} is neither 'reorder' nor 'original'")
+    one_of("loop", loop, "reorder", "original")
     if loop == "original":
         rows = [[(label, index) for label in range(num_classes)] for index in range(ipc)]
     elif ipc > batch_size:
@@ -91,6 +96,9 @@ def draw_iterations(iterations, matchers, image_size, *, seed, batches=(0,), cho
     -> T dicts: backbones, a tuple; kept, {backbone: bool [layers], false where a convolution is dropped};
     view, tensors [batches, ...], one view for a whole batch
     """
+    one_of("choice", choice, "uniform", "cycle")
+    if subset > len(matchers):
+        raise ValueError(f"a subset of {subset} is more than the {len(matchers)} matchers")
     T, rng = iterations, generator("iterations", seed, iterations)
     uniform = torch.randint(len(matchers), (T,), generator=rng)  # Eq. 7
     backbones = [(k,) for k in (uniform if choice == "uniform" else torch.arange(T) % len(matchers)).tolist()]
@@ -147,6 +155,10 @@ def recover_batch(images, labels, matchers, draws, *, bounds, lr=0.05, weight_de
         raise ValueError(f"images of shape {tuple(images.shape)}, labels of shape {tuple(labels.shape)}; "
                          "expected [groups, batch, 3, size, size] and [groups, batch], as images[None] and "
                          "labels[None] of a single batch")
+    one_of("dd_on", dd_on, "pixels", "view")
+    if any(len(rows) != len(labels) for draw in draws[:1] for rows in draw["view"].values()):
+        raise ValueError(f"draws of other batches than the {len(labels)} groups of images; give "
+                         f"draw_iterations batches=range({len(labels)})")
     G, device, gradient = len(labels), images.device, gradient or matching_gradient
     members = class_members((labels + (labels.max() + 1) * torch.arange(G, device=device)[:, None]).flatten())
     pixels = images.detach().requires_grad_()                        # the same memory

@@ -17,9 +17,9 @@ import recover
 from models import build_model
 from recover import draw_iterations, layer_weights, make_batches, matching_gradient, noise, recover_batch
 from utils import passes
-from utils.augment import apply_view, draw_view
+from utils.augment import apply_view, draw_epoch, draw_view
 from utils.closed_form import ClosedFormMatching, conv_stats, freeze
-from utils.losses import data_densification
+from utils.losses import data_densification, pooled_rows
 from utils.run import generator
 from utils.stats import Matching, layer_inputs, matched_layers, statistics_of
 
@@ -544,8 +544,25 @@ def test_shapes_that_do_not_fit_are_named():
                                                                       torch.tensor([[0, 1, 2]])):
         with pytest.raises(ValueError, match=r"images of shape \(.*labels of shape \(.*\[groups, batch"):
             next(recover_batch(images, labels, [Spy()], draws, bounds=BOUNDS))
-    with pytest.raises(ValueError, match="loop 'reordered' is neither"):
-        make_batches(2, 2, 2, "reordered")
+    images, labels = randn(2, 1, 3, 8, 8), torch.tensor([[0], [1]])
+    with pytest.raises(ValueError, match=r"than the 2 groups of images; give .* batches=range\(2\)"):
+        next(recover_batch(images, labels, [Spy()], draws, bounds=BOUNDS))
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: make_batches(2, 2, 2, "reordered"), "loop 'reordered' is neither 'reorder' nor 'original'"),
+    (lambda: draw_iterations(1, [Spy()], 8, seed=0, choice="uniforms"), "choice 'uniforms' is neither"),
+    (lambda: draw_iterations(1, [Spy()], 8, seed=0, subset=2), "subset of 2 is more than the 1 matchers"),
+    (lambda: draw_iterations(1, [Spy()], 8, seed=0, crop="rezised"), "crop 'rezised' is none of"),
+    (lambda: draw_iterations(1, [Spy()], 8, seed=0, curriculum="cosin"), "curriculum 'cosin' is none of"),
+    (lambda: draw_epoch(2, 8, 2, "mixUp", torch.Generator()), "mix 'mixUp' is none of"),
+    (lambda: pooled_rows(randn(1, 3, 8, 8), "men"), "scale 'men' is neither"),
+    (lambda: next(recover_batch(randn(1, 1, 3, 8, 8), torch.zeros(1, 1).long(), [Spy()],
+                                draw_iterations(1, [Spy()], 8, seed=0), bounds=BOUNDS, dd_on="pixel")),
+     "dd_on 'pixel' is neither")])
+def test_words_that_are_none_of_a_choice_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 # Batches and their start

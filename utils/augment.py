@@ -105,6 +105,8 @@ def crop_floor(curriculum, iterations, floor=0.08):
     -> number, or [T, 1]"""
     if curriculum == "none":
         return floor
+    if curriculum not in ("linear", "cosine"):
+        raise ValueError(f"curriculum {curriculum!r} is none of 'none', 'linear', 'cosine'")
     done = torch.arange(iterations)[:, None] / iterations
     return floor + (1 - floor) * ((1 + torch.cos(math.pi * done)) / 2 if curriculum == "cosine" else 1 - done)
 
@@ -119,6 +121,8 @@ def draw_view(n: int, size: int, crop: str, flip: bool, roll: int, generator: to
     if crop == "resized":
         draw["crop"] = draw_resized_crop(n, size, generator, (smallest, 1.0))
     elif crop != "none":
+        if not crop[3:].isdecimal() or crop[:3] != "pad":
+            raise ValueError(f"crop {crop!r} is none of 'none', 'resized', 'pad<pixels>'")
         draw["shift"] = draw_shift(n, -int(crop[3:]), int(crop[3:]), generator)
     if flip:
         draw["flip"] = draw_flip(n, generator)
@@ -169,6 +173,8 @@ def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Ge
     [n, 4] (empty for mixup), ratio [n] (the share of the base image); order [n], the batches' images one
     after another.
     """
+    if mix not in ("cutmix", "mixup", "none"):
+        raise ValueError(f"mix {mix!r} is none of 'cutmix', 'mixup', 'none'")
     draw = {"crop": draw_resized_crop(n, size, generator, scale), "flip": draw_flip(n, generator) & flip,
             "order": torch.randperm(n, generator=generator), "partner": torch.arange(n),
             "box": torch.zeros(n, 4, dtype=torch.long), "ratio": torch.ones(n)}

@@ -28,6 +28,8 @@ def pooled_rows(images: torch.Tensor, scale: str = "sum") -> torch.Tensor:
     """
     if max(images.shape[-2:]) > 32:
         images = F.adaptive_avg_pool2d(images, [min(side, 32) for side in images.shape[-2:]])
+    if scale not in ("sum", "mean"):
+        raise ValueError(f"scale {scale!r} is neither 'sum' nor 'mean'")
     rows = images.flatten(1)
     return rows if scale == "sum" else rows / rows.shape[1] ** 0.5
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.own_folders import METHODS, run_cell
 from tests.test_data import assert_fails, make_folder, noise, save
 from tests.test_presets import PHASES, parsed
-from utils import cli
+from utils import cli, figures
 from utils.data import check_count, class_numbers, describe, find_split, list_folder, load_folder, load_split, look
 from utils.folders import list_images, white_levels
 from utils.presets import FOLDER
@@ -141,6 +141,15 @@ def test_two_data_sets_of_one_name_do_not_share_a_folder(tmp_path, capsys):
     assert_fails(capsys, ["a/mine", "b/mine", "--run-dir"], cli.check_data_set, args, one, {"x": {"data_set": other}})
 
 
+def test_a_folder_does_not_share_results_with_the_data_set_it_is_named_as(tmp_path, capsys):
+    folder, path = str(tmp_path / "shapes"), str(tmp_path / "elsewhere")
+    found = {"shapes": {"path": None, "fingerprint": None}, folder: {"path": path, "fingerprint": "x"}}
+    for now, before in ("shapes", folder), (folder, "shapes"):
+        args = cli.identity_flags(cli.Parser("")).parse_args(["--dataset", now])
+        earlier = {"x": {"data_set": found[before], "args": {"dataset": before}}}
+        assert_fails(capsys, [before, "--run-dir"], cli.check_data_set, args, found[now], earlier)
+
+
 @pytest.fixture
 def remembered(tmp_path):
     """Flags of a folder of 8 pixels, and the squeeze.json of a --teachers small that chose 16 pixels and one backbone."""
@@ -188,6 +197,7 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
     args = cli.identity_flags(cli.Parser("")).parse_args(["--run-dir=~/runs", "--data-dir", "~/data", "--dataset=~/mine"])
     assert (args.run_dir, args.data_dir, args.dataset) == tuple(
         str(tmp_path / name) for name in ("runs", "data", "mine"))
+    assert figures.get_parser("losses").parse_args(["~/a", "x"]).folders == [tmp_path / "a", Path("x")]
 
 
 def test_a_long_tail_falls_from_the_first_class_to_the_last(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import checkpoint, fail, provenance, run, teachers, train
+from utils import checkpoint, cli, fail, provenance, run, teachers, train
 
 ROOT = Path(run.__file__).parents[1]
 
@@ -310,6 +310,12 @@ def test_progress_counts_what_an_earlier_process_did_but_not_for_the_time_left(c
     now[0] = 30
     progress.step(count=30)
     assert capsys.readouterr().out == "work  70/100 epochs  0:00:30, 0:00:30 left\n"
+
+
+def test_a_learning_rate_beyond_all_presets_is_noted():
+    args = cli.Parser("").parse_args([])
+    args.lr, args.probe_lr = ["0.1", "convnet_w8=1e9", "word"], 30.0
+    assert [line.split(" is ")[0] for line in cli.high_rates(args)] == ["note: --lr convnet_w8=1e9"]
 
 
 @pytest.mark.parametrize("threads, load, noted", [(1, 9.0, False), (2, 1.2, False), (2, 2.9, True)])

@@ -272,6 +272,42 @@ def test_an_interrupted_recovery_goes_on_as_if_nothing_had_happened(module, name
     assert not [file for file in project.files() if file.endswith(".tmp")]
 
 
+def test_with_ema_carry_the_averages_of_a_batch_start_from_those_of_the_batch_before(project, monkeypatch):
+    started, ended, whole = [], [], recover.recover_batch
+
+    def recording(*args, averages, **more):
+        started.append(averages)
+        for t, losses, state in whole(*args, averages=averages, **more):
+            yield t, losses, state
+        ended.append(state()["averages"])
+
+    monkeypatch.setattr(recover, "recover_batch", recording)
+    project.call("recover", "--tag anew")
+    assert started == [None, None]
+    project.call("recover", "--ema-carry --groups-per-step 2")                # still one after another
+    assert len(started) == 4 and started[2] is None
+    for mine, before in zip(started[3], ended[2], strict=True):               # of each backbone
+        assert all(map(torch.equal, mine, before)) and mine[0].abs().sum() > 0 and mine[1].any()
+    anew, carried = project.images(f"{RUN}-anew"), project.images()
+    assert np.array_equal(anew[:4], carried[:4]) and not np.array_equal(anew[4:], carried[4:])
+
+
+@pytest.mark.parametrize("minutes", [0, 5])
+@pytest.mark.parametrize("module, name, call", [
+    (recover, "matching_gradient", 9),                                        # in the second batch
+    (recorder, "save_png", 1), (recorder, "save_png", 5)])                    # between averages and images
+def test_an_interrupted_recovery_with_ema_carry_ends_with_the_same_bytes(module, name, call, minutes, project,
+                                                                        interrupt, monkeypatch):
+    flags = f"--ema-carry --checkpoint-minutes {minutes}"
+    project.call("recover", "--tag whole", flags)
+    with monkeypatch.context(), pytest.raises(Interrupted):
+        interrupt(module, name, call)
+        project.call("recover", flags)
+    monkeypatch.undo()
+    project.call("recover", flags)
+    assert made(project, "recover") == made(project, "recover", f"{RUN}-whole")
+
+
 @pytest.mark.parametrize("phase, name, call, kept", [
     ("squeeze", "save_torch", 2, "convnet_w8.pt"), ("collect_stats", "save_torch", 2, "convnet_w8.stats.pt"),
     ("relabel", "label_epoch", 2, None), ("train_eval", "train_student", 2, "convnet_w8.json")])
@@ -897,6 +933,19 @@ def test_a_last_batch_of_one_image_joins_the_one_before():
 
 def test_a_network_of_one_pixel_maps_trains_though_one_image_is_left_over(bare):
     bare.call("squeeze", "--backbones mobilenetv2_05 --batch-size 47 --epochs 1")
+
+
+@pytest.mark.parametrize("phase, flags", [
+    ("squeeze", "--backbones mobilenetv2_05 --batch-size 1 --epochs 1 --overwrite"),
+    ("train_eval", "--students mobilenetv2_05 --whole-up-to 0 --batch-size 1"),
+    ("train_eval", "--students mobilenetv2_05 --labels hard --protocol continual --steps 4 --orders 1")])
+def test_batches_of_one_image_that_batchnorm_cannot_normalise_are_told(phase, flags, bare, capsys):
+    for earlier in ("squeeze", "collect_stats", "recover", "relabel") * (phase == "train_eval"):
+        bare.call(earlier, "--ipc 1 --backbones convnet_w8")
+    with pytest.raises(SystemExit) as end:
+        bare.call(phase, "--ipc 1 --backbones convnet_w8", flags)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "mobilenetv2_05" in told and "one image" in told and "--batch-size" in told
 
 
 def test_each_student_has_a_result_of_its_own(relabelled):

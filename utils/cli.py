@@ -31,12 +31,18 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)
         for flag, value in vars(found).items():  # every path: a shell expands ~ only where a word begins
-            if isinstance(value, (str, Path)) and str(value).startswith("~"):
-                setattr(found, flag, type(value)(os.path.expanduser(value)))
+            setattr(found, flag,
+                    [expanded(one) for one in value] if isinstance(value, list) else expanded(value))
         return found, rest
 
     def error(self, message):
         fail(f"{self.prog}: {message} (--help lists the flags)")
+
+
+def expanded(value):
+    """A path or word from ~ on, with the home folder in its place; other values as they are."""
+    known = isinstance(value, (str, Path)) and str(value).startswith("~")
+    return type(value)(os.path.expanduser(value)) if known else value
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -195,7 +201,10 @@ def earlier_results(args):
 def check_data_set(args, data_set, earlier):
     """Two data sets of one name do not share a folder."""
     for path, result in earlier.items():
-        other = result["data_set"]
+        other, before = result["data_set"], result.get("args", {}).get("dataset", args.dataset)
+        if (before in DATASETS) != (args.dataset in DATASETS) and other.get("path") != data_set["path"]:
+            fail(f"{run_folder(args)} is of --dataset {before}, another data set of that name; name another "
+                 "--run-dir")
         if other.get("path") and data_set["path"] not in (None,
                                                           other["path"]) and other["fingerprint"] != data_set["fingerprint"]:
             fail(f"{run_folder(args)} is of another data set of that name, {other['path']}; name another "
@@ -216,7 +225,18 @@ def describe_choice(args):
     for kind, what in ("hidden", "hidden"), ("other", "no images, or not in a class folder"):
         if data["passed"] and data["passed"][kind][0]:
             line += f"\nnot read: {data['passed'][kind][0]} files or folders that are {what}, such as {data['passed'][kind][1]}"
-    return line
+    return "\n".join([line, *high_rates(args)])
+
+
+def high_rates(args):
+    """A line for each learning rate beyond all that is published."""
+    for flag in "lr", "probe_lr", "score_lr":
+        value = getattr(args, flag, 0)
+        for word in value if isinstance(value, list) else [value]:
+            with suppress(ValueError):                               # who reads it tells
+                if float(str(word).rpartition("=")[2]) > 100:
+                    yield (f"note: --{flag.replace('_', '-')} {word} is far above the rates of all presets, "
+                           "0.001 to 30")
 
 
 def number(kind, low, high=None):

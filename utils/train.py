@@ -30,6 +30,7 @@ def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=N
     remedy        printed where a loss or a weight is not finite, which ends the phase
     """
     model, _, schedule, *_ = trained
+    train_epoch = normalisable(train_epoch, name)
     first, done = (resume["epoch"], resume["done"]) if resume else (0, 0)
     for part, state_dict in zip(trained, resume["trained"] if resume else ()):
         part.load_state_dict(state_dict)
@@ -61,6 +62,19 @@ def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=N
         done = 0
         check_finite(nonfinite, model, name, remedy)
         yield epoch + 1
+
+
+def normalisable(train_epoch, name):
+    """The same; a batch of one value a channel, which BatchNorm cannot normalise, ends the phase."""
+    def checked(*args):
+        try:
+            yield from train_epoch(*args)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            fail(f"{name}: BatchNorm cannot normalise a batch of one image; use a larger --batch-size, more "
+                 "images, or a network without BatchNorm such as convnet_w64")
+    return checked
 
 
 def shuffled(rows, batch_size, *key, drop_last=False):

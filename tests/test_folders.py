@@ -15,7 +15,6 @@ from utils import cli, figures
 from utils.data import check_count, class_numbers, describe, find_split, list_folder, load_folder, load_split, look
 from utils.folders import list_images, white_levels
 from utils.presets import FOLDER
-from utils.teachers import at_chance
 
 
 def test_hidden_and_foreign_names_are_passed_over_and_counted(tmp_path):
@@ -188,8 +187,8 @@ def test_squeezing_again_chooses_the_size_anew(remembered, monkeypatch):
 def test_a_folder_of_three_classes_trains_by_the_defaults(tmp_path):
     results = list(run_cell(tmp_path, classes=3, pixels=16, images=20))
     assert [(cell["method"], cell.get("said")) for cell in results] == [(method, None) for method in METHODS]
-    for cell in results:
-        assert not any(at_chance(top1, 3, cell["tested"]) for top1 in [cell["student"], *cell["teachers"].values()]), cell
+    for cell in results:                                             # chance is 33; seen: 93 to 100
+        assert min(cell["student"], *cell["teachers"].values()) > 60, cell
 
 
 def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):

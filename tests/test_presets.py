@@ -300,13 +300,12 @@ def test_no_student_of_a_folder_of_ones_own_trains_by_sgd(preset, column):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("phase, images, epochs", [
-    ("squeeze", 20, 200), ("squeeze", 320, 40), ("squeeze", 10 ** 5, 5), ("relabel", 6, 1000),
-    ("relabel", 32, 500), ("relabel", 600, 200), ("train_eval", 6, 1000), ("train_eval", 32, 500),
-    ("train_eval", 600, 200)])
-def test_epochs_on_a_folder_go_by_the_number_of_images(preset, phase, images, epochs):
-    own = (images, 5) if phase == "squeeze" else (10 ** 4, images // 2)
-    assert preset_values(preset, "cifar10", phase, 2, own=own)["epochs"] == epochs
+@pytest.mark.parametrize("phase, train, classes, epochs", [
+    ("squeeze", 20, 2, 200), ("squeeze", 320, 20, 40), ("squeeze", 640, 40, 40), ("squeeze", 10 ** 5, 20, 5),
+    *((phase, 10 ** 4, classes, epochs) for phase in ("relabel", "train_eval")
+      for classes, epochs in ((3, 1000), (16, 500), (300, 200)))])
+def test_epochs_on_a_folder_go_by_the_number_of_images(preset, phase, train, classes, epochs):
+    assert preset_values(preset, "cifar10", phase, 2, own=(train, classes))["epochs"] == epochs
 
 
 def test_pretrained_weights_are_the_default_at_the_size_they_are_of(monkeypatch):

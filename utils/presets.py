@@ -129,10 +129,12 @@ FOLDER = {
     ("train_eval", "lr"):           ["0.001"],
     ("train_eval", "weight_decay"): ["0.0"],
 }
-# Its epochs go by the number of images, as about so many steps: 200 epochs of the fifteen images of five classes
-# were 200 steps, and students were right on 45 % where 1000 steps made it 88 (random images: 46, 96). Batches of
-# 16 for the student instead of one of all 60 images of twenty classes: 52 for 40 % after 250 epochs.
-FOLDER_STEPS = {"squeeze": (400, 5, 200), "train_eval": (1000, 200, 1000)}      # steps, fewest and most epochs
+# Its epochs go by the number of images, as about so many steps, and in squeeze so many a class. Seen at 16 pixels,
+# 20 images a class, in % of 100 to 500 test images: students of five classes after 200 steps 45 (random images:
+# 46), after 1000 88 (96); of twenty after 250 epochs in one batch 40, in batches of 16 52; teachers of fifty after
+# 400 steps 39 and 58, after 1000 84 and 77.
+FOLDER_STEPS = {"squeeze": 400, "squeeze, a class": 20, "student": 1000}
+FOLDER_EPOCHS = {"squeeze": (5, 200), "student": (200, 1000)}                   # fewest and most
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER, BEST]}
 AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           # P, Appendix A
           # by --holdout at IPC 50, with two backbones: +4.6 after 200 epochs of the student, of which class
@@ -274,14 +276,24 @@ def preset_values(preset, column, phase, ipc=None, method="gvbsm", own=None):
     if own:                                                          # AT_IPC is of named data sets
         mine = {flag: value for (place, flag), value in FOLDER.items() if place in ("*", phase)}
         if phase in ("squeeze", "relabel", "train_eval"):
-            trained, images = ("squeeze", own[0]) if phase == "squeeze" else ("train_eval", own[1] * (ipc or 1))
-            steps, fewest, most = FOLDER_STEPS[trained]
-            mine["epochs"] = min(most, max(fewest, steps * FOLDER[trained, "batch_size"] // images))
+            mine["epochs"] = folder_epochs(phase, *own, ipc or 1)
         tables = [table for table in PRESETS[preset] if table is not BEST]
         best = of_phase([BEST], column, phase) if preset == "best" else {}
         return of_phase(tables, column, phase) | mine | best | method_values
     early = (exception("paper") if preset == "best" else {}) | exception(preset)
     return of_phase(PRESETS[preset], column, phase) | early | method_values | exception(method)
+
+
+def folder_epochs(phase, train, classes, ipc):
+    """Epochs of squeeze, or of relabel and train_eval, on a folder of so many training images and classes."""
+    if phase == "squeeze":
+        kind, images, batch = "squeeze", train, FOLDER["squeeze", "batch_size"]
+        steps = max(FOLDER_STEPS["squeeze"], FOLDER_STEPS["squeeze, a class"] * classes)
+    else:
+        kind, images, batch = "student", classes * ipc, FOLDER["train_eval", "batch_size"]
+        steps = FOLDER_STEPS["student"]
+    fewest, most = FOLDER_EPOCHS[kind]
+    return min(most, max(fewest, steps * batch // images))
 
 
 def of_phase(tables, column, phase):

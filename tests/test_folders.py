@@ -88,6 +88,8 @@ def test_a_flat_val_is_read_by_a_table_of_names_and_classes_or_refused(tmp_path,
     (root / "val.txt").write_text("1.png cat\n0.png 1\n")
     files, labels, classes = find_split(str(root), "x", "test")
     assert [Path(file).name for file in files] == ["1.png", "0.png"] and labels == [0, 1] and classes == ["cat", "dog"]
+    save(root / "val/2.png", noise(8, 8, 3))
+    assert look(str(root), "x")["passed"]["other"] == [1, str(root / "val/2.png")]
 
 
 def test_accents_composed_and_decomposed_are_one_class(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import train_eval
+from utils import cli
 from utils.presets import BEST, METHODS, PRESETS, preset_values
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,6 +312,20 @@ def test_epochs_on_a_folder_go_by_the_number_of_images(preset, phase, train, cla
 def test_pretrained_weights_are_the_default_at_the_size_they_are_of(monkeypatch):
     for size, expected in ([], True), (["--image-size", "128"], True), (["--image-size", "64"], False):
         assert parsed("squeeze", monkeypatch, "--dataset", "imagenet", *size).pretrained is expected
+
+
+@pytest.mark.parametrize("size, objective, column", [("64", "moco", "tiny"), ("128", "probe", "imagenet")])
+def test_scdd_has_the_coefficients_of_the_objective_that_runs_at_a_size(size, objective, column, monkeypatch):
+    flags = "--dataset", "imagenet", "--method", "scdd", "--image-size", size
+    assert parsed("squeeze", monkeypatch, *flags).objective == objective
+    args, expected = parsed("recover", monkeypatch, *flags), preset_values("paper", column, "recover", 10, "scdd")
+    assert (args.bn_weight, args.lr) == (expected["bn_weight"], expected["lr"])
+
+
+def test_a_long_tail_and_held_out_images_are_told_in_the_first_line(monkeypatch):
+    for flags, words in (["--imbalance", "8"], "long tail (--imbalance 8)"), (["--holdout"], "(--holdout)"):
+        assert words in cli.describe_choice(parsed("squeeze", monkeypatch, *flags))
+        assert words not in cli.describe_choice(parsed("squeeze", monkeypatch))
 
 
 @pytest.mark.parametrize("phase", PHASES)

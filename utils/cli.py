@@ -139,6 +139,8 @@ def parse_args(parser, phase, argv=None, find=look):
         own = known.dataset not in DATASETS and data_set["image_size"] <= SMALL
         data_set["column"] = known.dataset if known.dataset in DATASETS else folder_column(
             data_set["image_size"], data_set["classes"])
+        if (known.method, data_set["column"]) == ("scdd", "imagenet") and data_set["image_size"] <= SMALL:
+            data_set["column"] = "tiny"      # MoCo is trained there, and ImageNet's coefficients are MoCo v3's
         return preset_values(known.preset, data_set["column"], phase, known.ipc, recipe or known.method,
                              (data_set["train"], data_set["classes"]) if own else None)
 
@@ -218,11 +220,13 @@ def describe_choice(args):
     if data["train"]:
         low, high = data["pixels"]
         images = f", {data['train']} training and {data['test']} test images of {low if low == high else f'{low}-{high}'} pixels"
+    images += f", training images in a long tail (--imbalance {args.imbalance:g})" * (args.imbalance > 1)
+    images += ", held-out training images in place of the test images (--holdout)" * args.holdout
     if args.dataset not in DATASETS:
         settings += f" for a folder of {data['classes']} classes"
     line = f"{name}: {data['classes']} classes{images} → {size}×{size}; {settings} (--preset {args.preset}); {args.teachers} teachers: "
     line += " ".join(args.backbones)
-    for kind, what in ("hidden", "hidden"), ("other", "no images, or not in a class folder"):
+    for kind, what in ("hidden", "hidden"), ("other", "no images, or of no class"):
         if data["passed"] and data["passed"][kind][0]:
             line += f"\nnot read: {data['passed'][kind][0]} files or folders that are {what}, such as {data['passed'][kind][1]}"
     return "\n".join([line, *high_rates(args)])

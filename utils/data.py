@@ -228,8 +228,10 @@ def list_annotated(folder, table, classes):
              "add or remove it")
     rows.sort(key=lambda row: (number[same_letters(row[1])], row[0]))
     place = folder / "images" if (folder / "images").is_dir() else folder
-    return ([str(place / file) for file, _ in rows], [number[same_letters(name)] for _, name in rows],
-            classes, {"hidden": [], "other": []})
+    files, (images, other, hidden) = [str(place / file) for file, _ in rows], walk(place)
+    other += sorted(set(images) - set(files))                        # that the table does not name
+    return (files, [number[same_letters(name)] for _, name in rows], classes,
+            {"hidden": hidden, "other": [path for path in other if path != str(table)]})
 
 
 def devkit_rows(folder, table):

@@ -209,13 +209,14 @@ def synthesise(args, run, recorder, models, statistics, starts, device):
                                 choice=args.choice, subset=args.subset, slot=kinds[group[0]][1],
                                 drop_rate=args.drop_rate, crop=args.crop, flip=args.flip, roll=args.roll)
         names = ["+".join(list(models)[k] for k in draw["backbones"]) for draw in draws]
+        gradient = graphed(matching_gradient) if args.cuda_graphs else matching_gradient
         resume, state = recorder.begin(group, together, args.iterations, names), None
         for t, losses, state in recover_batch(
                 images, labels, matchers, draws, bounds=send(pixel_bounds(data["mean"], data["std"]), device),
                 lr=args.lr, weight_decay=args.weight_decay, dd_weight=args.dd_weight, dd_scale=args.dd_scale,
                 dd_on=args.dd_on, dd_autograd=args.statistics == "plain", unit_gradients=args.unit_gradients,
                 averages=run.checkpoint.read(f"averages{group[0] - 1}") if args.ema_carry else None,
-                resume=resume, gradient=graphed(matching_gradient) if args.cuda_graphs else matching_gradient):
+                gradient=gradient, resume=resume):
             recorder.step(t, losses, images, state)
         if args.ema_carry:
             run.checkpoint.save((state() if state else resume)["averages"], f"averages{group[0]}")

@@ -1,5 +1,5 @@
-"""Collect statistics: the data set's moments at every convolution (phase 2 of 5).   G-VBSM, arXiv:2311.17950,
-Eq. 9.
+"""Collect statistics: the data set's moments at every convolution (phase 2 of 5).
+G-VBSM, arXiv:2311.17950, Eq. 9.
 
 One pass over the training images, with the training augmentation and without gradients, through each backbone
 in eval mode. At the input of every Conv2d: mean and biased variance of each channel, and of each cell of a
@@ -145,14 +145,13 @@ def stored_backbones(args, folder, records, settings):
 
 def get_parser():
     parser = identity_flags(Parser(__doc__))
-    method = parser.add_argument_group("method")
-    method.add_argument("--patch", type=number(int, 1),
-                        help="pixels a side of a patch, 4 up to images of 64 pixels, 16 above [N^p]")
-    method.add_argument("--crop", type=crop_name, default="pad4",
-                        help="augmentation beside flips: none, resized, pad<pixels>")
-    method.add_argument("--batch-size", type=number(int, 2), default=64, help="images of one term of Eq. 9")
-    method.add_argument("--class-statistics", action=argparse.BooleanOptionalAction, default=False,
-                        help="also those of each class alone, for recover.py --class-statistics")
+    add = parser.add_argument_group("method").add_argument
+    add("--patch", type=number(int, 1),
+        help="pixels a side of a patch, 4 up to images of 64 pixels, 16 above [N^p]")
+    add("--crop", type=crop_name, default="pad4", help="beside flips: none, resized, pad<pixels>")
+    add("--batch-size", type=number(int, 2), default=64, help="images of one term of Eq. 9")
+    add("--class-statistics", action=argparse.BooleanOptionalAction, default=False,
+        help="also those of each class alone, for recover.py --class-statistics")
     return parser
 
 

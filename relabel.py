@@ -15,23 +15,23 @@ images=runs/cifar100/gvbsm-ipc10/images
 python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --images $images
 """
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from models import build_model
 from utils import fail
-from utils.augment import apply_epoch, draw_epoch
-from utils.checkpoint import load_json
-from utils.cli import Parser, call, identity_flags, number, parse_args
-from utils.data import check_count, list_folder, load_folder, read_class_map
-from utils.labels import LabelWriter
+from utils.augment import apply_epoch
+from utils.cli import Parser, identity_flags, number, parse_args
+from utils.distilled import check_recovered, earlier_result, images_hash, load_images
+from utils.labels import LabelWriter, drawing
 from utils.losses import ensemble_logits
 from utils.processes import barrier, rank, shard, warn
-from utils.provenance import check_recovered, fingerprints, image_set
-from utils.run import Run, begin, generator, script, send
+from utils.provenance import fingerprints
+from utils.run import Run, begin, script, send
 from utils.teachers import load_teachers
-from utils.train import channels_last
+from utils.train import channels_last, full_batch
 
 SATURATING_PIXELS = 1 << 20       # in a pass, so 1024 images at 32x32, leave no GPU idle; an estimate
 
@@ -40,14 +40,12 @@ SATURATING_PIXELS = 1 << 20       # in a pass, so 1024 images at 32x32, leave no
 def label_epoch(images, mean_std, draw, batch_size, models, mix, logit_norm, together=1):
     """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch; `together` batches share a pass.
     images: uint8 [N, 3, S, S]; mean_std: [2, 3]; draw: of `draw_epoch`   -> [N, classes]"""
-    draw, logits = send(draw, images.device), None
+    draw, logits = send(draw, images.device), []
     for rows in draw["order"].split(batch_size * together):
         mixed = apply_epoch(images, draw, rows, mix, mean_std)
         outputs = torch.stack([model(mixed) for model in models])
-        logits = outputs.new_empty(len(images), outputs.shape[2]) if logits is None else logits
-        for batch, output in zip(rows.split(batch_size), outputs.split(batch_size, dim=1)):
-            logits[batch] = ensemble_logits(output, logit_norm)
-    return logits
+        logits += [ensemble_logits(output, logit_norm) for output in outputs.split(batch_size, dim=1)]
+    return torch.cat(logits)[draw["order"].argsort()]
 
 
 def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", logit_norm=True):
@@ -70,8 +68,7 @@ def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", l
 @torch.inference_mode()
 def logit_rms(images, mean_std, draw, batch_size, models, mix):
     """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}
-    A model whose logits are far larger than the others' sets the mean norm of Eq. 8, the scale of all
-    labels."""
+    A model whose logits are far larger than the others' sets the mean norm of Eq. 8, so the scale of all."""
     draw = send(draw, images.device)
     mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, mean_std)
     return {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}
@@ -88,41 +85,32 @@ def warn_of_scales(rms):
 
 def get_parser():
     parser = identity_flags(Parser(__doc__))
-    method = parser.add_argument_group("method")
-    method.add_argument("--images", type=Path, metavar="DIR",
-                        help="a folder <class>/<file> of any origin, instead of the run's images")
-    method.add_argument("--class-map", type=Path, metavar="FILE",
-                        help="JSON {folder: class} where folders of --images have other names")
-    method.add_argument("--logit-norm", action=argparse.BooleanOptionalAction, default=True,
-                        help="scale each backbone's logits to the mean norm before averaging [LN, Eq. 8]")
-    method.add_argument("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",
-                        help="how two images become one")
-    method.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
-                        help="mirror half of the views [not in the paper's tables]")
-    method.add_argument("--crop-floor", type=number(float, 0.01, 1), default=0.08,
-                        help="smallest share of the area that a random crop takes, 1 = off")
-    method.add_argument("--epochs", type=number(int, 1), default=300,
-                        help="how many times every image is labelled")
-    method.add_argument("--batch-size", type=number(int, 1), default=64,
-                        help="images that share a mix box and Eq. 8's norms")
-    method.add_argument("--whole-up-to", type=number(int, 0), default=100,
-                        help="sets of up to so many images make one batch, 0 = never [||S||]")
+    switch = dict(action=argparse.BooleanOptionalAction, default=True)
+    add = parser.add_argument_group("method").add_argument
+    add("--images", type=Path, metavar="DIR",
+        help="a folder <class>/<file> of any origin, instead of the run's images")
+    add("--class-map", type=Path, metavar="FILE",
+        help="JSON {folder: class} where folders of --images have other names")
+    add("--logit-norm", **switch, help="scale each backbone's logits to the mean norm [LN, Eq. 8]")
+    add("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
+    add("--flip", **switch, help="mirror half of the views [not in the paper's tables]")
+    add("--crop-floor", type=number(float, 0.01, 1), default=0.08,
+        help="smallest share of the area that a random crop takes, 1 = off")
+    add("--epochs", type=number(int, 1), default=300, help="how many times every image is labelled")
+    add("--batch-size", type=number(int, 1), default=64, help="images that share a mix box and Eq. 8's norms")
+    add("--whole-up-to", type=number(int, 0), default=100,
+        help="sets of up to so many images make one batch, 0 = never [||S||]")
     return parser
 
 
 def earlier_phases(args, paths, records, data):
     """What the labels are made from.   -> folder of images, hashes, {phase: arguments}"""
-    folder, upstream = args.images or paths.images, {}
-    if args.images:
-        images = image_set(folder, list_folder(folder)[2])
-    else:
-        recovered = load_json(paths.run / "result.json", "run: " + call("recover.py", args),
-                              ("args", "upstream", "made_from", "image_set", "classes"))
+    folder, recovered, upstream = args.images or paths.images, {}, {}
+    if not args.images:
+        recovered, upstream = earlier_result("recover", args, paths.run)
         check_recovered(recovered, args, paths, data, records)
-        upstream, images = recovered["upstream"] | {"recover": recovered["args"]}, recovered["image_set"]
-    squeezed = {name: record["args"] for name, record in records.items()}
-    upstream["squeeze"] = upstream.get("squeeze", {}) | squeezed
-    return folder, fingerprints(records) | {"images": images}, upstream
+    upstream["squeeze"] = upstream.get("squeeze", {}) | {name: one["args"] for name, one in records.items()}
+    return folder, fingerprints(records) | {"images": images_hash(folder, recovered)}, upstream
 
 
 def main(argv=None):
@@ -133,29 +121,18 @@ def main(argv=None):
     run = Run("relabel", args, paths.labels / "result.json", inputs)
     if run.finished():
         return None
-    images, labels, classes, files = load_folder(folder, data["image_size"], args.workers, data["classes"],
-                                                 read_class_map(args.class_map))
-    if args.images:
-        check_count(labels, args.ipc, folder)
-    if not args.images and image_set(folder, files) != inputs["images"]:
-        fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them "
-             "with --images")
+    images, _ = load_images(args, folder, data, inputs["images"])
     images, mean_std = images.to(device), torch.tensor([data["mean"], data["std"]], device=device)
     models = {name: channels_last(model) for name, model in models.items()}
-    batch_size = len(images) if len(images) <= args.whole_up_to else args.batch_size
-    piece = f"epochs-{rank()}"
-
-    def draw(epoch):                                                 # a function of (seed, epoch)
-        rng = generator("relabel", args.seed, epoch)
-        return draw_epoch(len(images), data["image_size"], batch_size, args.mix, rng, (args.crop_floor, 1.0),
-                          args.flip)
+    batch_size = full_batch(len(images), args.whole_up_to, args.batch_size)
+    draw, piece = partial(drawing(args, data["image_size"]), count=len(images)), f"epochs-{rank()}"
 
     def state():
         writer.sync()
         return {"done": sorted(done)}
 
     with run.work() as checkpoint:
-        writer = LabelWriter(checkpoint.folder, args.epochs, len(images), len(classes))
+        writer = LabelWriter(checkpoint.folder, args.epochs, len(images), len(data["classes"]))
         rms = logit_rms(images, mean_std, draw(0), batch_size, models, args.mix)
         warn_of_scales(rms)
         done = {epoch for saved in checkpoint.states() for epoch in saved["done"]}

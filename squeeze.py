@@ -239,8 +239,11 @@ def check_flags(args, device):
              "process")
     if args.cuda_graphs and (device.type != "cuda" or world_size() > 1):
         fail("--cuda-graphs needs a GPU (--device cuda) and a single process; leave it out")
-    check_pool(args)
+    if weak := next((name for name in args.backbones if "@" in name), None):
+        fail(f"--backbones {weak}: squeeze.py makes it of {weak.partition('@')[0]}; name that, and "
+             "--save-epochs or --pruned")
     check_models("--backbones", args.backbones, build_model)
+    check_pool(args)
     check_weights(args)
     if args.objective == "moco":
         check_contrast(args)
@@ -279,7 +282,8 @@ def get_parser():
     add("--score-batch-size", type=positive, default=512, help="images per step of each")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=50, help="passes over the training images")
-    add("--batch-size", type=positive, default=64, help="images per step; a last one alone joins others")
+    add("--batch-size", type=positive, default=64,
+        help="images per step; a last one alone joins the batch before")
     add("--lr", type=rate, default=0.05, help="SGD learning rate")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum, 0 = off")
     add("--weight-decay", type=rate, default=0.0, help="SGD weight decay, 0 = off")

@@ -1,9 +1,8 @@
-"""Structured pruning: channels of convolutions removed, together with all that belongs to them.
-Needs torch alone.
+"""Structured pruning: channels of convolutions removed, with all that belongs to them. Needs torch alone.
 
-    kept = random_channels(model, 0.66, generator)                     # {convolution: channels}; or largest_scales(model, 0.5)
-    left = widths(shrink(model, kept), kept)                           # with model.state_dict() all there is to store
-    model = build_model(name, num_classes, image_size, left)           # models/__init__.py: shrink() again
+    kept = random_channels(model, 0.66, generator)           # {convolution: channels}; or largest_scales
+    left = widths(shrink(model, kept), kept)                 # with model.state_dict() all there is to store
+    model = build_model(name, num_classes, image_size, left) # models/__init__.py: shrink() again
 """
 import math
 import operator
@@ -19,9 +18,8 @@ CHANNELWISE = (  # modules without parameters
     nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
 CHANNELWISE_CALLS = (  # functions, and methods by name
     F.relu, F.relu6, F.leaky_relu, F.gelu, F.silu, F.dropout, F.max_pool2d, F.avg_pool2d,
-    F.adaptive_max_pool2d,
-    F.adaptive_avg_pool2d, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid",
-    "tanh")
+    F.adaptive_max_pool2d, F.adaptive_avg_pool2d, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, "relu",
+    "relu_", "sigmoid", "tanh")
 ADDITIONS = operator.add, operator.iadd, torch.add, "add", "add_"
 
 
@@ -36,15 +34,14 @@ def _flattens(node, layers):
     if node.op == "call_module":
         layer = layers[node.target]
         return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
-    bounds = dict(zip(("start_dim", "end_dim"), node.args[1:])) | node.kwargs
-    return node.target in (torch.flatten, "flatten") and bounds in ({"start_dim": 1},
-                                                                    {"start_dim": 1, "end_dim": -1})
+    bounds = {"end_dim": -1} | dict(zip(("start_dim", "end_dim"), node.args[1:])) | node.kwargs
+    return node.target in (torch.flatten, "flatten") and bounds == {"start_dim": 1, "end_dim": -1}
 
 
 def _averages(node):
     """Whether a torch.fx node is the mean over the pixels of its input: [N, C, H, W] -> [N, C]."""
-    return node.target in (torch.mean, "mean") and not node.kwargs and [*node.args[1:]] in ([(2, 3)],
-                                                                                            [[2, 3]])
+    dims = [*node.args[1:]]
+    return node.target in (torch.mean, "mean") and not node.kwargs and dims in ([(2, 3)], [[2, 3]])
 
 
 def coupled(model: nn.Module) -> dict[str, tuple]:
@@ -62,8 +59,8 @@ def coupled(model: nn.Module) -> dict[str, tuple]:
 def prunable(model: nn.Module) -> dict[str, tuple]:
     """Those of `coupled` that are of one convolution and added to nothing.
     -> {convolution: (names of the norms behind it, names of the consumers)}"""
-    return {convs[0]: (norms, consumers) for convs, norms, consumers,
-            added in _channel_groups(model) if not added}
+    return {convs[0]: (norms, consumers) for convs, norms, consumers, added in _channel_groups(model)
+            if not added}
 
 
 def _channel_groups(model):
@@ -93,9 +90,8 @@ def _channel_groups(model):
             found["consumers"].append((inputs[0], node.target))
             found["fixed"].append((node, None))
             continue
-        norm = once and not is_flat and (isinstance(layer, nn.BatchNorm2d)
-                                         or isinstance(layer, nn.GroupNorm) and layer.num_groups
-                                         == layer.num_channels)
+        norm = once and not is_flat and (isinstance(layer, nn.BatchNorm2d) or isinstance(layer, nn.GroupNorm)
+                                         and layer.num_groups == layer.num_channels)
         add = not is_flat and not node.kwargs and node.target in ADDITIONS and len(inputs) == 2
         flattens = not is_flat and (_flattens(node, layers) or _averages(node))
         for other in inputs:
@@ -124,8 +120,8 @@ def _select(layer, index, dim, names):
     for name in names:
         if (tensor := getattr(layer, name, None)) is not None:
             part = tensor.detach().index_select(dim, index.to(tensor.device))
-            setattr(layer, name, nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter)
-                    else part)
+            trained = isinstance(tensor, nn.Parameter)
+            setattr(layer, name, nn.Parameter(part, tensor.requires_grad) if trained else part)
 
 
 def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
@@ -133,9 +129,8 @@ def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
     place.   -> model
 
     What computes with them goes along: norms with their running statistics, inputs of the next layers. The
-    parameters are
-    new ones: an optimiser is made afterwards. ValueError if a convolution is to lose all channels or is not
-    prunable.
+    parameters are new ones: an optimiser is made afterwards. ValueError if a convolution is to lose all
+    channels or is not prunable.
     """
     layers, plan = dict(model.named_modules()), coupled(model)
     for name, index in kept.items():
@@ -163,8 +158,7 @@ def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def widths(model: nn.Module, kept: dict[str, torch.Tensor]) -> dict[str, int]:
-    """What a checkpoint of shrink(model, kept) needs beside its weights: {conv name: channels left}, see the
-    module."""
+    """What a checkpoint of shrink(model, kept) needs beside its weights: {conv name: channels left}."""
     layers = dict(model.named_modules())
     return {name: layers[name].out_channels for name in kept}
 
@@ -186,8 +180,8 @@ def random_channels(model: nn.Module, share: float, generator: torch.Generator) 
     """Channels drawn at random, the same part of all that are `coupled` and at least one, such that about
     `share` of the model's parameters are left: the smallest part with no fewer, so more where one channel
     each is still more. Teddy (arXiv:2410.07579) keeps 7.72 of ResNet-18's 11.69 million and 1.2 of its 1.8
-    billion multiply-adds at 224 pixels, which
-    this does too.   -> {conv name: sorted indices}, as `shrink` takes them; {} if nothing can be removed"""
+    billion multiply-adds at 224 pixels, which this does too.
+    -> {conv name: sorted indices}, as `shrink` takes them; {} if nothing can be removed"""
     layers, plan = dict(model.named_modules()), coupled(model)
     target = share * sum(tensor.numel() for tensor in model.parameters())
 
@@ -197,8 +191,8 @@ def random_channels(model: nn.Module, share: float, generator: torch.Generator) 
     low, high = 0.0, 1.0
     for _ in range(20):                                     # to a millionth: finer than one channel
         middle = (low + high) / 2
-        low, high = (low, middle) if _parameters_left(model, plan, channels(middle)) >= target else (middle,
-                                                                                                     high)
+        enough = _parameters_left(model, plan, channels(middle)) >= target
+        low, high = (low, middle) if enough else (middle, high)
     return {name: torch.randperm(layers[name].out_channels, generator=generator)[:number].sort().values
             for name, number in channels(high).items()}
 
@@ -215,8 +209,8 @@ def channel_scales(model: nn.Module) -> dict[str, nn.Parameter]:
 def largest_scales(model: nn.Module, sparsity: float, least: float = 0.1) -> dict[str, torch.Tensor]:
     """Network slimming (Liu et al., arXiv:1708.06519): all channels of `channel_scales` but the part
     `sparsity` of them (0 .. below 1) with the smallest |scale| in the whole network. Each convolution keeps
-    the part `least` of its own with the
-    largest: where all scales of a layer are small, one threshold alone cuts the network in two.
+    the part `least` of its own with the largest: where all scales of a layer are small, one threshold alone
+    cuts the network in two.
     -> {conv name: sorted indices}, as `shrink` takes them"""
     scales = {name: scale.detach().abs() for name, scale in channel_scales(model).items()}
     for scale in scales.values():

@@ -442,10 +442,8 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
     args = parse_args(train_eval.get_parser(), "train_eval", flags)
     paths = SimpleNamespace(run=project.run(), labels=project.run() / "labels",
                             images=project.run() / "images")
-    labelled, _ = train_eval.earlier_result(args, paths)
-    made_from = train_eval.origin(args, paths, labelled, {})
-    _, classes, _ = train_eval.load_distilled(args, paths, labelled, labelled["data"], made_from, [],
-                                              torch.device("cpu"))
+    device = torch.device("cpu")
+    _, classes, _ = train_eval.load_distilled(args, paths, train_eval.load_sources(args, paths, device), device)
     assert classes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 

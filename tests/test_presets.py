@@ -48,6 +48,7 @@ PAPER = {
     "recover drop_rate":           (0.4, 0.4, 0.4, 0.4),
     "recover choice":              ("uniform", "uniform", "uniform", "uniform"),
     "recover loop":                ("reorder", "reorder", "reorder", "reorder"),
+    "recover ce_weight":           (1, 1, 1, 1),
     "recover bn_weight":           (0.01, 0.01, 0.01, 0.01),
     "recover conv_weight":         (0.01, 0.01, 0.01, 0.01),
     "recover dd_weight":           (1, 1, 1, 1),
@@ -221,8 +222,8 @@ def test_every_value_of_every_preset_has_a_flag_that_accepts_it(phase, monkeypat
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_flag_has_a_reader(phase):
-    rooms = ("run", "checkpoint", "cli", "teachers", "protocols", "recorder", "pool", "moco", "scores", "adopt",
-             "selection")
+    rooms = ("run", "checkpoint", "cli", "teachers", "protocols", "recorder", "labels", "distilled", "pool", "moco",
+             "scores", "adopt", "selection")
     files = [f"{phase}.py", *(f"utils/{room}.py" for room in rooms)]
     source = "".join((ROOT / file).read_text() for file in files)
     shared = re.findall(r"known\.(\w+)", (ROOT / "utils/cli.py").read_text())

@@ -2,6 +2,7 @@
 mistakes."""
 import json
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from models import build_model
 from models.pruning import channel_scales
 from utils import protocols, report
 from utils.data import load_split
-from utils.labels import StoredLabels
-from utils.protocols import SeenLabels, classes_so_far, incremental_step, prune
+from utils.labels import SeenLabels, StoredLabels
+from utils.protocols import classes_so_far, incremental_step, prune
 from utils.run import generator
 
 CONTINUAL = "--protocol continual --steps 2 --orders 2"
@@ -129,8 +130,8 @@ def test_a_step_holds_the_images_and_test_images_of_its_classes_numbered_among_t
     test = load_split(str(beasts), None, "test", 16, 0)
     images, classes = torch.arange(12).view(12, 1, 1, 1), torch.arange(12) % 4
     data = {"classes": test.classes, "image_size": 16}
-    step = incremental_step(torch.tensor([1, 3]), lambda labels, rows,
-                            seen: (rows.nonzero().flatten(), labels), images, classes, "labels", test, data)
+    labels = SimpleNamespace(of=lambda rows, seen: (rows.nonzero().flatten(), "labels"))
+    step = incremental_step(torch.tensor([1, 3]), images, classes, labels, test, data)
     assert step["images"].flatten().tolist() == [1, 3, 5, 7, 9, 11] and step["classes"].tolist() == [0, 1] * 3
     assert (step["data"], step["labels"]) == ({"classes": ["9", "bee"], "image_size": 16}, "labels")
     pixels, numbers = (torch.cat(parts) for parts in zip(*step["test"].batches(5)))

@@ -67,14 +67,13 @@ def has_large_stem(model, path):
     """Whether the file's first convolution is ResNet's of 7 pixels, in the place of the model's of 3 for
     small images."""
     tensors = strip_prefix(read_weights(path), model.state_dict())
-    return "conv1.weight" in tensors and tensors["conv1.weight"].shape == (64, 3, 7,
-                                                                           7) != model.conv1.weight.shape
+    stem = tensors.get("conv1.weight")
+    return stem is not None and stem.shape == (64, 3, 7, 7) != model.conv1.weight.shape
 
 
 def strip_prefix(tensors, names):
     """The tensors without what stands before the names of a network: "module.", "backbone.", "encoder_q." or
-    any other.
-    Of several networks in a file (query and key encoder) the first that has most of the names.
+    any other. Of several networks in a file (query and key encoder) the first that has most of the names.
     -> {name: tensor}"""
     first = next(iter(names))
     prefixes = [key[:-len(first)] for key in tensors if key == first or key.endswith(f".{first}")]
@@ -97,16 +96,19 @@ def adopt(model, path, *, encoder=False):
     left = [key for key in tensors if key not in expected and (not encoder or key.partition(".")[0] in parts)]
     if missing or left:
         found = [f"{key} is missing" for key in missing[:1]] + [f"{key} is left over" for key in left[:1]]
-        hint = ", or --objective probe for an encoder" * (not encoder and missing[:1]
-                                                          == [f"{classifier}.weight"])
+        headless = not encoder and missing[:1] == [f"{classifier}.weight"]
+        hint = ", or --objective probe for an encoder" * headless
         fail(f"--weights {path}: {' and '.join(found)}; name the --backbones that it is of{hint}")
-    for key, value in expected.items():
-        if key in tensors and tensors[key].shape != value.shape:
-            fail(f"--weights {path}: {key} is {shape(tensors[key])}, not "
-                 f"{shape(value)}{other_shape(key, classifier)}")
-        if key in tensors and not tensors[key].isfinite().all():
+    tensors = {key: tensors[key] for key in expected if key in tensors}
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            why = ("it has other classes than the data; use --objective probe, or the data set it is of"
+                   if key.startswith(f"{classifier}.") else
+                   "it is of another network; name the --backbones that it is of, or the --image-size")
+            fail(f"--weights {path}: {key} is {shape(tensor)}, not {shape(expected[key])}: {why}")
+        if not tensor.isfinite().all():
             fail(f"--weights {path}: {key} is not finite; name another file")
-    model.load_state_dict({key: tensors[key] for key in expected if key in tensors}, strict=False)
+    model.load_state_dict(tensors, strict=False)
 
 
 def classifier_of(model):
@@ -117,10 +119,3 @@ def classifier_of(model):
 
 def shape(tensor):
     return "x".join(map(str, tensor.shape)) or "a number"
-
-
-def other_shape(key, classifier):
-    """What a tensor of another shape means, and the remedy."""
-    if key.startswith(f"{classifier}."):
-        return ": it has other classes than the data; use --objective probe, or the data set it was trained on"
-    return ": it is of another network; name the --backbones that it is of, or the --image-size"

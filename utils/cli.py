@@ -13,13 +13,14 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from models import is_model_name
 from utils import fail
 from utils.data import DATASETS, SMALL, folder_column, look
 from utils.presets import METHODS, PRESETS, SELECTIONS, preset_values
 
+# flags that a chain of phases has in common
 SHARED = {"dataset", "ipc", "method", "recipe", "tag", "teachers", "backbones", "preset", "data_dir",
-          "holdout", "imbalance",
-          "image_size", "run_dir"}  # flags that a chain of phases has in common
+          "holdout", "imbalance", "image_size", "run_dir"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,12 +57,12 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         value, words = action.default, action.help or ""
         if action.choices and self._get_default_metavar_for_optional(action) == "NAME":
             words += f": {' '.join(map(str, action.choices))}"
-        if value in (None, argparse.SUPPRESS) or isinstance(value,
-                                                            bool) and action.nargs == 0 and len(action.option_strings) == 1:
+        plain_switch = isinstance(value, bool) and action.nargs == 0 and len(action.option_strings) == 1
+        if value in (None, argparse.SUPPRESS) or plain_switch:
             return words
-        shown = {True: "on",
-                 False: "off"}[value] if isinstance(value, bool) else " ".join(map(str, value)) if isinstance(
-            value, list) else value
+        if isinstance(value, bool):
+            value = "on" if value else "off"
+        shown = " ".join(map(str, value)) if isinstance(value, list) else value
         return words + f" ({shown})".replace("%", "%%")
 
     def _get_default_metavar_for_optional(self, action):
@@ -78,46 +79,39 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 def identity_flags(parser):
     """The flags that mean the same in every phase."""
-    parser.usage = "python %(prog)s [--dataset NAME|FOLDER] [--ipc N] [--method NAME] [flag ...]     (in parentheses: what would run)"
-    group = parser.add_argument_group("data and identity, the same in every phase")
-    group.add_argument("--dataset", default="shapes", metavar="NAME|FOLDER",
-                       help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or "
-                       "test/")
-    group.add_argument("--ipc", type=number(int, 1), default=10, help="distilled images per class [IPC]")
-    group.add_argument("--method", choices=METHODS, default="gvbsm",
-                       help=f"how images are made, {', '.join(SELECTIONS)} choose real ones")
-    group.add_argument("--recipe", choices=METHODS, metavar="METHOD",
-                       help="in relabel.py and train_eval.py: take defaults and teachers from this method "
-                       "instead")
-    group.add_argument("--tag", type=plain_name, help="a name for this variant, for ablations")
-    group.add_argument("--teachers", type=plain_name, default="supervised",
-                       help="name of a set of squeezed backbones")
-    group.add_argument("--backbones", nargs="+", metavar="NAME",
-                       help="networks to match and to label with [S, Eq. 7]")
-    group.add_argument("--preset", choices=sorted(PRESETS), default="paper", help="where defaults come from")
-    group.add_argument("--data-dir", default="data", metavar="DIR", help="folder of named data sets")
-    group.add_argument("--holdout", action="store_true",
-                       help="test on every tenth training image of a class, and train on the others; to "
-                       "choose settings by")
-    group.add_argument("--imbalance", type=number(float, 1), default=1.0,
-                       help="long-tailed training images: the first class has so many times those of the "
-                       "last, 1 = off")
-    group.add_argument("--image-size", type=number(int, 8, 4096),
-                       help="pixels of a side; of a folder found out by default")
-    run = parser.add_argument_group("run")
-    run.add_argument("--run-dir", default="runs", metavar="DIR", help="where results go")
-    run.add_argument("--seed", type=number(int, 0, 10 ** 18), default=0,
-                     help="of all that is random, but for --student-seeds")
-    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
-    run.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="tf32",
-                     help="of matrix products: tf32 is fp32 except on a GPU; auto is bf16 where that is "
-                     "native and faster, and tf32 in collect_stats.py and recover.py")
-    run.add_argument("--workers", type=number(int, 0), default=2,
-                     help="processes or threads that read images")
-    run.add_argument("--overwrite", action="store_true",
-                     help="start again; without it, a finished phase returns and unfinished work goes on")
-    run.add_argument("--checkpoint-minutes", type=number(float, 0), default=5.0,
-                     help="between saved states of unfinished work, 0 = every step")
+    parser.usage = ("python %(prog)s [--dataset NAME|FOLDER] [--ipc N] [--method NAME] [flag ...]     (in "
+                    "parentheses: what would run)")
+    add = parser.add_argument_group("data and identity, the same in every phase").add_argument
+    add("--dataset", default="shapes", metavar="NAME|FOLDER",
+        help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or test/")
+    add("--ipc", type=number(int, 1), default=10, help="distilled images per class [IPC]")
+    add("--method", choices=METHODS, default="gvbsm",
+        help=f"how images are made, {', '.join(SELECTIONS)} choose real ones")
+    add("--recipe", choices=METHODS, metavar="METHOD",
+        help="in relabel.py and train_eval.py: take defaults and teachers from this method instead")
+    add("--tag", type=plain_name, help="a name for this variant, for ablations")
+    add("--teachers", type=plain_name, default="supervised", help="name of a set of squeezed backbones")
+    add("--backbones", nargs="+", metavar="NAME", help="networks to match and to label with [S, Eq. 7]")
+    add("--preset", choices=sorted(PRESETS), default="paper", help="where defaults come from")
+    add("--data-dir", default="data", metavar="DIR", help="folder of named data sets")
+    add("--holdout", action="store_true",
+        help="test on every tenth training image of a class, and train on the others; to choose settings by")
+    add("--imbalance", type=number(float, 1), default=1.0,
+        help="long-tailed training images: the first class has so many times those of the last, 1 = off")
+    add("--image-size", type=number(int, 8, 4096), help="pixels of a side; of a folder found out by default")
+    add = parser.add_argument_group("run").add_argument
+    add("--run-dir", default="runs", metavar="DIR", help="where results go")
+    add("--seed", type=number(int, 0, 10 ** 18), default=0,
+        help="of all that is random, but for --student-seeds")
+    add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
+    add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="tf32",
+        help="of matrix products: tf32 is fp32 except on a GPU; auto is bf16 where that is native and "
+        "faster, and tf32 in collect_stats.py and recover.py")
+    add("--workers", type=number(int, 0), default=2, help="processes or threads that read images")
+    add("--overwrite", action="store_true",
+        help="start again; without it, a finished phase returns and unfinished work goes on")
+    add("--checkpoint-minutes", type=number(float, 0), default=5.0,
+        help="between saved states of unfinished work, 0 = every step")
     return parser
 
 
@@ -140,28 +134,29 @@ def parse_args(parser, phase, argv=None, find=look):
         data_set["column"] = known.dataset if known.dataset in DATASETS else folder_column(
             data_set["image_size"], data_set["classes"])
         if (known.method, data_set["column"]) == ("scdd", "imagenet") and data_set["image_size"] <= SMALL:
-            data_set["column"] = "tiny"      # MoCo is trained there, and ImageNet's coefficients are MoCo v3's
+            data_set["column"] = "tiny"      # MoCo is trained there, ImageNet's coefficients are MoCo v3's
         return preset_values(known.preset, data_set["column"], phase, known.ipc, recipe or known.method,
                              (data_set["train"], data_set["classes"]) if own else None)
 
     data_set["image_size"] = known.image_size or data_set["image_size"]
     defaults = values()
     typed = known.teachers != early.get_default("teachers")
-    path = run_folder(known) / "teachers" / (known.teachers if typed
-                                             else defaults.get("teachers", known.teachers)) / "squeeze.json"
-    decided = earlier.get(path, {}).get("data_set",
-                                        {}) if not (phase == "squeeze" and known.overwrite) else {}
+    teachers = known.teachers if typed else defaults.get("teachers", known.teachers)
+    path = run_folder(known) / "teachers" / teachers / "squeeze.json"
+    decided = earlier.get(path, {}).get("data_set", {})
+    if phase == "squeeze" and known.overwrite:
+        decided = {}
     if known.image_size and decided.get("image_size", known.image_size) != known.image_size:
         fail(f"--image-size {known.image_size}: squeeze.py chose {decided['image_size']} ({path}); leave it "
              "out, or squeeze again with --overwrite or under another --teachers")
     if decided:
         data_set["image_size"] = decided["image_size"]
-        defaults = values() | ({"backbones": decided["backbones"]} if decided.get("backbones") and phase
-                               != "squeeze" else {})
+        defaults = values()
+        if decided.get("backbones") and phase != "squeeze":
+            defaults["backbones"] = decided["backbones"]
     if defaults.get("pretrained") and (known.dataset != "imagenet" or data_set["image_size"] <= SMALL):
         defaults["pretrained"] = False  # the weights are of ImageNet's classes, at sizes above 64 pixels
-    unread = set(defaults) - {action.dest for action in parser._actions}
-    if unread:
+    if unread := set(defaults) - {action.dest for action in parser._actions}:
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
@@ -169,12 +164,12 @@ def parse_args(parser, phase, argv=None, find=look):
         args.precision = "tf32"               # statistics and pixels are float32
     args.recipe = recipe if recipe != args.method else None
     args.typed = ["python", f"{phase}.py", *argv]
-    args.given = {flag: value for flag, value in vars(known).items() if flag in SHARED and value
-                  != early.get_default(flag)}
+    args.given = {flag: value for flag, value in vars(known).items()
+                  if flag in SHARED and value != early.get_default(flag)}
     if args.dataset not in DATASETS or "image_size" in decided:
         args.image_size = data_set["image_size"]
     weak = getattr(args, "save_epochs", "none") != "none" or getattr(args, "pruned", 0)
-    chosen = decided.get("backbones") if "backbones" in args.given and decided.get("backbones") else args.backbones
+    chosen = "backbones" in args.given and decided.get("backbones") or args.backbones
     args.data_set = data_set | {"backbones": None if weak else chosen}
     for flag in "backbones", "students", "student_seeds":
         names = getattr(args, flag, None) or []
@@ -207,8 +202,8 @@ def check_data_set(args, data_set, earlier):
         if (before in DATASETS) != (args.dataset in DATASETS) and other.get("path") != data_set["path"]:
             fail(f"{run_folder(args)} is of --dataset {before}, another data set of that name; name another "
                  "--run-dir")
-        if other.get("path") and data_set["path"] not in (None,
-                                                          other["path"]) and other["fingerprint"] != data_set["fingerprint"]:
+        moved = other.get("path") and data_set["path"] not in (None, other["path"])
+        if moved and other["fingerprint"] != data_set["fingerprint"]:
             fail(f"{run_folder(args)} is of another data set of that name, {other['path']}; name another "
                  f"--run-dir for {data_set['path']}, or rename its folder")
 
@@ -218,17 +213,18 @@ def describe_choice(args):
     data, name = args.data_set, Path(args.dataset).resolve().name
     size, images, settings = args.image_size or data["image_size"], "", f"settings of {data['column']}"
     if data["train"]:
-        low, high = data["pixels"]
-        images = f", {data['train']} training and {data['test']} test images of {low if low == high else f'{low}-{high}'} pixels"
+        pixels = "-".join(map(str, dict.fromkeys(data["pixels"])))   # lowest and highest
+        images = f", {data['train']} training and {data['test']} test images of {pixels} pixels"
     images += f", training images in a long tail (--imbalance {args.imbalance:g})" * (args.imbalance > 1)
     images += ", held-out training images in place of the test images (--holdout)" * args.holdout
     if args.dataset not in DATASETS:
         settings += f" for a folder of {data['classes']} classes"
-    line = f"{name}: {data['classes']} classes{images} → {size}×{size}; {settings} (--preset {args.preset}); {args.teachers} teachers: "
-    line += " ".join(args.backbones)
+    line = (f"{name}: {data['classes']} classes{images} → {size}×{size}; {settings} (--preset "
+            f"{args.preset}); {args.teachers} teachers: {' '.join(args.backbones)}")
     for kind, what in ("hidden", "hidden"), ("other", "no images, or of no class"):
         if data["passed"] and data["passed"][kind][0]:
-            line += f"\nnot read: {data['passed'][kind][0]} files or folders that are {what}, such as {data['passed'][kind][1]}"
+            count, example = data["passed"][kind]
+            line += f"\nnot read: {count} files or folders that are {what}, such as {example}"
     return "\n".join([line, *high_rates(args)])
 
 
@@ -283,11 +279,33 @@ def epoch_range(text):
 
 def plain_name(text):
     """argparse type: a word that is safe as part of a folder's name."""
-    if not 0 < len(text) <= 100 or text.strip(".") != text or set(text) - set(
-            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
+    if len(text) > 100 or text.strip(".") != text or not re.fullmatch(r"[\w.-]+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use up to 100 letters, digits, '.', "
                                          "'_' and '-'")
     return text
+
+
+# flags that take exceptions for single students, and how a word is read; a rate stays as it was written
+EXCEPTIONS = {
+    "optimizer": {"adamw": "adamw", "sgd": "sgd"}.__getitem__,
+    "lr": lambda text: [text] if number(float, 1e-30)(text) else None, "weight_decay": number(float, 0)}
+
+
+def for_student(args, name):
+    """The arguments for one student alone, with its own values of flags such as --lr 0.1 resnet18=0.2."""
+    own = {"students": [name]}
+    for flag, read in EXCEPTIONS.items():
+        words = getattr(args, flag)
+        try:
+            values = {student: read(value) for student, _, value in (word.rpartition("=") for word in words)}
+            if not all(not student or is_model_name(student) for student in values):
+                raise ValueError
+            own[flag] = values.get(name, values[""])
+        except (KeyError, ValueError, argparse.ArgumentTypeError):
+            what = "adamw or sgd, and exceptions such as swin_t=adamw" if flag == "optimizer" else (
+                f"one {'positive ' * (flag == 'lr')}number, and exceptions such as resnet18=0.2")
+            fail(f"--{flag.replace('_', '-')} {' '.join(words)}: give {what} after it")
+    return argparse.Namespace(**vars(args) | own)
 
 
 def call(script, args, **instead):

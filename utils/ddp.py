@@ -1,5 +1,4 @@
-"""Training by all processes of torchrun together, as one process alone would: DistributedDataParallel with
-joint BatchNorm."""
+"""Training by all processes of torchrun, as one alone would: DistributedDataParallel with joint BatchNorm."""
 from functools import cache
 
 import torch
@@ -24,8 +23,7 @@ class JointSum(torch.autograd.Function):
 
 
 class JointBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d over the batches of all processes together; what nn.SyncBatchNorm is on GPUs, on CPUs
-    too."""
+    """BatchNorm2d over the batches of all processes together: nn.SyncBatchNorm is for GPUs alone."""
 
     def forward(self, x):
         if not self.training:
@@ -60,8 +58,7 @@ def in_parallel(model, device):
 
 @cache
 def nccl():
-    """The group of all processes for GPUs; never destroyed, for that would wait for a process that has
-    failed."""
+    """The group of all processes for GPUs; never destroyed, which would wait for one that failed."""
     return dist.new_group(backend="nccl")
 
 
@@ -81,6 +78,5 @@ def gathered(mine, count):
 
 
 def share_weight(mine, whole):
-    """Weight of the mean loss over `mine` images of a batch of `whole`: the mean over processes is then the
-    batch's."""
+    """Weight of the mean loss over `mine` images of a batch of `whole`: the mean over processes is its."""
     return mine * world_size() / whole if whole >= world_size() else 1.0

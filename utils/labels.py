@@ -20,11 +20,13 @@ import numpy as np
 import torch
 
 from utils import fail
-from utils.augment import apply_epoch
+from utils.augment import apply_epoch, draw_epoch
 from utils.checkpoint import whole_file, writable
 from utils.data import load_folder, read_class_map
+from utils.losses import ensemble_logits
 from utils.provenance import image_set
-from utils.run import send
+from utils.run import generator, send
+from utils.train import full_batch
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
          "ratio": (np.float32, ())}                     # of an epoch, a row for each mixed sample
@@ -117,11 +119,46 @@ def draw_rows(arrays, epoch, rows=slice(None)):
     return {key: value.long() if key in ("crop", "partner", "box") else value for key, value in draw.items()}
 
 
-class StoredLabels:
-    """Stored labels as train_eval.py uses them: what an epoch drew, and the logits of its mixed samples."""
+def drawing(args, size):
+    """What is drawn by the arguments of relabel.py for images of `size` pixels.
+    -> function(epoch, number of images) -> as of `draw_epoch`"""
+    def draw(epoch, count):
+        batch_size = full_batch(count, args.whole_up_to, args.batch_size)
+        return draw_epoch(count, size, batch_size, args.mix, generator("relabel", args.seed, epoch),
+                          (args.crop_floor, 1.0), args.flip)
+    return draw
 
-    def __init__(self, folder, mix):
-        self.mix = mix
+
+class OnlineLabels:
+    """What `draw` of `drawing` gives for `count` images, and logits of the teachers, asked while training, of
+    the classes `seen`, by default all. Without teachers, for hard labels: the draws alone."""
+
+    def __init__(self, draw, mix, count, teachers=(), logit_norm=True, seen=slice(None)):
+        self.draw, self.mix, self.count, self.teachers, self.logit_norm, self.seen = (
+            draw, mix, count, teachers, logit_norm, seen)
+
+    def epoch(self, epoch):
+        return self.draw(epoch, self.count)
+
+    @torch.no_grad()
+    def soft_logits(self, epoch, batch, mixed):
+        if not self.teachers:
+            return mixed.new_zeros(0)
+        logits = torch.stack([teacher(mixed) for teacher in self.teachers])
+        return ensemble_logits(logits, self.logit_norm)[:, self.seen]
+
+    def of(self, rows, seen):
+        """Of the images `rows` [N] booleans, with logits of the classes `seen`.   -> those images, labels"""
+        rows = rows.nonzero().flatten()
+        return rows, OnlineLabels(self.draw, self.mix, len(rows), self.teachers, self.logit_norm, seen)
+
+
+class StoredLabels:
+    """Stored labels as train_eval.py uses them: what an epoch drew, and the logits of its mixed samples.
+    used: how many of the epochs a training uses"""
+
+    def __init__(self, folder, mix, used=None):
+        self.mix, self.used = mix, used
         try:
             self.drawn = load_arrays(folder)
         except ValueError as error:
@@ -134,6 +171,46 @@ class StoredLabels:
     def soft_logits(self, epoch, batch, mixed):
         logits = torch.from_numpy(self.logits[epoch, batch.numpy()])
         return send(logits, mixed.device).to(mixed)
+
+    def of(self, rows, seen):
+        """As `OnlineLabels.of`."""
+        labels = SeenLabels(self, self.used, rows, seen)
+        return labels.rows, labels
+
+
+class SeenLabels:
+    """`StoredLabels` of the images `rows` [N] booleans alone, with the logits of the classes `seen`. A stored
+    sample that shows, in part, an image outside of these would leak, and its label is right for the whole
+    mixture alone: instead, each image goes through those of its first `epochs` samples whose partner is among
+    these images, in turn and again from the first. An image without any is left out.
+
+    rows: LongTensor [n], the images that are left. ValueError if none is
+    """
+
+    def __init__(self, stored, epochs, rows, seen):
+        partner, rows = stored.drawn["partner"][:epochs], rows.numpy().copy()
+        # whom one left out was the only partner of, too
+        while not (fits := rows[partner[:, rows]]).any(0).all():
+            rows[rows.nonzero()] = fits.any(0)
+        if not rows.any():
+            raise ValueError("no stored sample of the first classes is free of classes to come; use fewer "
+                             "steps, --labels online, or relabel.py with more --epochs or --mix none")
+        self.stored, self.mix, self.seen = stored, stored.mix, seen
+        self.rows, self.place = torch.from_numpy(rows.nonzero()[0]), torch.from_numpy(rows.cumsum() - 1)
+        # [n]; [epochs, n], those first
+        self.count, self.fitting = fits.sum(0), np.argsort(~fits, axis=0, kind="stable")
+
+    def stored_epoch(self, epoch):
+        """Whose draws each image takes.   -> [n]"""
+        return self.fitting[epoch % self.count, np.arange(len(self.rows))]
+
+    def epoch(self, epoch):
+        draw = self.stored.epoch(self.stored_epoch(epoch), self.rows.numpy())
+        return draw | {"partner": self.place[draw["partner"]]}
+
+    def soft_logits(self, epoch, batch, mixed):
+        epochs = self.stored_epoch(epoch)[batch.numpy()]
+        return self.stored.soft_logits(epochs, self.rows[batch], mixed)[:, self.seen.to(mixed.device)]
 
 
 class DistilledDataset(torch.utils.data.Dataset):

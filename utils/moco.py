@@ -1,5 +1,4 @@
-"""MoCo on small images, as the squeeze of SC-DD: contrast of two views, a monitor, and a linear probe.
-SC-DD, Sec. 2.4.
+"""MoCo on small images, as the squeeze of SC-DD (Sec. 2.4): contrast of two views, a monitor, a linear probe.
 
 MoCo v2's CIFAR-10 recipe: no MLP head, BatchNorm in splits instead of several GPUs, asymmetric loss.
 """
@@ -38,21 +37,17 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return parts.reshape(x.shape)
 
 
-def split_norms(model):
+def split_norms(model, old=nn.BatchNorm2d, new=SplitBatchNorm):
     """Its BatchNorm2d layers become SplitBatchNorm, in place.   -> the model"""
-    return _change(model, nn.BatchNorm2d, SplitBatchNorm)
-
-
-def join_norms(model):
-    """The inverse of `split_norms`."""
-    return _change(model, SplitBatchNorm, nn.BatchNorm2d)
-
-
-def _change(model, old, new):
     for layer in model.modules():
         if isinstance(layer, old):
             layer.__class__ = new
     return model
+
+
+def join_norms(model):
+    """The inverse of `split_norms`."""
+    return split_norms(model, SplitBatchNorm, nn.BatchNorm2d)
 
 
 def last_linear(model):
@@ -62,8 +57,7 @@ def last_linear(model):
 
 def as_encoder(model, dim=128):
     """Make a classifier one of MoCo's encoders, in place: its last nn.Linear gives `dim` numbers, its
-    BatchNorms are split.
-    -> the model"""
+    BatchNorms are split.   -> the model"""
     name = last_linear(model)
     old = model.get_submodule(name)
     model.set_submodule(name, nn.Linear(old.in_features, dim).to(old.weight))
@@ -74,9 +68,8 @@ class MoCo(nn.Module):
     """Momentum contrast of two encoders: images -> [N, dim], of any length.
 
     query is trained; key, of the same architecture, starts as its copy, follows its parameters and keeps
-    buffers of its
-    own. queue [dim, size]: unit columns, random at first; pointer: the column that is replaced next. The
-    state_dict holds all that a next step depends on.
+    buffers of its own. queue [dim, size]: unit columns, random at first; pointer: the column that is replaced
+    next. The state_dict holds all that a next step depends on.
     """
 
     def __init__(self, query, key, dim=128, size=4096, momentum=0.99, temperature=0.1):
@@ -150,8 +143,7 @@ def contrast(moco, optimizer, split, mean_std):
 
 def neighbours_top1(model, splits, rows, mean_std):
     """`knn_top1` of a model's outputs: the images `rows` of the training split are the bank, the test images
-    the queries.
-    splits: {"train", "test"}"""
+    the queries.   splits: {"train", "test"}"""
     bank = outputs(model, splits["train"], rows, mean_std)
     queries = outputs(model, splits["test"], torch.arange(len(splits["test"])), mean_std)
     return knn_top1(*bank, *queries, len(splits["train"].classes))

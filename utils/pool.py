@@ -50,9 +50,6 @@ def fine_tuning(name, count, **more):
 def check_pool(args):
     """Stop where squeeze.py cannot make the weak teachers of its flags, whatever the data."""
     saved = saved_epochs(args.save_epochs)
-    if weak := next((name for name in args.backbones if "@" in name), None):
-        fail(f"--backbones {weak}: squeeze.py makes it of {weak.partition('@')[0]}; name that, and "
-             "--save-epochs or --pruned")
     if saved and args.pretrained:
         fail(f"--save-epochs {args.save_epochs}: pretrained weights have no epochs; use --save-epochs none "
              "or --no-pretrained")

@@ -119,18 +119,3 @@ def check_trained(split, records, paths):
             path = paths.teachers / f"{name}.pt"
             fail(f"{path} was trained when there were {record['trained']} training images, now {len(split)}; "
                  "train it again with squeeze.py --overwrite")
-
-
-def check_recovered(recovered, args, paths, data, records):
-    """Stop unless recover.py's images have these classes and, if its teachers were of this --teachers set,
-    were made with these. Under another --recipe teachers may be added or left out, but none may have
-    changed."""
-    path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
-    check_data(recovered["made_from"].get("data"), args, path)
-    check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
-    if records and had and recovered["args"]["teachers"] == args.teachers:
-        names = had.keys() & records.keys() if args.recipe else had.keys() | records.keys()
-        remedy = (f"name the same --backbones, run recover.py --overwrite, or name --images {paths.images} "
-                  "under another --tag")
-        check_inputs({"weights": {name: had.get(name) for name in names}},
-                     fingerprints({name: records[name] for name in names & records.keys()}), path, remedy)

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import shlex
 import shutil
@@ -85,9 +84,9 @@ def pick_device(name, precision="tf32"):
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-        if device.type not in available:
-            raise RuntimeError
     except (RuntimeError, AssertionError):
+        device = None
+    if device is None or device.type not in available:
         fail(f"--device {name} is not available; use auto or one of: {' '.join(available)}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if device.type == "cpu":
@@ -96,9 +95,9 @@ def pick_device(name, precision="tf32"):
 
 
 def faster_in_bf16(device):
-    """Whether bfloat16 saves time: torch says that the device multiplies it in hardware, and on a CPU a training
-    step of a convolution takes at most 0.8 of the time in float32. avx512_bf16 alone does not tell: of two
-    processors that have it, one took a third of the time and the other a third more. Rank 0 decides for all."""
+    """Whether bfloat16 saves time: the device multiplies it in hardware, and on a CPU a training step of a
+    convolution takes at most 0.8 of the time in float32. avx512_bf16 alone does not tell: of two processors
+    that have it, one took a third of the time and the other a third more. Rank 0 decides for all."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     units = (getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile"))
@@ -204,10 +203,9 @@ class Run:
         with Checkpoint(self.result, self.args, inputs, None, outputs, extends) as self.checkpoint:
             yield self.checkpoint
 
-    def start(self, total, unit, done=0, what=None):
-        """Show a progress line of `total` units, of which earlier processes did `done`."""
-        self.progress = Progress(what or self.phase, total, unit)
-        self.progress.skip(done)
+    def start(self, total, unit):
+        """Show a progress line of `total` units."""
+        self.progress = Progress(self.phase, total, unit)
 
     def step(self, text="", state=None, piece="state", count=1):
         """`count` units are done: show it. state(): of a piece, saved when due."""
@@ -216,8 +214,7 @@ class Run:
             self.checkpoint.save_if_due(state, piece)
 
     def finish(self, metrics, summary="", upstream=None, seconds=None):
-        """Write the result file; print three lines for people and a short RESULT for scripts, once for all
-        processes.
+        """Write the result file; print three lines for people and a short RESULT for scripts, once for all.
 
         summary: what came out, a line or a function of the result; upstream: {phase: arguments}; seconds: by
         default those of the work
@@ -243,13 +240,11 @@ class Run:
 
 def short_result(result, path):
     """What scripts read of a result on one line; the file has everything."""
-    def rounded(value):
-        if isinstance(value, dict):
-            return {key: rounded(part) for key, part in value.items()}
-        return round(value, 2) if isinstance(value, float) else value
     keys = ("phase", "dataset", "ipc", "method", "tag", "student", "labels", "images", "top1", "top1_std",
             "seconds")
-    return {key: rounded(result[key]) for key in keys if key in result} | {"file": str(Path(path).absolute())}
+    short = json.loads(json.dumps({key: result[key] for key in keys if key in result}),
+                       parse_float=lambda text: round(float(text), 2))
+    return short | {"file": str(Path(path).absolute())}
 
 
 def next_command(run):
@@ -274,11 +269,10 @@ def hardware():
     """Name of the GPU that was used, or of the CPU and the threads on it."""
     if torch.cuda.is_initialized():
         return torch.cuda.get_device_name()
-    name = None
-    with suppress(OSError):
-        name = re.search(r"^model name\s*:\s*(.+)$", (Path("/proc") / "cpuinfo").read_text(), re.MULTILINE)
-    threads = torch.get_num_threads()
-    name = name[1].strip() if name else platform.processor() or "CPU"
+    name, threads = platform.processor() or "CPU", torch.get_num_threads()
+    with suppress(OSError, StopIteration):
+        lines = (Path("/proc") / "cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 

@@ -1,7 +1,7 @@
-"""One training loop for backbones, weak teachers, score networks, MoCo, probes and students; accuracy;
-layouts and graphs."""
+"""One training loop for backbones, weak teachers, score networks, MoCo, probes and students; accuracy."""
 import sys
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -21,12 +21,10 @@ def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=N
     """Train, as a generator of the numbers of the epochs done, from 1: after each the caller may test, save
     or print.
 
-    trained       (model, optimizer, schedule of the learning rate by epoch, ...): all that changes, with a state_dict
-    draw_batches  function(epoch) -> torch.Generator, batches [LongTensor [B], ...]; called for every epoch in
-    turn, from 0
+    trained       (model, optimizer, schedule of the learning rate by epoch, ...): all that changes
+    draw_batches  function(epoch) -> torch.Generator, batches [LongTensor [B], ...]; called once an epoch
     train_epoch   function(epoch, batches, rng): takes a step for each batch and yields its loss, a scalar
-    tensor resume, save  state() of an earlier process, or None; function(state), called after every step,
-    which may store state()
+    resume, save  state() of an earlier process, or None; function(state), called after every step
     remedy        printed where a loss or a weight is not finite, which ends the phase
     """
     model, _, schedule, *_ = trained
@@ -96,11 +94,14 @@ def split_batches(rows, batch_size, drop_last=False):
     return batches
 
 
+def full_batch(count, whole_up_to, batch_size):
+    """Size of a batch: all of `count` images where they are at most whole_up_to."""
+    return count if count <= whole_up_to else batch_size
+
+
 def make_step(optimizer, loss_of, cuda_graphs=False):
     """-> step(*inputs): a step of the optimizer along the gradient of loss_of(*inputs) -> (loss, *others),
-    detached.
-    cuda_graphs: forward and backward pass are replayed, a graph for each size of a batch (the last may
-    differ)"""
+    detached.   cuda_graphs: forward and backward pass are replayed, a graph for each size of a batch"""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def loss_and_gradients(*inputs):
@@ -122,8 +123,7 @@ def make_step(optimizer, loss_of, cuda_graphs=False):
 
 
 class Record(dict):
-    """Tensors and plain values that change in training beside the networks, with the two methods `fit`
-    needs."""
+    """Tensors and plain values that change in training beside the networks."""
 
     def __init__(self, device, **values):
         super().__init__(values)
@@ -183,8 +183,8 @@ def split_accuracy(model, split, mean_std, *, jointly=False):
 def network_inputs(split, mean_std, jointly=False):
     """Batches (normalised images, labels) of a split."""
     index = shard(torch.arange(len(split)).split(500)) if jointly else 500
-    return ((normalize(send(images, mean_std.device), *mean_std), labels) for images,
-            labels in split.batches(index))
+    return ((normalize(send(images, mean_std.device), *mean_std), labels)
+            for images, labels in split.batches(index))
 
 
 @torch.inference_mode()
@@ -213,6 +213,23 @@ def class_accuracies(model, batches, num_classes):
     return [round(100 * hits / total, 2) if total else None for hits, total in counts.T.tolist()]
 
 
+def floating(model):
+    """The model's floating-point weights and buffers."""
+    return [value for value in model.state_dict().values() if value.is_floating_point()]
+
+
+@contextmanager
+@torch.no_grad()
+def swapped(weights, others):
+    """Inside the block the tensors `weights` have the values of others."""
+    own = [value.clone() for value in weights]
+    for one, other in zip(weights, others):
+        one.copy_(other)
+    yield
+    for one, value in zip(weights, own):
+        one.copy_(value)
+
+
 def with_precision(model, device, precision):
     """The model; at bf16 its layers run under autocast, and its outputs are float32 again."""
     if precision == "bf16":
@@ -222,8 +239,7 @@ def with_precision(model, device, precision):
 
 
 def channels_last(model):
-    """The model in the layout that convolutions are fastest in, unless it has GroupNorms: these are slower by
-    more."""
+    """The model in the layout that convolutions are fastest in, unless it has GroupNorms, which lose more."""
     if not any(isinstance(layer, nn.GroupNorm) for layer in model.modules()):
         model.to(memory_format=torch.channels_last)
     return model

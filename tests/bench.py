@@ -40,7 +40,7 @@ from utils.data import Split
 from utils.labels import LabelWriter, RowFile, StoredLabels
 from utils.losses import mse_gt_loss
 from utils.run import generator, pick_device
-from utils.stats import Matching, layer_inputs, matched_layers
+from utils.stats import Matching, layer_inputs, layer_weights, matched_layers
 from utils.train import Graphed, NonFinite, Training, channels_last
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
@@ -120,7 +120,7 @@ def bench_recover(rounds, quick, device):
     for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
         bounds = [bound.to(device) for bound in BOUNDS]
         model, targets = frozen(name, device)
-        weights = recover.layer_weights(model, 0.01, 0.01, 10.0)
+        weights = layer_weights(model, 0.01, 0.01, 10.0)
         forms = {"plain": Matching(model, targets, weights),
                  "closed": ClosedFormMatching(freeze(deepcopy(model)), targets, weights)}
 
@@ -165,7 +165,7 @@ def bench_passes(rounds, quick, device):
         bounds = [bound.to(device) for bound in BOUNDS]
         model, targets = frozen(name, device)
         matching = ClosedFormMatching(freeze(deepcopy(model)), targets,
-                                      recover.layer_weights(model, 0.01, 0.01, 10.0))
+                                      layer_weights(model, 0.01, 0.01, 10.0))
         kept = torch.ones(len(matching.targets), dtype=torch.bool, device=device)
         for groups in (2, 20) if device.type == "cuda" else (2,):
             labels = torch.arange(5, device=device).repeat_interleave(2 if quick else 10).repeat(groups, 1)
@@ -197,7 +197,7 @@ def bench_keeping(rounds, quick, device):
     for name in ("convnet_w8",) if quick else ("convnet_w128", "wrn16_2"):
         bounds = [bound.to(device) for bound in BOUNDS]
         model, targets = frozen(name, device)
-        matching = ClosedFormMatching(freeze(model), targets, recover.layer_weights(model, 0.01, 0.01, 10.0))
+        matching = ClosedFormMatching(freeze(model), targets, layer_weights(model, 0.01, 0.01, 10.0))
         args, states = recover.get_parser().parse_args(["--iterations", str(iterations)]), []
         with TemporaryDirectory() as folder, Checkpoint(Path(folder, "result.json"), args) as work:
             def run():

@@ -56,9 +56,9 @@ CASES = {   # name: {phase, or * for all: flags}
     "scdd": {"*": f"{ONE} --method scdd", "squeeze": MOCO},
     "teddy": {"*": "--method teddy", "squeeze": f"{ONE} --save-epochs 1:2:1 --pruned 2",
               "collect_stats": POOL, "recover": f"{POOL} --subset 2", "relabel": POOL, "train_eval": POOL},
-    "dm": {"*": f"{ONE} --method dm", "recover": "--iterations 3 --real-batch 8"},
+    "dm": {"*": f"{ONE} --method dm", "recover": "--iterations 3 --batch-size 8"},
     "bilp": {"*": f"{ONE} --method bilp", "squeeze": SCORES,
-             "recover": "--iterations 3 --real-batch 8 --adaptive-period 2"},
+             "recover": "--iterations 3 --batch-size 8 --adaptive-period 2"},
 }
 
 

@@ -14,8 +14,29 @@ from torch import nn
 from models import build_model
 from utils.augment import normalize
 from utils.data import describe, load_split
-from utils.dm import ite_norms, leave_one_out_norms, rank_error
+from utils.dm import dm_loss, ite_norms
 from utils.run import generator, pick_device
+
+
+def leave_one_out_norms(embed, synthetic, features):
+    """||ITE||_2 of the N real images of a class with these features [N, d], as BiLP defines it
+    (utils/dm.py: ite_norms), at the cost of N + 1 gradients; synthetic [n, 3, S, S] is D_s.   -> [N]"""
+    synthetic = synthetic.detach().requires_grad_()
+    embedded = embed(synthetic)
+
+    def gradient(real):
+        return torch.autograd.grad(dm_loss(real, embedded), synthetic, retain_graph=True)[0]
+
+    whole = gradient(features)
+    return torch.stack([(whole - gradient(torch.cat([features[:i], features[i + 1:]]))).norm()
+                        for i in range(len(features))])
+
+
+def rank_error(values, others):
+    """sum |r_i - r'_i| / (N (N - 1)) over the ranks of two scores of N samples (BiLP, supplement Sec. 2): 0
+    for the same order, 1/3 on average for a random one."""
+    ranks, other_ranks = (scores.argsort().argsort() for scores in (values, others))
+    return (ranks - other_ranks).abs().sum().item() / (len(values) * (len(values) - 1))
 
 
 def rank_errors(split, mean_std, *, ipc, batch, products, seed=0):

@@ -17,10 +17,11 @@ from torchvision.transforms import functional as TF
 import recover
 from models import build_model
 from tests.helpers import assert_near
+from tests.rank_error import leave_one_out_norms, rank_error
 from utils import dm
 from utils.augment import SIAMESE, apply_siamese, draw_siamese, to_uint8
 from utils.data import Split, describe, load_split
-from utils.dm import dm_loss, ite_norms, leave_one_out_norms, new_pruning, prune, rank_error
+from utils.dm import dm_loss, ite_norms, new_pruning, prune
 from utils.presets import preset_values
 from utils.run import generator
 
@@ -273,7 +274,7 @@ def test_where_none_would_be_kept_all_are_and_what_fell_out_can_return():
 
 # recover.py --method dm
 
-DM = "--method dm --iterations 6 --lr 1 --real-batch 8 --ipc 2 --adaptive-period 2"
+DM = "--method dm --iterations 6 --lr 1 --batch-size 8 --ipc 2 --adaptive-period 2"
 
 
 @pytest.mark.slow
@@ -281,7 +282,7 @@ def test_the_loss_falls_below_that_of_the_real_images_and_writes_a_grid(project)
     losses = {}
     for lr in 0, 1:
         result = project.call("recover", DM, f"--iterations 25 --lr {lr} --tag lr{lr} --adaptive-ratio 0 "
-                              f"--real-batch 12")
+                              f"--batch-size 12")
         lines = project.log(f"dm-ipc2-lr{lr}")[1:]
         losses[lr] = [line["dm"] for line in lines]
         assert len(lines) == 25 and all(line["kept"] == 1 for line in lines)
@@ -295,7 +296,7 @@ def test_the_images_of_one_step_are_the_real_ones_less_the_gradient(project, mon
     """Written down again: class by class, through autograd, from the same draws."""
     seen, make = [], dm.random_embedding
     monkeypatch.setattr(dm, "random_embedding", lambda *args: seen.append(make(*args)) or seen[-1])
-    project.call("recover", DM, "--iterations 1 --lr 3 --adaptive-ratio 0 --real-batch 100")
+    project.call("recover", DM, "--iterations 1 --lr 3 --adaptive-ratio 0 --batch-size 100")
     data = describe(str(project.dataset), None)
     mean, std = (torch.tensor(data[key])[:, None, None] for key in ("mean", "std"))
     train = load_split(str(project.dataset), None, "train")
@@ -355,7 +356,7 @@ def test_pruning_changes_what_is_matched_and_is_lazy(project, monkeypatch):
         scored.append((len(read), label, index)), score(state, label, index, *rest))[1])
     monkeypatch.setattr("utils.data.Split.read", lambda self, index: (
         read.append(index.tolist()), split_read(self, index))[1])
-    project.call("recover", DM, "--iterations 5 --adaptive-period 3 --adaptive-ratio 0.5 --real-batch 100")
+    project.call("recover", DM, "--iterations 5 --adaptive-period 3 --adaptive-ratio 0.5 --batch-size 100")
     assert len(read) == 4 + 5 * 4 and [label for _, label, _ in scored] == 2 * [0, 1, 2, 3]
     batches = [read[4 + 4 * t:8 + 4 * t] for t in range(5)]
     for label in range(4):
@@ -366,7 +367,7 @@ def test_pruning_changes_what_is_matched_and_is_lazy(project, monkeypatch):
     shares = [line["kept"] for line in project.log("dm-ipc2")[1:]]
     assert shares[0] == shares[1] == shares[2] == fmean(len(batches[1][label]) / 12 for label in range(4)) < 1
     pruned = project.images("dm-ipc2")
-    project.call("recover", DM, "--iterations 5 --adaptive-ratio 0 --real-batch 100 --tag all")
+    project.call("recover", DM, "--iterations 5 --adaptive-ratio 0 --batch-size 100 --tag all")
     plain = project.images("dm-ipc2-all")
     assert (pruned != plain).any()
 
@@ -399,7 +400,7 @@ def test_distilled_images_train_a_student_by_their_classes(project):
 @pytest.mark.slow
 def test_streamed_images_are_matched_too(bare):
     bare.call("squeeze", "--image-size 72 --crop resized --epochs 1 --backbones convnet_w8")
-    bare.call("recover", DM, "--iterations 2 --image-size 72 --real-batch 3 --adaptive-ratio 0.3")
+    bare.call("recover", DM, "--iterations 2 --image-size 72 --batch-size 3 --adaptive-ratio 0.3")
     assert bare.images("dm-ipc2").shape == (8, 72, 72, 3)
 
 
@@ -408,7 +409,7 @@ def test_images_that_squeezing_pruned_are_never_matched(bare, monkeypatch):
     read, split_read = set(), Split.read
     monkeypatch.setattr(Split, "read", lambda split,
                         index: (read.update(index.tolist()), split_read(split, index))[1])
-    bare.call("recover", DM, "--real-batch 100")
+    bare.call("recover", DM, "--batch-size 100")
     assert read == set(torch.load(bare.teachers / "convnet_w8.pt",
                                   weights_only=True)["kept"].tolist()) and len(read) == 24
 

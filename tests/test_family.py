@@ -23,14 +23,15 @@ from models import build_model
 from tests.hashes import few_shapes
 from tests.helpers import assert_near
 from utils import data, scores
-from utils.augment import apply_resized_crop, draw_resized_crop, draw_view, normalize
+from utils.augment import apply_resized_crop, crop_floor, draw_resized_crop, normalize
 from utils.data import Split, load_split
 from utils.presets import METHODS, SELECTIONS, preset_values
 from utils.pool import fine_tuning, teachers_of
 from utils.run import generator
 from utils.selection import drop_largest, herding, k_center, last_epoch_weights, most_forgotten
 from utils.closed_form import ClosedFormMatching, freeze
-from utils.stats import layer_inputs, matched_layers, mixed_moments
+from utils.stats import layer_inputs, layer_weights, matched_layers, mixed_moments
+from utils.teachers import make_matchers
 from utils.train import learning_rates
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
@@ -39,9 +40,9 @@ SMALL = {"squeeze": "--epochs 2 --batch-size 64", "relabel": "--epochs 2",
 POOL = "wrn10_1@1 wrn10_1@2"
 OWN = {  # what a method has beside, in small: flags of a phase, or of all
     "scdd": {"squeeze": "--batch-size 64 --queue 128 --epochs 2 --probe-epochs 1"},
-    "dm": {"recover": "--iterations 2 --real-batch 16"},
+    "dm": {"recover": "--iterations 2 --batch-size 16"},
     "bilp": {"squeeze": "--score-trials 1 --score-epochs 1 --score-batch-size 256",
-             "recover": "--iterations 2 --real-batch 16"},
+             "recover": "--iterations 2 --batch-size 16"},
     "teddy": {"squeeze": "--save-epochs 1:2:1", "recover": f"--subset 1 --backbones {POOL}",
               **{phase: f"--backbones {POOL}" for phase in ("collect_stats", "relabel", "train_eval")}}}
 
@@ -102,7 +103,7 @@ SETTINGS = {
     "sre2l train_eval optimizer":  ("-", "adamw", "sgd", "adamw"),
     "cda recover lr":              ("-", "-", 0.4, 0.25),
     "cda recover bn_weight":       ("-", "-", 0.05, 0.01),
-    "cda recover crop_curriculum": ("-", "-", "cosine", "cosine"),
+    "cda recover crop":            ("-", "-", "cosine", "cosine"),
     "scdd squeeze lr":             ("-", 0.06, 0.06, "-"),
     "scdd squeeze batch_size":     ("-", 512, 512, "-"),
     "scdd squeeze epochs":         ("-", 200, 200, "-"),
@@ -128,7 +129,7 @@ SETTINGS = {
     "teddy squeeze batch_size":    ("-", "-", 256, 32),
     "dm recover lr":               (1.0, 1.0, 1.0, 5.0),
     "dm recover iterations":       (20000, 20000, 10000, 5000),
-    "dm recover real_batch":       (256, 256, 256, "-"),
+    "dm recover batch_size":       (256, 256, 256, "-"),
     "bilp squeeze score_trials":   (50, 50, 50, 30),
     "bilp squeeze score_epochs":   (100, 250, 100, 20),
     "bilp squeeze score_lr":       (3e-3, 5e-3, 5e-3, 3e-3),
@@ -164,8 +165,8 @@ def test_batch_norm_alone_acts_in_the_original_loop_and_its_first_layer_counts_t
         values = preset_values("paper", column, "recover", 10, method)
         assert (values["alpha"], values["conv_weight"], values["dd_weight"], values["loop"]) == (0, 0, 0,
                                                                                                  "original")
-        weights = recover.layer_weights(model, values["bn_weight"], values["conv_weight"],
-                                        values["first_multiplier"])
+        weights = layer_weights(model, values["bn_weight"], values["conv_weight"],
+                                values["first_multiplier"])
         acting = {name: weight for name, weight in weights.items() if weight}
         assert next(iter(acting)) == "bn1" and len(acting) == 20
         assert acting.pop("bn1") == 10 * values["bn_weight"] and set(acting.values()) == {values["bn_weight"]}
@@ -177,19 +178,19 @@ def test_recover_needs_no_statistics_of_convolutions_where_none_acts(bare):
     assert "collect_stats.py" in bare.mistake("recover", "--tag conv")
 
 
-@pytest.mark.parametrize("curriculum, expected", [
-    ("none", lambda t: 0.08), ("linear", lambda t: 0.08 + 0.92 * (1 - t / 8)),
+@pytest.mark.parametrize("crop, expected", [
+    ("resized", lambda t: 0.08), ("linear", lambda t: 0.08 + 0.92 * (1 - t / 8)),
     ("cosine", lambda t: 0.08 + 0.92 * 0.5 * (1 + math.cos(math.pi * t / 8)))])
-def test_the_lower_bound_of_the_crop_falls_from_1_to_008(curriculum, expected):
-    floor = torch.as_tensor(recover.crop_floor(curriculum, 8)).expand(8, 1).flatten()
+def test_the_lower_bound_of_the_crop_falls_from_1_to_008(crop, expected):
+    floor = torch.as_tensor(crop_floor(crop, 8)).expand(8, 1).flatten()
     assert floor.tolist() == pytest.approx([expected(t) for t in range(8)])
-    higher = torch.as_tensor(recover.crop_floor(curriculum, 8, 0.5)).expand(8, 1).flatten()
+    higher = torch.as_tensor(crop_floor(crop, 8, 0.5)).expand(8, 1).flatten()
     assert higher.tolist() == pytest.approx([0.5 + (expected(t) - 0.08) / 0.92 * 0.5 for t in range(8)])
 
 
 def test_crops_are_drawn_from_the_floor_of_their_iteration_up():
     floor = torch.tensor([[1.0], [0.5], [0.08]]).repeat_interleave(400, 0)
-    boxes = draw_view(1200, 32, "resized", False, 0, torch.Generator().manual_seed(0), floor)["crop"]
+    boxes = draw_resized_crop(1200, 32, torch.Generator().manual_seed(0), (floor, 1.0))
     area = (boxes[:, 2] * boxes[:, 3]).view(3, 400) / 32 ** 2
     assert (area[0] > 0.9).all() and area[1].min() > 0.45 and area[2].min() < 0.15 and area[2].max() > 0.9
     assert area[2].double().mean() < 0.6 < area[1].double().mean() < 0.78  # of those that fit
@@ -201,15 +202,13 @@ def crops(*args, **settings):
 
 def test_the_crops_of_recover_follow_the_curriculum():
     areas = {}
-    for curriculum in "none", "cosine":
+    for crop in "resized", "cosine":
         matching = type("matching", (), dict(targets={"a": (0, 0)}))
-        boxes = crops(400, [matching], 32, seed=0, curriculum=curriculum)
-        areas[curriculum] = (boxes[:, 0, 2] * boxes[:, 0, 3] / 32 ** 2).split(100)
-    assert all(0.4 < part.mean() < 0.6 for part in areas["none"])
+        boxes = crops(400, [matching], 32, seed=0, crop=crop)
+        areas[crop] = (boxes[:, 0, 2] * boxes[:, 0, 3] / 32 ** 2).split(100)
+    assert all(0.4 < part.mean() < 0.6 for part in areas["resized"])
     assert areas["cosine"][0].min() > 0.8 and areas["cosine"][0].mean() > areas["cosine"][1].mean() > areas["cosine"][2].mean()
     assert areas["cosine"][3].min() < 0.3
-    boxes = crops(400, [matching], 32, seed=0, floor=0.5)
-    assert boxes[..., 2:].prod(-1).min() > 0.45 * 32 ** 2
 
 
 def test_the_kl_loss_of_tiny_imagenet_has_the_squared_temperature():
@@ -314,7 +313,7 @@ def test_a_subset_of_the_pool_belongs_to_a_slot_and_all_slots_together_use_the_p
 def test_the_losses_of_a_subset_are_summed_in_every_iteration():
     torch.manual_seed(0)
     models = [freeze(build_model("wrn10_1", 4, 16).eval()) for _ in range(3)]
-    matchers = [ClosedFormMatching(model, {}, recover.layer_weights(model, 0.1, 0.0, 10.0), alpha=0.0)
+    matchers = [ClosedFormMatching(model, {}, layer_weights(model, 0.1, 0.0, 10.0), alpha=0.0)
                 for model in models]
     pixels, labels, seen = torch.randn(1, 4, 3, 16, 16), torch.arange(4)[None], []
     draws = recover.draw_iterations(2, matchers, 16, seed=0, subset=2, slot=5, crop="none")
@@ -419,12 +418,11 @@ def test_class_statistics_aim_each_batch_at_its_own_classes_in_both_gradients(lo
 
 def test_the_target_of_a_batch_is_the_mixture_of_its_classes(project):
     project.call("collect_stats", "--class-statistics --overwrite --backbones wrn10_1")
-    args = recover.parse_args(recover.get_parser(), "recover",
-                              project.arguments("recover", "--backbones wrn10_1 --class-statistics"))
     stored = checkpoint(project.teachers / "wrn10_1.stats.pt")
     model = build_model("wrn10_1", 4, 16).eval()
     labels = torch.tensor([[0, 0, 1, 1], [2, 2, 2, 3]])
-    matching, = recover.make_matchers(args, {"wrn10_1": model}, {"wrn10_1": stored}, labels)
+    matching, = make_matchers({"wrn10_1": model}, {"wrn10_1": stored}, labels, class_statistics=True,
+                              bn_weight=0.01, conv_weight=0.01, first_multiplier=10.0)
     for layer, targets in matching.targets.items():
         for group, shares in enumerate([{0: 0.5, 1: 0.5}, {2: 0.75, 3: 0.25}]):
             for kind in range(0, len(targets), 2):
@@ -606,7 +604,7 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
     ("squeeze", "--backbones nothing --pruned 1", "unknown model 'nothing'"),
     ("squeeze", "--objective moco --backbones squeezenet --batch-size 16", "it has none; name others"),
     ("squeeze", "--objective moco --epochs 1 --batch-size 16", "--epochs 1"),
-    ("recover", "--crop none --crop-curriculum cosine", "--crop-curriculum cosine"),
+    ("recover", "--crop sine", "none of: none, resized, pad<pixels>"),
     ("recover", "--method sre2l --teachers other --backbones wrn10_1@2",
      "--backbones wrn10_1, with --save-epochs"),
     ("squeeze", "--pretrained --save-epochs 1:2:1", "--no-pretrained"),

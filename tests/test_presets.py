@@ -48,7 +48,6 @@ PAPER = {
     "recover drop_rate":           (0.4, 0.4, 0.4, 0.4),
     "recover choice":              ("uniform", "uniform", "uniform", "uniform"),
     "recover loop":                ("reorder", "reorder", "reorder", "reorder"),
-    "recover ce_weight":           (1, 1, 1, 1),
     "recover bn_weight":           (0.01, 0.01, 0.01, 0.01),
     "recover conv_weight":         (0.01, 0.01, 0.01, 0.01),
     "recover dd_weight":           (1, 1, 1, 1),

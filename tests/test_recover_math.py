@@ -15,13 +15,13 @@ from torch import nn
 from tests.helpers import assert_near, counted_reductions, faked_graphs, saved_bytes
 import recover
 from models import build_model
-from recover import draw_iterations, layer_weights, make_batches, matching_gradient, noise, recover_batch
+from recover import draw_iterations, make_batches, matching_gradient, noise, recover_batch
 from utils import passes
 from utils.augment import apply_view, draw_epoch, draw_view
 from utils.closed_form import ClosedFormMatching, conv_stats, freeze
 from utils.losses import data_densification, pooled_rows
 from utils.run import generator
-from utils.stats import Matching, layer_inputs, matched_layers, statistics_of
+from utils.stats import Matching, layer_inputs, layer_weights, matched_layers, statistics_of
 
 SMALL = ("resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05")
 FORMS = Matching, ClosedFormMatching
@@ -273,7 +273,7 @@ def test_recovery_is_the_same_by_graphs_which_drop_layers_by_a_mask(monkeypatch)
     (images, reports), (expected, alike) = (
         recovered(pixels, labels, [0, 1], matchings_of(ClosedFormMatching, names), iterations=12,
                   choice="cycle", gradient=gradient)
-        for gradient in (passes.graphed(matching_gradient), None))
+        for gradient in (passes.graphed(matching_gradient), matching_gradient))
     assert_near(images, expected, 1e-6)  # rounding grows from step to step
     for a, b in zip(reports, alike, strict=True):
         assert a == pytest.approx(b, rel=1e-6)
@@ -294,7 +294,7 @@ def test_a_gpu_recovers_what_the_cpu_does_and_never_waits(cuda_graphs):
                    vectors in dataset_statistics(name, 4, 16).items()}
         matchings.append(ClosedFormMatching(model, targets, layer_weights(model, 0.7, 0.5, 10.0)))
 
-    gradient = passes.graphed(matching_gradient) if cuda_graphs else None
+    gradient = passes.graphed(matching_gradient) if cuda_graphs else matching_gradient
     draws = draw_iterations(12, matchings, 16, batches=[0, 1], **{
         key: value for key, value in DRAWN.items() if key != "iterations"} | dict(choice="cycle"))
     images, loop = pixels.clone().cuda(), LOOP | dict(dd_weight=0.0,
@@ -554,7 +554,7 @@ def test_shapes_that_do_not_fit_are_named():
     (lambda: draw_iterations(1, [Spy()], 8, seed=0, choice="uniforms"), "choice 'uniforms' is neither"),
     (lambda: draw_iterations(1, [Spy()], 8, seed=0, subset=2), "subset of 2 is more than the 1 matchers"),
     (lambda: draw_iterations(1, [Spy()], 8, seed=0, crop="rezised"), "crop 'rezised' is none of"),
-    (lambda: draw_iterations(1, [Spy()], 8, seed=0, curriculum="cosin"), "curriculum 'cosin' is none of"),
+    (lambda: draw_iterations(1, [Spy()], 8, seed=0, crop="cosin"), "crop 'cosin' is none of"),
     (lambda: draw_epoch(2, 8, 2, "mixUp", torch.Generator()), "mix 'mixUp' is none of"),
     (lambda: pooled_rows(randn(1, 3, 8, 8), "men"), "scale 'men' is neither"),
     (lambda: next(recover_batch(randn(1, 1, 3, 8, 8), torch.zeros(1, 1).long(), [Spy()],

@@ -24,8 +24,10 @@ from tests.helpers import assert_near, faked_graphs
 from utils import recorder
 from utils import train
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
+from utils.closed_form import ClosedFormMatching
 from utils.labels import LabelWriter, drawing
 from utils.run import generator
+from utils.stats import Matching
 from utils.train import channels_last
 
 PHASES = {module.__name__: module for module in (squeeze, collect_stats, recover, relabel, train_eval)}
@@ -369,8 +371,8 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(recover, "recover_batch", recover_batch)
     monkeypatch.setattr(recover, "apply_view", apply_view)
-    watch(recover.ClosedFormMatching)
-    watch(recover.Matching)
+    watch(ClosedFormMatching)
+    watch(Matching)
     return passes
 
 
@@ -414,7 +416,7 @@ def loss_terms(project, args, passes, entries):
         for step in steps:
             name = next(entries)["backbone"]
             inputs, logits = inputs_and_logits(models[name], step.images[0])
-            terms = {"ce": args["ce_weight"] * nn.functional.cross_entropy(logits, labels).item(), "bn": 0,
+            terms = {"ce": nn.functional.cross_entropy(logits, labels).item(), "bn": 0,
                      "conv": 0,
                      "dd": args["dd_weight"] * densification(step.pixels[0], labels, 4.0, args["dd_scale"])}
             matched = [layer for layer in inputs if args["conv_weight"] or not isinstance(
@@ -436,9 +438,7 @@ def loss_terms(project, args, passes, entries):
 
 
 RECOVER = [
-    "", "--alpha 0", "--alpha 0.4", "--alpha 1", "--drop-rate 0", "--drop-rate 1", "--ce-weight 0",
-    "--ce-weight 3",
-    "--bn-weight 0", "--bn-weight 1", "--conv-weight 0", "--conv-weight 1", "--bn-weight 0 --conv-weight 0",
+    "", "--alpha 0", "--alpha 0.4", "--alpha 1", "--drop-rate 0", "--drop-rate 1", "--bn-weight 0", "--bn-weight 1", "--conv-weight 0", "--conv-weight 1", "--bn-weight 0 --conv-weight 0",
     "--dd-weight 0", "--dd-weight 3", "--dd-scale sum --crop none", "--first-multiplier 1", "--loop original",
     "--loop original --batch-size 3", "--choice cycle", "--unit-gradients", "--ipc 1", "--ipc 3", "--ipc 5",
     "--crop none", "--crop pad2",
@@ -464,7 +464,7 @@ def test_the_logged_terms_are_the_equations_and_both_gradients_give_the_same_ima
 
 
 @pytest.mark.parametrize("flags, term", [
-    ("--ce-weight 0", "ce"), ("--bn-weight 0", "bn"), ("--conv-weight 0", "conv"), ("--dd-weight 0", "dd"),
+    ("--bn-weight 0", "bn"), ("--conv-weight 0", "conv"), ("--dd-weight 0", "dd"),
     ("--ipc 1", "dd"), ("--drop-rate 1", "conv"), ("--backbones convnet_w8", "bn"),
     ("--loop original", "dd")])
 def test_a_term_that_is_off_is_exactly_zero_and_the_others_are_not(flags, term, project):
@@ -478,7 +478,7 @@ def test_a_term_that_is_off_is_exactly_zero_and_the_others_are_not(flags, term, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    "--alpha 0", "--drop-rate 0", "--drop-rate 1", "--ce-weight 0", "--bn-weight 0", "--conv-weight 0",
+    "--alpha 0", "--drop-rate 0", "--drop-rate 1", "--bn-weight 0", "--conv-weight 0",
     "--dd-scale mean", "--first-multiplier 1", "--loop original", "--choice cycle", "--unit-gradients",
     "--backbones wrn10_1",
     "--crop none", "--crop pad2", "--flip", "--roll 4", "--batch-size 8", "--lr 0.01", "--iterations 5",
@@ -489,8 +489,8 @@ def test_each_flag_changes_the_images(flags, project):
     assert (project.images() != project.images(f"{RUN}-other")).any()
 
 
-def test_images_start_as_noise_of_their_own_and_do_not_move_without_a_loss(project):
-    project.call("recover", "--ce-weight 0 --bn-weight 0 --conv-weight 0 --dd-weight 0")
+def test_images_start_as_noise_of_their_own_and_do_not_move_at_learning_rate_0(project):
+    project.call("recover", "--lr 0")
     project.call("recover", "--lr 0 --loop original --batch-size 3 --ipc 3")
     still = project.images("gvbsm-ipc3").reshape(4, 3, 16, 16, 3)[:, :2].reshape(8, 16, 16, 3)
     assert (project.images() == still).all() and len({image.tobytes() for image in still}) == 8
@@ -576,7 +576,7 @@ def test_other_teachers_and_other_patches_are_what_the_images_match(project, pas
 
 def test_adam_takes_steps_of_the_learning_rate_that_falls_along_a_cosine(project, passes):
     project.call("recover", "--iterations 4 --batch-size 8 --backbones convnet_w8 --crop none --drop-rate 0",
-                 "--ce-weight 0 --dd-weight 0 --conv-weight 1e4")
+                 "--dd-weight 0 --conv-weight 1e4")
     pixels = torch.stack([step.pixels for step in passes[0][1]])
     moves = (pixels[1:] - pixels[:-1]).abs().flatten(1)
     assert moves[0].median() == pytest.approx(0.05, rel=1e-3)                            # lr * g / |g|

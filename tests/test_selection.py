@@ -7,7 +7,7 @@ import torch
 from tests.helpers import assert_near
 from tests import rank_error
 from utils.selection import (count_forgetting, drop_largest, herding, k_center, last_epoch_weights,
-                             lowest_loss_crops, mosaic, most_forgotten, rank_correlation)
+                             lowest_loss_crops, mosaic, most_forgotten)
 
 
 @pytest.fixture(autouse=True)
@@ -131,27 +131,6 @@ def test_drop_largest_drops_the_floor_of_the_ratio_of_each_class(ratio):
         members = sorted((i for i in range(50) if labels[i] == label), key=lambda i: (-scores[i], i))
         kept += members[math.floor(ratio * len(members)):]
     assert drop_largest(scores, labels, ratio).tolist() == sorted(kept)
-
-
-def test_spearman_is_the_slow_formula_with_shared_ranks():
-    for levels in 5, 10 ** 6:                                           # with and without equals
-        a, b = torch.randint(levels, (30,)), torch.randint(levels, (30,))
-        def ranks(x):
-            return [sum(y < value for y in x) + (sum(y == value for y in x) + 1) / 2 for value in x]
-        r, s = ranks(a.tolist()), ranks((a + b).tolist())
-        middle = 31 / 2
-        covariance = sum((x - middle) * (y - middle) for x, y in zip(r, s))
-        spread = math.sqrt(sum((x - middle) ** 2 for x in r) * sum((y - middle) ** 2 for y in s))
-        assert abs(rank_correlation(a, a + b) - covariance / spread) < 1e-12
-        if levels > 5:
-            squares = sum((x - y) ** 2 for x, y in zip(r, s))
-            assert abs(rank_correlation(a, a + b) - (1 - 6 * squares / (30 * (30 ** 2 - 1)))) < 1e-12
-
-
-def test_spearman_sees_the_order_alone():
-    a = randn(20)
-    assert abs(rank_correlation(a, a.exp()) - 1) < 1e-12 and abs(rank_correlation(a, -a ** 3) + 1) < 1e-12
-    assert math.isnan(rank_correlation(a, torch.ones(20)))
 
 
 # RDED

@@ -9,3 +9,9 @@ def fail(message):
     told = " ".join(str(message).split())
     sys.stderr.write(f"{told}\n" if rank == "0" else f"[rank {rank}] {told}\n")
     raise SystemExit(2)
+
+
+def one_of(name, value, first, second):
+    """ValueError for another value."""
+    if value not in (first, second):
+        raise ValueError(f"{name} {value!r} is neither {first!r} nor {second!r}")

@@ -1,5 +1,4 @@
-"""Augmentation in two steps: `draw_*` takes what is random from a generator, `apply_*` uses it on a batch of
-tensors.
+"""Augmentation in two steps: `draw_*` takes what is random from a generator, `apply_*` uses it on tensors.
 
 Needs torch alone. A draw is a tensor or a dict of tensors with one row a sample, so it can be stored, cut and
 replayed. Images are [N, C, S, S], square; boxes are [N, 4] integers: top, left, height, width.
@@ -32,41 +31,20 @@ def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale=(0.08
     return torch.cat([corner, sides], 1).long()
 
 
-def apply_resized_crop(images: torch.Tensor, boxes: torch.Tensor, size: int | None = None) -> torch.Tensor:
-    """Cut each box and resize it bilinearly to `size` (default: that of the images), as torchvision's
-    resized_crop with antialiasing, differentiably: a pixel of a shrunk box averages all that it covers, and
-    nothing outside the box is seen.
-    """
-    H, W = images.shape[2:]
-    size = size or W
+def apply_resized_crop(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Cut each box and resize it bilinearly to the size of the images, as torchvision's resized_crop,
+    differentiably; nothing outside the box is seen."""
+    S = images.shape[-1]
     top, left, height, width = boxes.to(images).unbind(1)
-    if size < max(H, W):  # some box may shrink; which, only the device knows
-        rows, columns = (triangles(*box, size, side)[:, None] for box,
-                         side in (((top, height), H), ((left, width), W)))
-        # float64: a GPU may take float32 factors as TF32
-        return (rows @ images.double() @ columns.mT).to(images)
-    centres = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size
+    centres = (torch.arange(S, device=images.device, dtype=images.dtype) + 0.5) / S
 
-    def coordinates(start, length, side):  # of the pixels to read, -1 .. 1 over the image
+    def coordinates(start, length):  # of the pixels to read, -1 .. 1 over the image
         pixel = (centres * length[:, None] - 0.5).clamp_(min=0).minimum(length[:, None] - 1) + start[:, None]
-        return (2 * pixel + 1) / side - 1
+        return (2 * pixel + 1) / S - 1
 
-    rows, columns = coordinates(top, height, H), coordinates(left, width, W)
-    grid = torch.stack([columns[:, None, :].expand(-1, size, -1), rows[:, :, None].expand(-1, -1, size)],
-                       dim=-1)
+    rows, columns = coordinates(top, height), coordinates(left, width)
+    grid = torch.stack([columns[:, None, :].expand(-1, S, -1), rows[:, :, None].expand(-1, -1, S)], dim=-1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def triangles(start, length, size, side):
-    """The weight of each of `side` pixels in each of the `size` pixels that a stretch [B] of them becomes:
-    bilinear interpolation, as wide as a new pixel where that is wider than an old one.   -> [B, size, side],
-    float64"""
-    start, length = start.double()[:, None, None], length.double()[:, None, None]
-    new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size + start  # the centres
-    old = torch.arange(side, device=start.device) + 0.5
-    weight = (1 - (old - new).abs() / (length / size).clamp(min=1)).clamp(min=0)
-    weight = weight * ((old > start) & (old < start + length))
-    return weight / weight.sum(2, keepdim=True)
 
 
 def draw_flip(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -91,38 +69,35 @@ def apply_shift(images: torch.Tensor, shift: torch.Tensor, wrap: bool = False) -
     down, right = shift.to(images.device).unbind(1)
     rows = torch.arange(H, device=images.device) - down[:, None]  # [N, H], source
     columns = torch.arange(W, device=images.device) - right[:, None]
-    moved = images.take_along_dim((rows % H)[:, None, :, None],
-                                  2).take_along_dim((columns % W)[:, None, None, :], 3)
+    moved = images.take_along_dim((rows % H)[:, None, :, None], 2)
+    moved = moved.take_along_dim((columns % W)[:, None, None, :], 3)
     if wrap:
         return moved
     inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[:, None, None, :]
     return moved * inside.to(moved.dtype)
 
 
-def crop_floor(curriculum, iterations, floor=0.08):
-    """The smallest share of the area that a crop of each iteration t of T takes: `floor`, or with CDA's
-    curriculum (its Sec. 3.2) from 1 down to it by (1 - t / T), linear, or (1 + cos(pi t / T)) / 2, cosine.
-    -> number, or [T, 1]"""
-    if curriculum == "none":
-        return floor
-    if curriculum not in ("linear", "cosine"):
-        raise ValueError(f"curriculum {curriculum!r} is none of 'none', 'linear', 'cosine'")
-    done = torch.arange(iterations)[:, None] / iterations
-    return floor + (1 - floor) * ((1 + torch.cos(math.pi * done)) / 2 if curriculum == "cosine" else 1 - done)
-
-
-def draw_view(n: int, size: int, crop: str, flip: bool, roll: int, generator: torch.Generator,
-              smallest: float = 0.08) -> dict[str, torch.Tensor]:
-    """One view of each of n images: crop none, resized (RandomResizedCrop, of `smallest` .. 1 of the area) or
-    pad<pixels> (RandomCrop with padding), then flip (bool: half of them), then roll (a circular shift of 0 ..
-    roll pixels on both
-    axes).   -> dict"""
-    draw = {}
+def crop_floor(crop, n, floor=0.08):
+    """The smallest share of the area that each of n crops takes: `floor`, or with CDA's curriculum (its Sec.
+    3.2), where crop t of n is that of iteration t, from 1 down to it by (1 - t / n), linear, or (1 + cos(pi t
+    / n)) / 2, cosine.   -> number, or [n, 1]"""
     if crop == "resized":
-        draw["crop"] = draw_resized_crop(n, size, generator, (smallest, 1.0))
+        return floor
+    done = torch.arange(n)[:, None] / n
+    return floor + (1 - floor) * ((1 + torch.cos(math.pi * done)) / 2 if crop == "cosine" else 1 - done)
+
+
+def draw_view(n: int, size: int, crop: str, flip: bool, roll: int,
+              generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One view of each of n images: crop none, pad<pixels> (RandomCrop with padding), resized
+    (RandomResizedCrop), or linear or cosine (the same, see `crop_floor`); then flip (bool: half of them);
+    then roll (a circular shift of 0 .. roll pixels on both axes).   -> dict"""
+    draw = {}
+    if crop in ("resized", "linear", "cosine"):
+        draw["crop"] = draw_resized_crop(n, size, generator, (crop_floor(crop, n), 1.0))
     elif crop != "none":
         if not crop[3:].isdecimal() or crop[:3] != "pad":
-            raise ValueError(f"crop {crop!r} is none of 'none', 'resized', 'pad<pixels>'")
+            raise ValueError(f"crop {crop!r} is none of 'none', 'resized', 'linear', 'cosine', 'pad<pixels>'")
         draw["shift"] = draw_shift(n, -int(crop[3:]), int(crop[3:]), generator)
     if flip:
         draw["flip"] = draw_flip(n, generator)
@@ -152,11 +127,10 @@ def draw_beta(alpha: float, generator: torch.Generator) -> float:
             return x / (x + y)
 
 
-def draw_cutmix_box(size: int, generator: torch.Generator, alpha: float = 1.0) -> torch.Tensor:
-    """The box CutMix pastes: sides size * sqrt(1 - lambda), lambda of Beta(alpha, alpha), uniform centre,
-    clipped.
+def draw_cutmix_box(size: int, generator: torch.Generator) -> torch.Tensor:
+    """The box CutMix pastes: sides size * sqrt(1 - lambda), lambda of Beta(1, 1), uniform centre, clipped.
     -> [4]"""
-    side = int(size * (1 - draw_beta(alpha, generator)) ** 0.5)
+    side = int(size * (1 - draw_beta(1.0, generator)) ** 0.5)
     centre = torch.randint(size, (2,), generator=generator)
     low, high = (centre - side // 2).clamp(min=0), (centre - side // 2 + side).clamp(max=size)
     return torch.cat([low, high - low])
@@ -229,8 +203,8 @@ def apply_colour(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.T
     for operation in draw["order"][:, :, None, None, None].unbind(1):
         factor = draw["factor"].gather(1, operation[:, :, 0, 0]).to(images)[:, :, None, None]
         grey = luma(changed)
-        # 0: black
-        other = torch.where(operation == 1, grey.mean((2, 3), keepdim=True), grey * (operation == 2))
+        other = grey * (operation == 2)                              # operation 0: black
+        other = torch.where(operation == 1, grey.mean((2, 3), keepdim=True), other)
         blend = (factor * changed + (1 - factor) * other).clamp(0, 1)
         changed = torch.where(operation == 3, turn_hue(changed, factor), blend)
     changed = torch.where(draw["jitter"][:, None, None, None], changed, images)
@@ -244,16 +218,15 @@ def luma(images: torch.Tensor) -> torch.Tensor:
 
 
 def turn_hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Turn the hue of RGB images of 0 .. 1 by `turn` [N, 1, 1, 1] of the circle; HSV's saturation and value
-    stay."""
+    """Turn the hue of RGB images of 0 .. 1 by `turn` [N, 1, 1, 1] of the circle; value and chroma stay."""
     red, green, blue = images.split(1, 1)
     value = images.amax(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
     safe = torch.where(chroma == 0, 1, chroma)
     sixths = torch.where(value == red, (green - blue) / safe,
                          torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
-    # of each channel
-    place = (torch.tensor([5, 3, 1], device=images.device)[:, None, None] + sixths + 6 * turn) % 6
+    channels = torch.tensor([5, 3, 1], device=images.device)[:, None, None]
+    place = (channels + sixths + 6 * turn) % 6
     return value - chroma * place.minimum(4 - place).clamp(0, 1)
 
 
@@ -265,9 +238,13 @@ def normalize(images: torch.Tensor, mean, std) -> torch.Tensor:
 
 def to_uint8(images: torch.Tensor, mean, std) -> torch.Tensor:
     """The inverse of `normalize`, clamped to 0 .. 255 and rounded (the release truncates)."""
-    images = images.detach().float()
-    return ((images * _channel(std, images) + _channel(mean, images))
-            * 255).clamp(0, 255).round().to(torch.uint8)
+    images = images.detach().float() * _channel(std, images) + _channel(mean, images)
+    return (images * 255).clamp(0, 255).round().to(torch.uint8)
+
+
+def pixel_bounds(mean, std):
+    """Black and white in the units the networks see, three numbers each.   -> low, high, each [3, 1, 1]"""
+    return [(torch.tensor([value - m for m in mean]) / torch.tensor(std))[:, None, None] for value in (0, 1)]
 
 
 def _channel(values, images):
@@ -285,8 +262,7 @@ def draw_siamese(size: int, generator: torch.Generator) -> dict[str, torch.Tenso
     family = SIAMESE[torch.randint(len(SIAMESE), (), generator=generator)]
     u = torch.rand(3, generator=generator)
     if family == "colour":
-        # added to pixels, factors of saturation and contrast
-        draw = torch.stack([u[0] - 0.5, 2 * u[1], u[2] + 0.5])
+        draw = torch.stack([u[0] - 0.5, 2 * u[1], u[2] + 0.5])     # added; factors of saturation, contrast
     elif family == "crop":
         reach = int(size / 8 + 0.5)
         draw = draw_shift(1, -reach, reach, generator)

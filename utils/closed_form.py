@@ -19,8 +19,7 @@ from utils.stats import _float32, check_input, checked_targets, layer_inputs, re
 def _batch_moments(x, groups):
     """x [groups*B, C, H, W] -> mean, biased variance over B of every pixel of every channel, each [groups, C,
     H, W]."""
-    # as they lie in memory
-    order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2
+    order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2   # as x lies
     x = x.permute(order)
     rows, shape = _float32(x).flatten(1), (groups, *x.shape[1:])
     if x.device.type == "cpu":  # as many channels: a tenth of the time of var_mean
@@ -60,8 +59,7 @@ def bn_stats(x, groups=1):
 class Inject(torch.autograd.Function):
     """Identity on x whose backward pass adds the gradient of the statistics at x. terms, a dict filled after
     the forward pass: `affine_terms` of the channels under 0, [2, groups, C], of the patches under 2, [2,
-    groups, patches]; backward raises ValueError while it is empty, or the statistics would be left out of the
-    gradient without a word."""
+    groups, patches]. ValueError while it is empty, or the gradient would lack them without a word."""
 
     @staticmethod
     def forward(ctx, x, terms, patch):
@@ -78,13 +76,12 @@ class Inject(torch.autograd.Function):
         if 0 not in ctx.terms:  # of a layer called twice, the input before the last
             return grad, None, None
         channels, patches, patch = ctx.terms[0], ctx.terms.get(2), ctx.patch
-        # of the resized map: pulled back
-        if patches is not None and (x.shape[2] % patch or x.shape[3] % patch):
+        if patches is not None and (x.shape[2] % patch or x.shape[3] % patch):  # of the resized map
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
                 whole = whole_patches(leaf, patch)
-            pulled = _add_affine(torch.zeros_like(whole), whole.detach(), torch.zeros_like(channels), patches,
-                                 patch)
+            none = torch.zeros_like(channels)
+            pulled = _add_affine(torch.zeros_like(whole), whole.detach(), none, patches, patch)
             grad, patches = grad + torch.autograd.grad(whole, leaf, pulled)[0], None
         return _add_affine(grad, x, channels, patches, patch), None, None
 
@@ -94,17 +91,15 @@ def _add_affine(grad, x, channels, patches, patch):
     B*C*patch*patch. channels, patches (or None): scale and shift, [2, groups, C] and [2, groups, number of
     patches]"""
     (C, H, W), groups = x.shape[1:], channels.shape[1]
-    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    # as x lies
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format              # as x lies
     spread = torch.empty(2 * groups, C, H, W, dtype=channels.dtype, device=x.device, memory_format=layout)
     both = spread.unflatten(0, (2, groups))
     if patches is None:
         both.copy_(channels[..., None, None])
     else:
-        cells = patches.view(2, groups, 1, H // patch, 1, W // patch, 1).expand(-1, -1, -1, -1, patch, -1,
-                                                                                patch)
-        torch.add(channels[..., None, None], cells.reshape(2, groups, 1, H, W),
-                  alpha=H * W / (C * patch ** 2), out=both)
+        cells = patches.view(2, groups, 1, H // patch, 1, W // patch, 1)
+        cells = cells.expand(-1, -1, -1, -1, patch, -1, patch).reshape(2, groups, 1, H, W)
+        torch.add(channels[..., None, None], cells, alpha=H * W / (C * patch ** 2), out=both)
     n, (scale, shift) = x.numel() / (groups * C), both.unsqueeze(2)
     grad, x = grad.unflatten(0, (groups, -1)), x.unflatten(0, (groups, -1))
     return torch.addcmul(grad, x, scale, value=1 / n).add_(shift, alpha=1 / n).flatten(0, 1)
@@ -113,8 +108,7 @@ def _add_affine(grad, x, channels, patches, patch):
 def affine_terms(mean, mean_slope, var_slope):
     """Eq. 12 and Eq. 15 (App. B): a loss whose gradients at the mean and variance of n values are mean_slope
     and var_slope has at a value x, since d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n, the gradient
-    (scale * x + shift) / n.
-    -> scale, shift as one tensor [2, ...]"""
+    (scale * x + shift) / n.   -> scale, shift as one tensor [2, ...]"""
     scale = 2 * var_slope
     return torch.stack([scale, torch.addcmul(mean_slope, scale, mean, value=-1)])
 
@@ -135,8 +129,9 @@ class FrozenNorm(nn.BatchNorm2d):
         self.folded = self.overwritten = False
 
     def fold_into(self, convolution, overwritten):
-        weight, bias = convolution.weight.detach(), 0 if convolution.bias is None else convolution.bias.detach()
-        convolution.weight = nn.Parameter(weight * self.gain[:, None, None, None], requires_grad=False)
+        weight = convolution.weight.detach() * self.gain[:, None, None, None]
+        bias = 0 if convolution.bias is None else convolution.bias.detach()
+        convolution.weight = nn.Parameter(weight, requires_grad=False)
         convolution.bias = nn.Parameter(bias * self.gain + self.offset, requires_grad=False)
         self.folded, self.overwritten = True, overwritten
 
@@ -181,9 +176,9 @@ def freeze(model):
     for node in nodes:
         if node.target in norms:
             norm, source, convolution = norms[node.target], node.args[0], layers.get(node.args[0].target)
-            if (isinstance(convolution, nn.Conv2d) and len(source.users) == calls[source.target]
-                == calls[node.target] == 1
-                    and norm.affine and (norm.weight.abs() > 0.01 * norm.bias.abs()).all()):
+            alone = isinstance(convolution, nn.Conv2d) and (
+                len(source.users) == calls[source.target] == calls[node.target] == 1)
+            if alone and norm.affine and (norm.weight.abs() > 0.01 * norm.bias.abs()).all():
                 norm.fold_into(convolution, not all(_leaves_alone(user, node, layers) for user in node.users))
     for layer in layers.values():
         if hasattr(layer, "inplace") and norms:
@@ -224,20 +219,17 @@ class ClosedFormMatching:
         nothing = next(model.parameters()).new_zeros(2, pairs[0].shape[1] if pairs else 1, 0)
         self.target = torch.cat([nothing, *pairs], dim=2)
         self.weight = nothing.new_tensor([weights[name] for name, _ in self.segments])
-        device, segments = nothing.device, torch.arange(len(self.segments))
-        self.segment = torch.repeat_interleave(segments,
-                                               torch.tensor(self.sizes, dtype=torch.long)).to(device)
-        self.owner = torch.tensor([names.index(name) for name, _ in self.segments], dtype=torch.long,
-                                  device=device)
+        device, sizes = nothing.device, torch.tensor(self.sizes, dtype=torch.long)
+        self.segment = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
+        owner = [names.index(name) for name, _ in self.segments]
+        self.owner = torch.tensor(owner, dtype=torch.long, device=device)
         self.is_bn = torch.tensor([len(self.targets[name]) == 2 for name, _ in self.segments], device=device)
         # a folded norm's input comes mapped: (input - offset) * unit is what it was
         self.offset, self.unit = torch.zeros_like(self.target[:, :1]), torch.ones_like(self.target[:, :1])
-        for i, (name, _) in enumerate(self.segments):
-            if getattr(layers[name], "folded", False):
-                here = slice(sum(self.sizes[:i]), sum(self.sizes[:i + 1]))
-                self.offset[0, :, here] = layers[name].offset
-                self.unit[0, :, here], self.unit[1, :,
-                                                 here] = 1 / layers[name].gain, 1 / layers[name].gain ** 2
+        views = (row.split(self.sizes, dim=2) for row in (self.offset, self.unit))
+        for (name, _), offset, unit in zip(self.segments, *views):
+            if getattr(layer := layers[name], "folded", False):
+                offset[0], unit[0], unit[1] = layer.offset, 1 / layer.gain, 1 / layer.gain ** 2
 
     def start(self, groups):
         """Before the first batch: moving averages [2, groups, statistics], layers that have one [layers]."""
@@ -267,14 +259,12 @@ class ClosedFormMatching:
                              "matching.hooks() as inputs`")
         if kept is None:
             kept = torch.tensor([name in inputs for name in self.targets], device=seen.device)
+        groups = ema.shape[1]
         for name, x in inputs.items():
-            check_input(name, x, self.targets[name], self.patch, ema.shape[1])
+            check_input(name, x, self.targets[name], self.patch, groups)
         statistics, patched = {}, {id(x) for name, x in inputs.items() if len(self.targets[name]) == 4}
-        for x in inputs.values():  # a tensor that several layers share is reduced once
-            if id(x) not in statistics:
-                groups = ema.shape[1]
-                statistics[id(x)] = conv_stats(x, self.patch,
-                                               groups) if id(x) in patched else bn_stats(x, groups)
+        for key, x in {id(x): x for x in inputs.values()}.items():   # one that layers share is reduced once
+            statistics[key] = conv_stats(x, self.patch, groups) if key in patched else bn_stats(x, groups)
         pairs = [statistics[id(inputs[name])][kind:kind + 2] if name in inputs else past  # dropped: as it was
                  for (name, kind), past in zip(self.segments, ema.split(self.sizes, dim=2))]
         measured = torch.stack([torch.cat(row, dim=1) for row in zip(*pairs)])
@@ -296,9 +286,8 @@ class ClosedFormMatching:
 
 def segment_norms(difference, segment, count, weight):
     """difference [groups, n] made of `count` vectors, segment [n] the vector each entry belongs to, weight
-    [count].
-    -> norms [groups, count], gradient [groups, n] of the weighted sum of the norms: weight * difference /
-    norm, 0 where the norm is 0."""
+    [count].   -> norms [groups, count], gradient [groups, n] of the weighted sum of the norms: weight *
+    difference / norm, 0 where the norm is 0."""
     squares = difference.new_zeros(len(difference), count).index_add_(1, segment, difference.square())
     norms = squares.sqrt()
     return norms, difference * (weight / norms).nan_to_num_(0, 0, 0)[:, segment]

@@ -21,25 +21,12 @@ def dm_loss(real, synthetic):
     return (real.mean(0) - synthetic.mean(0)).square().sum()
 
 
-def leave_one_out_norms(embed, synthetic, features):
-    """||ITE||_2 of the N real images of a class with these features [N, d], as BiLP defines it:
-        ITE(x) = d L(D_r, D_s) / d D_s - d L(D_r without x, D_s) / d D_s,
-    at the cost of N + 1 gradients; synthetic [n, 3, S, S] is D_s.   -> [N]"""
-    synthetic = synthetic.detach().requires_grad_()
-    embedded = embed(synthetic)
-
-    def gradient(real):
-        return torch.autograd.grad(dm_loss(real, embedded), synthetic, retain_graph=True)[0]
-
-    whole = gradient(features)
-    return torch.stack([(whole - gradient(torch.cat([features[:i], features[i + 1:]]))).norm()
-                        for i in range(len(features))])
-
-
 def ite_norms(embed, synthetic, features, products=16):
-    """The same by a forward pass, a vector-Jacobian and a Jacobian-vector product of `products` copies of
-    D_s, whatever N is.
-    -> [N]
+    """||ITE||_2 of the N real images of a class with these features [N, d], as BiLP defines it for the loss L
+    of `dm_loss`, with synthetic [n, 3, S, S] as D_s:
+        ITE(x) = d L(D_r, D_s) / d D_s - d L(D_r without x, D_s) / d D_s,
+    by a forward pass, a vector-Jacobian and a Jacobian-vector product of `products` copies of D_s, whatever N
+    is.   -> [N]
 
     dL/dD_s = -2 J^T (m_r - m_s), J the Jacobian of m_s = mean embed(D_s), is linear in m_r, and leaving x_i
     out moves m_r by
@@ -72,13 +59,6 @@ def ite_norms(embed, synthetic, features, products=16):
     return 2 / (N - 1) * squared.clamp(min=0).sqrt()
 
 
-def rank_error(values, others):
-    """sum |r_i - r'_i| / (N (N - 1)) over the ranks of two scores of N samples (BiLP, supplement Sec. 2): 0
-    for the same order, 1/3 on average for a random one."""
-    ranks, other_ranks = (scores.argsort().argsort() for scores in (values, others))
-    return (ranks - other_ranks).abs().sum().item() / (len(values) * (len(values) - 1))
-
-
 def new_pruning(num_classes, num_images):
     """State of adaptive pruning: running mean and variance of ||ITE|| per class (nan before the first), and
     which images of the data set are kept."""
@@ -91,18 +71,16 @@ def prune(state, label, index, norms, ratio, momentum=0.1):
     """Take in ||ITE|| [N] of the real images index [N] of a class. Their running mean, and the running mean
     of their squared distance from it, move by `momentum` (the first ones are set), and of these images those
     are kept that lie between the quantiles ratio/2 and 1 - ratio/2 of the normal distribution with these
-    moments; all where that is none. Changes state.
-    -> bool [N]
+    moments; all where that is none. Changes state.   -> bool [N]
 
     The supplement does not say how the ratio is shared between the tails; halves are ours. So is the variance
     about the running mean: norms differ between networks as well as within a batch, and a batch's own
     variance would prune more than the ratio.
     """
     norms = norms.double().cpu()
-    for key, measure in ("mean", lambda: norms.mean()), ("var",
-                                                         lambda: (norms
-                                                                  - state["mean"][label]).square().mean()):
-        before, now = state[key][label], measure()
+    for key in "mean", "var":
+        now = norms.mean() if key == "mean" else (norms - state["mean"][label]).square().mean()
+        before = state[key][label]
         state[key][label] = now if before.isnan() else (1 - momentum) * before + momentum * now
     reach = torch.special.ndtri(torch.tensor(1 - ratio / 2, dtype=torch.float64)) * state["var"][label].sqrt()
     kept = (norms - state["mean"][label]).abs() <= reach
@@ -116,9 +94,8 @@ def random_embedding(num_classes, size, key, device):
     with torch.random.fork_rng(devices=[]):  # build_model draws from torch's global generator
         torch.default_generator.manual_seed(int(torch.randint(1 << 62, (), generator=generator(*key))))
         model = build_model(f"convnet_w128_d{max(3, math.ceil(math.log2(size)) - 2)}", num_classes, size)
-    layers = [nn.AvgPool2d(2) if isinstance(layer, nn.AvgPool2d) else layer
-              for layer in list(model.children())[:-1]]
-    # not `Halve`, whose second derivative takes a CPU long
+    layers = [nn.AvgPool2d(2) if isinstance(layer, nn.AvgPool2d) else layer     # not `Halve`, whose second
+              for layer in list(model.children())[:-1]]                         # derivative takes a CPU long
     return nn.Sequential(*layers).requires_grad_(False).to(device)
 
 
@@ -164,3 +141,16 @@ def match_distributions(images, members, split, units, *, iterations, seed, lr=1
         optimizer.step()
         yield t, {"dm": total, "kept": pruning["keep"].double().mean()}, lambda: {
             "iterations": t + 1, "pixels": pixels.detach(), "sgd": optimizer.state_dict(), "pruning": pruning}
+
+
+def match_features(recorder, real, by_class, images, *, iterations, **settings):
+    """`match_distributions` as recover.py runs it: logged, saved and written.
+    recorder: `Recorder`; real: `RealImages`; by_class: [[(class, index), ...], ...] of images [classes, ipc,
+    3, S, S]"""
+    units = recorder.data["mean"], recorder.data["std"]
+    recorder.run.start(iterations, "iterations")
+    resume = recorder.begin([0], by_class, iterations)
+    for t, losses, state in match_distributions(images, real.members, real.split.to(images.device), units,
+                                                iterations=iterations, resume=resume, **settings):
+        recorder.step(t, losses, images, state)
+    recorder.write(images)

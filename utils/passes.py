@@ -1,22 +1,34 @@
 """How the passes of recover.py share a GPU: several image batches in one, and each as one launch."""
+import math
 from itertools import groupby
 
 import torch
 
+from utils.processes import barrier, rank, world_size
 from utils.train import Graphed
 
 FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 81 batches of 50 at 32x32; an estimate
 
 
-def group_batches(kinds, together):
-    """Numbers of the batches that share a pass: neighbours of one kind. kinds: of each batch; together(kind,
-    count): how many of `count` batches share one.   -> list of lists"""
-    groups = []
-    for kind, alike in groupby(range(len(kinds)), key=lambda number: kinds[number]):
-        alike = list(alike)
-        size = together(kind, len(alike))
-        groups += [alike[first:first + size] for first in range(0, len(alike), size)]
-    return groups
+def make_groups(checkpoint, asked, kinds, gradient, match, image_size, device):
+    """Numbers of the batches that share a pass, neighbours of one kind; kept with the unfinished work, so
+    that all processes have the same.   -> list of lists
+
+    asked: how many, or auto: as many as fill a GPU; kinds: (number of images, anything) of each batch;
+    gradient: `recover.matching_gradient`; match: function(labels [1, B]) -> matchers
+    """
+    if rank() == 0 and (checkpoint.read("passes") or {}).get("asked") != asked:
+        groups = []
+        for kind, alike in groupby(range(len(kinds)), key=lambda number: kinds[number]):
+            alike, size = list(alike), asked
+            if asked == "auto":
+                matchers = match(torch.zeros(1, kind[0], dtype=torch.long, device=device))
+                size = min(fitting_groups(gradient, matchers, kind[0], image_size, device),
+                           math.ceil(len(alike) / world_size()))
+            groups += [alike[first:first + size] for first in range(0, len(alike), size)]
+        checkpoint.save({"asked": asked, "groups": groups}, "passes")
+    barrier()
+    return checkpoint.read("passes")["groups"]
 
 
 def fitting_groups(gradient, matchers, batch_size, image_size, device):

@@ -48,7 +48,6 @@ PAPER = {
     ("recover", "roll"):            (0,             0,             0,             0,             0,             "P"),
     ("recover", "alpha"):           (0.8,           0.8,           0.8,           0.4,           0.8,           "R; 0.4 P, Table 1"),
     ("recover", "drop_rate"):       (0.4,           0.4,           0.4,           0.4,           0.4,           "P"),
-    ("recover", "ce_weight"):       (1.0,           1.0,           1.0,           1.0,           1.0,           "P"),
     ("recover", "bn_weight"):       (0.01,          0.01,          0.01,          0.01,          0.01,          "P"),
     ("recover", "conv_weight"):     (0.01,          0.01,          0.01,          0.01,          0.01,          "P"),
     ("recover", "dd_weight"):       (1.0,           1.0,           1.0,           1.0,           1.0,           "P"),
@@ -194,9 +193,8 @@ SRE2L = {       # arXiv:2306.13092 and its release
 CDA = SRE2L | {  # arXiv:2311.18838
     ("recover", "lr"):              (0.25,          0.25,          0.4,           0.25,          0.25),
     ("recover", "bn_weight"):       (0.01,          0.01,          0.05,          0.01,          0.01),
-    ("recover", "crop"):            ("resized",) * 5,
+    ("recover", "crop"):            ("cosine",) * 5,
     ("recover", "flip"):            (True,) * 5,
-    ("recover", "crop_curriculum"): ("cosine",) * 5,
 }
 SCDD = SRE2L | {  # arXiv:2404.07976, Tables 14-16, and the MoCo it names
     ("*", "teachers"):              ("moco",) * 5,
@@ -250,7 +248,7 @@ DM = {  # arXiv:2110.04181, as in BiLP's supplement, Secs. 6.3 and 6.6 (ImageNet
     ("recover", "init"):            ("real",) * 5,
     ("recover", "lr"):              (1.0,           1.0,           1.0,           5.0,           1.0),
     ("recover", "iterations"):      (20000,         20000,         10000,         5000,          None),
-    ("recover", "real_batch"):      (256,           256,           256,           256,           64),
+    ("recover", "batch_size"):      (256,           256,           256,           256,           64),
 }
 BILP = DM | {  # arXiv:2305.18381, supplement, Table 12, at IPC 10 (see AT_IPC); beyond CIFAR ours
     ("*", "teachers"):              ("bilp-0.3",    "bilp-0.4",    "bilp-0.4",    "bilp-0.5",    "bilp-0.3"),

@@ -1,5 +1,4 @@
-"""What one sees of images while recover.py makes them: log.jsonl, grid.png, the progress line, and their
-files."""
+"""What one sees of images while recover.py makes them: log.jsonl, grid.png, progress and their files."""
 import json
 from contextlib import suppress
 
@@ -12,7 +11,7 @@ from utils.augment import to_uint8
 from utils.checkpoint import whole_file, writable
 from utils.data import folder_name, read_images
 from utils.processes import barrier, rank, world_size
-from utils.provenance import relevant
+from utils.provenance import image_set, relevant
 from utils.train import NonFinite
 
 GRID_EVERY = 500                                                     # iterations between two pictures
@@ -22,39 +21,42 @@ class Recorder:
     """Images while they are optimised, and when they are done.
 
     recorder = Recorder(run, folder, data, ipc)
-    state = recorder.begin(batch, members, iterations)               # of unfinished work, or None
+    state = recorder.begin(numbers, batches, iterations)             # of unfinished work, or None
     for t, losses, state in recover_batch(..., resume=state):
         recorder.step(t, losses, images, state)                      # log, picture, progress, saved state
     recorder.write(images)                                           # the files
-    recorder.close()
+    recorder.close(batches)
 
-    run: a `Run` at work, with a progress line; members: [(class, index)] of the images
+    run: a `Run` at work, with a progress line; batches: lists of (class, index)
     """
 
     def __init__(self, run, folder, data, ipc, log=True):
-        self.run, self.data, self.images = run, data, folder / "images"
+        self.run, self.data, self.ipc, self.images = run, data, ipc, folder / "images"
         self.log = Log(folder, {"args": relevant(run.args)}) if log else None
         self.grid = Grid(folder / "grid.png", len(data["classes"]), ipc, data["image_size"])
 
     def file(self, label, index):
-        return image_path(self.images, self.data, label, index)
+        return self.images / folder_name(self.data["classes"][label]) / f"{index:05d}.png"
 
-    def existing(self, members):
+    def existing(self, batches):
         """Whether all these images exist; those that do are in the picture."""
-        files = {member: self.file(*member) for member in members}
-        found = {member: path for member, path in files.items() if path.exists()}
-        self.grid.read(found)
+        files = {image: self.file(*image) for batch in batches for image in batch}
+        found = {image: path for image, path in files.items() if path.exists()}
+        for image, path in found.items():
+            if self.grid.place(*image):
+                self.grid.add([image], read_images([path], *2 * [self.data["image_size"]], workers=0))
         return len(found) == len(files)
 
-    def begin(self, batches, members, iterations, backbones=None):
-        """batches: numbers of the image batches that are optimised together; backbones: names by iteration
+    def begin(self, numbers, batches, iterations, backbones=None):
+        """numbers: of the batches that are optimised together; backbones: names by iteration
         -> the saved state of the same batches, or None"""
-        self.batches, self.members, self.iterations, self.backbones = batches, members, iterations, backbones
-        self.piece, self.nonfinite = f"batch{batches[0]}", None
+        self.numbers, self.iterations, self.backbones = numbers, iterations, backbones
+        self.members = [image for batch in batches for image in batch]
+        self.piece, self.nonfinite = f"batch{numbers[0]}", None
         state = self.run.checkpoint.read(self.piece)
-        if state and state["numbers"] != batches:                    # another --groups-per-step
+        if state and state["numbers"] != numbers:                    # another --groups-per-step
             state = None
-        self.run.progress.skip(len(batches) * state["iterations"] if state else 0)
+        self.run.progress.skip(len(numbers) * state["iterations"] if state else 0)
         return state
 
     def step(self, t, losses, images, state):
@@ -67,56 +69,73 @@ class Recorder:
         if t % every == 0 or t + 1 == self.iterations:
             self.check()
             backbone = {"backbone": self.backbones[t]} if self.backbones else {}
-            self.log.write({"iteration": t, "batches": self.batches, **backbone,
-                            **{name: value.item() / len(self.batches) for name, value in losses.items()}})
+            self.log.write({"iteration": t, "batches": self.numbers, **backbone,
+                            **{name: value.item() / len(self.numbers) for name, value in losses.items()}})
         if t % GRID_EVERY == 0:
-            self.show(to_uint8(images.flatten(0, 1), self.data["mean"], self.data["std"]))
+            self.show(images)
         first = next(iter(losses))
-        self.run.step(lambda: f"batch {'-'.join(map(str, dict.fromkeys((self.batches[0], self.batches[-1]))))}  "
-                      f"{first} {losses[first].item() / len(self.batches):.3f}", lambda: self.checked(state),
-                      self.piece, len(self.batches))
+        self.run.step(lambda: f"batch {self.numbers[0]}{f'-{self.numbers[-1]}' * (len(self.numbers) > 1)}  "
+                      f"{first} {losses[first].item() / len(self.numbers):.3f}", lambda: self.checked(state),
+                      self.piece, len(self.numbers))
 
     def check(self):
         if found := self.nonfinite.first():
             t, term = found
             backbone = f" backbone {self.backbones[t]}," if self.backbones else ""
-            fail(f"{term} is not finite in iteration {t},{backbone} batches {self.batches}; use a smaller "
-                 f"--lr")
+            fail(f"{term} is not finite in iteration {t},{backbone} batches {self.numbers}; use a smaller "
+                 "--lr")
 
     def checked(self, state):
         self.check()
-        return state() | {"numbers": self.batches}
+        return state() | {"numbers": self.numbers}
 
     def show(self, images):
+        """Bring images [G, B, 3, S, S] into the picture.   -> uint8 [G*B, 3, S, S]"""
+        images = to_uint8(images.flatten(0, 1), self.data["mean"], self.data["std"])
         self.grid.add(self.members, images)
         self.grid.save()
+        return images
 
     def write(self, images):
         """Save the finished images [G, B, 3, S, S]; their state is not needed any more."""
-        images = to_uint8(images.flatten(0, 1), self.data["mean"], self.data["std"])
-        for member, image in zip(self.members, images):
+        for member, image in zip(self.members, self.show(images)):
             save_png(self.file(*member), image)
         self.run.checkpoint.drop(self.piece)
-        self.show(images)
 
-    def write_real(self, label, images):
-        """Save the chosen images [ipc, 3, S, S], uint8, of a class."""
-        for index, image in enumerate(images):
-            save_png(self.file(label, index), image)
-        self.grid.add([(label, index) for index in range(len(images))], images)
+    def copy(self, split, chosen):
+        """Write the chosen real images of a split, class by class.   chosen: [LongTensor [ipc]]"""
+        self.run.start(len(chosen), "classes")
+        for label, rows in enumerate(chosen):
+            members, images = [(label, index) for index in range(len(rows))], split.read(rows)
+            for member, image in zip(members, images):
+                save_png(self.file(*member), image)
+            self.grid.add(members, images)
+            self.run.step(self.data["classes"][label], dict)         # no state: choosing again is quick
 
-    def close(self, members=()):
-        """When all processes are done: one log, and one picture with the images of all, `members`."""
+    def close(self, batches):
+        """When all processes are done: one log, and one picture with the images of all `batches`."""
         barrier()
         if rank() == 0:
             self.log.merge()
             if world_size() > 1:
-                self.existing(members)
+                self.existing(batches)
             self.grid.save()
 
-
-def image_path(folder, data, label, index):
-    return folder / folder_name(data["classes"][label]) / f"{index:05d}.png"
+    def finish(self, records, statistics):
+        """The last act of recover.py, of process 0.   records, statistics: {backbone: what is stored}"""
+        if rank():
+            return None
+        self.grid.save()
+        files = [self.file(label, index).relative_to(self.images).as_posix()
+                 for label in range(len(self.data["classes"])) for index in range(self.ipc)]
+        metrics = {"images": len(files), "classes": self.data["classes"],
+                   "image_set": image_set(self.images, files)}
+        if records:
+            metrics["teacher_top1"] = {name: record["top1"] for name, record in records.items()}
+        upstream = {phase: {name: one.get("args") for name, one in stored.items()}
+                    for phase, stored in (("squeeze", records), ("collect_stats", statistics)) if stored}
+        summary = f"{len(files)} images of {len(self.data['classes'])} classes"
+        return self.run.finish(metrics, summary, upstream)
 
 
 def save_png(path, image):
@@ -126,25 +145,22 @@ def save_png(path, image):
 
 
 class Grid:
-    """grid.png: a row for each of up to 20 classes with up to 10 of its images; grey where there is none
-    yet."""
+    """grid.png: a row for each of up to 20 classes with up to 10 of its images; grey where none is yet."""
 
     def __init__(self, path, num_classes, ipc, size):
         self.path, self.columns = path, min(ipc, 10)
         self.rows = [i * num_classes // min(num_classes, 20) for i in range(min(num_classes, 20))]
         self.images = torch.full((len(self.rows), self.columns, 3, size, size), 0.5)
 
+    def place(self, label, index):
+        """Row and column of an image, None where it is not shown."""
+        return (self.rows.index(label), index) if label in self.rows and index < self.columns else None
+
     def add(self, batch, images):
         """batch: list of (class, index), images uint8 [B, 3, S, S]."""
-        for (label, index), image in zip(batch, images):
-            if label in self.rows and index < self.columns:
-                self.images[self.rows.index(label), index] = image.cpu().float() / 255
-
-    def read(self, files):
-        """The same, of {(class, index): file}."""
-        for (label, index), file in files.items():
-            if label in self.rows and index < self.columns:
-                self.add([(label, index)], read_images([file], *2 * self.images.shape[-1:], workers=0))
+        for member, image in zip(batch, images):
+            if place := self.place(*member):
+                self.images[place] = image.cpu().float() / 255
 
     def save(self):
         if rank() == 0:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
-from utils.augment import normalize
 from utils import fail
+from utils.augment import normalize
 from utils.checkpoint import Checkpoint, load_finished, save_torch
 from utils.processes import barrier, print_rank0, rank, shard, world_size
 from utils.provenance import AGAIN, relevant
@@ -44,15 +44,15 @@ def kept_rows(split, mean_std, args, path, hashes, later):
 
 def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, checkpoint):
     """The loss of every training image for a small ConvNet, smoothed along the epochs of a training
-    (`last_epoch_weights`), the mean over `trials` trainings, which the processes of torchrun share.   -> [N]
-    The paper does not say: SGD with momentum 0.9, no augmentation, an image's loss is the one it is trained
-    with.
+    (`last_epoch_weights`); the mean over `trials` trainings, which the processes of torchrun share.   -> [N]
+    The paper does not say: SGD with momentum 0.9, no augmentation, and an image's loss is the one it is
+    trained with.
 
     mean_std [2, 3] on the device; checkpoint: holds the unfinished work (utils/checkpoint.py)
     """
     device, mine, piece = mean_std.device, shard(list(range(trials))), f"{rank()} of {world_size()}"
-    resume, record = checkpoint.load(piece), Record(device, trial=0,
-                                                    scores=torch.zeros(len(split), device=device))
+    record = Record(device, trial=0, scores=torch.zeros(len(split), device=device))
+    resume = checkpoint.load(piece)
     first = len(mine) if resume and "scores" in resume else resume["trained"][-1]["trial"] if resume else 0
     for i in range(first, len(mine)):
         torch.manual_seed(generator("score", seed, mine[i]).initial_seed())

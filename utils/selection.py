@@ -1,9 +1,10 @@
 """Which images of the original data to keep: coresets, forgetting, loss scores, crops.
 
-recover.py calls `training_images`, `select` and `real_starts`. Of the others, everything but
-`count_forgetting`, `drop_largest` and `rank_correlation` looks at the images of one class.
+recover.py calls `real_images`. Functions look at the images of one class, but for `count_forgetting` and
+`drop_largest`.
 """
 import json
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import nn
 from utils import fail
 from utils.augment import apply_resized_crop, draw_resized_crop, normalize
 from utils.data import load_split
-from utils.presets import SELECTIONS
+from utils.presets import SELECTIONS, UNMATCHED
 from utils.provenance import check_classes, check_trained, fingerprint
 from utils.run import generator, send
 
@@ -92,18 +93,6 @@ def drop_largest(scores, labels, ratio):
     return torch.cat(kept).sort().values
 
 
-def _ranks(x):
-    """x [n] -> ranks [n] from 1, float64; equals share the mean of theirs."""
-    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]
-
-
-def rank_correlation(a, b):
-    """Spearman's: the correlation of the ranks of a and b, both [n], as a float; nan where one of them is
-    constant."""
-    return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1].item()
-
-
 def mosaic(images, factor):
     """RDED (arXiv:2312.03526): factor² images, each as small as 1/factor, are the tiles of one; tile k, row
     by row, of image n is images[k N + n].   images [factor² N, 3, S, S], S a multiple of factor -> [N, 3, S,
@@ -131,93 +120,107 @@ def class_indices(split, kept, classes, ipc, tiles=1):
     if (found := len(members[fewest])) < ipc * tiles:
         used = f" with --mosaic {round(tiles ** 0.5)} takes {ipc * tiles}, which" * (tiles > 1)
         fail(f"--ipc {ipc}{used} is more than the {found} training images of class {classes[fewest]}; use at "
-             f"most "
-             f"{found // tiles}")
+             f"most {found // tiles}")
     return members
 
 
-def training_images(args, paths, data, records):
-    """The training images that a method or an --init takes: those that the first backbone was trained on.
-    -> split, members [LongTensor] of each class, fingerprint of both"""
-    if data["image_size"] % args.mosaic:
-        fail(f"--mosaic {args.mosaic} does not divide the {data['image_size']} pixels of an image; use a "
-             "number that does")
-    split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers,
-                       holdout=args.holdout, imbalance=args.imbalance)
-    check_classes(split.classes, data["classes"], f"--dataset {args.dataset}",
-                  f"the teachers in {paths.teachers}")
-    check_trained(split, records, paths)
-    kept = records.get(args.backbones[0], {}).get("kept", torch.arange(len(split)))
-    tiles = 1 if args.method in SELECTIONS else args.mosaic ** 2
-    members = class_indices(split, kept, data["classes"], args.ipc, tiles)
-    return split, members, {"data": fingerprint(json.dumps([data, len(split)]))}
+def real_images(args, paths, data, models, records, device):
+    """`RealImages` for a method or an --init that takes some, else an object that starts from noise."""
+    if args.mosaic > 1 and args.init == "noise":
+        fail(f"--mosaic {args.mosaic} is of real images; name an --init")
+    if args.method in UNMATCHED or args.init != "noise":
+        return RealImages(args, paths, data, models, records, device)
+    return SimpleNamespace(starts={}, fingerprint=None)
 
 
-def features(model, split, data, device):
-    """What the last linear layer of a backbone is given for every training image.   -> [N, d]"""
-    linear, found = [layer for layer in model.modules() if isinstance(layer, nn.Linear)], []
-    hook = linear[-1].register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].float().cpu()))
-    with torch.inference_mode():
-        for images, _ in split.batches(500):
-            model(normalize(send(images, device), data["mean"], data["std"]))
-    hook.remove()
-    return torch.cat(found)
+class RealImages:
+    """The training images that a method or an --init of recover.py takes: those that the first backbone was
+    trained on.
 
+    split: the data set; members: [LongTensor], those of each class; fingerprint: of both, for `Run.work`;
+    chosen: [LongTensor [ipc]], those of each class that a selection writes; starts: {(class, index): [3, S,
+    S]}, normalised, of --init, {} for noise
+    """
 
-def select(method, count, members, split, *, first, data, seed, device):
-    """Which `count` images of each class a method takes: random, herding, kcenter, forgetting.
-    members: [LongTensor], those of each class; first: (name, model, record) of the backbone that chooses, but
-    for random
-    -> [LongTensor [count]]"""
-    if method == "random":
-        return [pool[torch.randperm(len(pool), generator=generator("random", seed, label))[:count]]
-                for label, pool in enumerate(members)]
-    name, model, record = first
-    if method == "forgetting":
-        if "forgetting" not in record:
-            fail(f"--backbones {name}: squeeze.py counts what a backbone forgets, but not of pretrained and "
-                 f"weak ones, nor with "
-                 "--objective moco; name another first")
-        events, learned = record["forgetting"]["events"], record["forgetting"]["learned"]
-        return [pool[most_forgotten(events[pool], learned[pool], count)] for pool in members]
-    if not any(isinstance(layer, nn.Linear) for layer in model.modules()):
-        fail(f"--backbones {name}: {method} takes the input of a linear layer as features, and it has none; "
-             f"name another first")
-    known, choose = features(model, split, data, device), {"herding": herding, "kcenter": k_center}[method]
-    return [pool[choose(known[pool], count)] for pool in members]
+    def __init__(self, args, paths, data, models, records, device):
+        if data["image_size"] % args.mosaic:
+            fail(f"--mosaic {args.mosaic} does not divide the {data['image_size']} pixels of an image; use a "
+                 "number that does")
+        self.data, self.seed, self.device, self.first = data, args.seed, device, args.backbones[0]
+        self.model, self.record = models.get(self.first), records.get(self.first, {})
+        self.split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers,
+                                holdout=args.holdout, imbalance=args.imbalance)
+        check_classes(self.split.classes, data["classes"], f"--dataset {args.dataset}",
+                      f"the teachers in {paths.teachers}")
+        check_trained(self.split, records, paths)
+        selects, tiles = args.method in SELECTIONS, args.mosaic ** 2
+        kept = self.record.get("kept", torch.arange(len(self.split)))
+        self.members = class_indices(self.split, kept, data["classes"], args.ipc, 1 if selects else tiles)
+        self.fingerprint = {"data": fingerprint(json.dumps([data, len(self.split)]))}
+        self.chosen = self.select(args.method, args.ipc) if selects else []
+        starts = not selects and args.init != "noise"
+        self.starts = self.select_starts(args.init, args.ipc, tiles) if starts else {}
 
+    def select(self, method, count):
+        """Which `count` images of each class a method takes: random, herding, kcenter, forgetting.
+        -> [LongTensor [count]]"""
+        if method == "random":
+            return [pool[torch.randperm(len(pool), generator=generator("random", self.seed, label))[:count]]
+                    for label, pool in enumerate(self.members)]
+        if method == "forgetting":
+            if "forgetting" not in self.record:
+                fail(f"--backbones {self.first}: squeeze.py counts what a backbone forgets, but not of "
+                     "pretrained and weak ones, nor with --objective moco; name another first")
+            events, learned = self.record["forgetting"]["events"], self.record["forgetting"]["learned"]
+            return [pool[most_forgotten(events[pool], learned[pool], count)] for pool in self.members]
+        known, choose = self.features(), {"herding": herding, "kcenter": k_center}[method]
+        return [pool[choose(known[pool], count)] for pool in self.members]
 
-@torch.no_grad()
-def real_starts(init, count, members, split, *, first, data, seed, device, looked_at=300, tiles=1):
-    """--init real, herding, kcenter: `count` training images of each class, random or chosen. crops (RDED,
-    arXiv:2312.03526): of `looked_at` random ones (more where more are needed) the crop of least loss of five
-    random square ones each, of these those of least loss. tiles: images in each, see `mosaic`.
-    -> {(class, index): [3, S, S]}"""
-    starts = {}
-    selected = init in ("herding", "kcenter") and select(
-        init, count * tiles, members, split, first=first, data=data, seed=seed, device=device)
-    for label, pool in enumerate(members):
-        rng = generator("init", seed, label)
-        several = max(looked_at, count * tiles) if init == "crops" else count * tiles
-        random = pool[torch.randperm(len(pool), generator=rng)[:several]]
-        images = normalize(split.read(selected[label] if selected else random).to(device), data["mean"],
-                           data["std"])
-        if init == "crops":
-            images = best_crops(first[1], images, label, count * tiles, rng)
-        starts |= {(label, index): image for index,
-                   image in enumerate(mosaic(images, round(tiles ** 0.5)).cpu())}
-    return starts
+    def features(self):
+        """What the last linear layer of the first backbone is given for every training image.   -> [N, d]"""
+        linear, found = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)], []
+        if not linear:
+            fail(f"--backbones {self.first}: features are the input of a linear layer, and it has none; name "
+                 "another first")
+        hook = linear[-1].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].float().cpu()))
+        with torch.inference_mode():
+            for images, _ in self.split.batches(500):
+                self.model(normalize(send(images, self.device), self.data["mean"], self.data["std"]))
+        hook.remove()
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def select_starts(self, init, ipc, tiles, looked_at=300):
+        """init real, herding, kcenter: training images of each class, random or chosen. crops (RDED,
+        arXiv:2312.03526): of `looked_at` random ones (more where more are needed) the crop of least loss of
+        five random square ones each, of these those of least loss. tiles: images in each start, see `mosaic`.
+        -> {(class, index): [3, S, S]}"""
+        starts, count = {}, ipc * tiles
+        selected = self.select(init, count) if init in ("herding", "kcenter") else None
+        for label, pool in enumerate(self.members):
+            rng = generator("init", self.seed, label)
+            several = max(looked_at, count) if init == "crops" else count
+            random = pool[torch.randperm(len(pool), generator=rng)[:several]]
+            images = self.split.read(selected[label] if selected else random).to(self.device)
+            images = normalize(images, self.data["mean"], self.data["std"])
+            if init == "crops":
+                images = best_crops(self.model, images, label, count, rng)
+            starts |= {(label, index): image
+                       for index, image in enumerate(mosaic(images, round(tiles ** 0.5)).cpu())}
+        return starts
 
 
 def best_crops(model, images, label, count, rng, crops=5):
     """Of each image [n, 3, S, S] of a class the random square crop of least loss, and of these the `count` of
-    least loss.
-    -> [count, 3, S, S]"""
+    least loss.   -> [count, 3, S, S]"""
     boxes = draw_resized_crop(len(images) * crops, images.shape[-1], rng, ratio=(1.0, 1.0))
     boxes = boxes.view(len(images), crops, 4).to(images.device)
-    losses = torch.stack([torch.cat([F.cross_entropy(model(views), labels, reduction="none") for views,
-                                     labels in (
-        (apply_resized_crop(part, box), torch.full((len(part),), label, device=images.device))
-        for part, box in zip(images.split(100), boxes[:, i].split(100)))]) for i in range(crops)], dim=1)
-    image, crop = lowest_loss_crops(losses, count)
+
+    def losses(part, box):
+        labels = torch.full((len(part),), label, device=images.device)
+        return F.cross_entropy(model(apply_resized_crop(part, box)), labels, reduction="none")
+
+    of_crops = [torch.cat([losses(*pair) for pair in zip(images.split(100), box.split(100))])
+                for box in boxes.unbind(1)]
+    image, crop = lowest_loss_crops(torch.stack(of_crops, dim=1), count)
     return apply_resized_crop(images[image], boxes[image, crop])

@@ -12,8 +12,7 @@ from torch import nn
 
 
 def channel_stats(x, groups=1):
-    """x [groups*B, C, H, W] -> mean, biased variance over (B, H, W), each [groups, C], in float32 at
-    least."""
+    """x [groups*B, C, H, W] -> mean, biased variance over (B, H, W), each [groups, C], at least float32."""
     var, mean = torch.var_mean(_float32(x).unflatten(0, (groups, -1)), dim=(1, 3, 4), correction=0)
     return mean, var
 
@@ -21,8 +20,8 @@ def channel_stats(x, groups=1):
 def patch_stats(x, patch, groups=1):
     """x [groups*B, C, H, W] -> mean, biased variance over (B, C, h, w) of each cell of a grid of patch*patch
     pixels, each [groups, ceil(H/patch)*ceil(W/patch)], row-major, in float32 at least."""
-    var, mean = torch.var_mean(_float32(_cells(whole_patches(x, patch), patch, groups)), dim=(1, 2, 4, 6),
-                               correction=0)
+    x = _float32(whole_patches(x, patch)).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    var, mean = torch.var_mean(x.unflatten(0, (groups, -1)), dim=(1, 2, 4, 6), correction=0)
     return mean.flatten(1), var.flatten(1)
 
 
@@ -37,11 +36,6 @@ def whole_patches(x, patch):
 
 def _float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))        # what autocast narrowed; float64 stays
-
-
-def _cells(x, patch, groups):
-    """x [groups*B, C, H, W] -> view [groups, B, C, H/patch, patch, W/patch, patch]."""
-    return x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).unflatten(0, (groups, -1))
 
 
 def mixed_moments(mean, var, share):
@@ -98,7 +92,7 @@ def require_eval(model):
     """ValueError for a model in train mode, whose BatchNorms would move and depend on the batch."""
     if training := [name for name, layer in model.named_modules() if layer.training]:
         raise ValueError(f"the model is in train mode (layer {training[0] or type(model).__name__!r}); call "
-                         f"model.eval() first")
+                         "model.eval() first")
 
 
 @torch.no_grad()
@@ -128,29 +122,26 @@ def statistics_of(model, batches, patch=4):
 
 def checked_targets(model, targets, weights):
     """The targets of every layer that has a weight, a BatchNorm2d's own running statistics where none are
-    given.
-    -> {layer name: tuple of 2 vectors (BatchNorm2d) or 4 (Conv2d)}.   ValueError names what is missing or of
-    another shape."""
+    given.   -> {layer name: tuple of 2 vectors (BatchNorm2d) or 4 (Conv2d)}.   ValueError names what is
+    missing or of another shape."""
     require_eval(model)
     layers, found = matched_layers(model), {}
     if lacking := layers.keys() - weights.keys():
         raise ValueError(f"weights lack layer {min(lacking)!r}; give every layer of matched_layers(model) "
-                         f"one, 0 to leave it out")
+                         "one, 0 to leave it out")
     for name, layer in layers.items():
         if not weights[name]:
             continue
         is_bn = isinstance(layer, nn.BatchNorm2d)
         if name not in targets and not is_bn:
             raise ValueError(f"layer {name!r} (Conv2d) has no targets; collect them with "
-                             f"statistics_of(model, batches, patch), or "
-                             "give it weight 0")
+                             "statistics_of(model, batches, patch), or give it weight 0")
         found[name] = tuple(targets[name]) if name in targets else (layer.running_mean, layer.running_var)
-        channels, shapes = layer.num_features if is_bn else layer.in_channels, [tuple(target.shape)
-                                                                                for target in found[name]]
-        if len(shapes) != (2 if is_bn else 4) or {shape[-1] for shape in shapes[:2]} != {channels}:
-            raise ValueError(f"layer {name!r}: targets of shapes {shapes}; expected {2 if is_bn else 4} "
-                             f"vectors, the first two of "
-                             f"{channels} channels")
+        count, channels = (2, layer.num_features) if is_bn else (4, layer.in_channels)
+        shapes = [tuple(target.shape) for target in found[name]]
+        if len(shapes) != count or {shape[-1] for shape in shapes[:2]} != {channels}:
+            raise ValueError(f"layer {name!r}: targets of shapes {shapes}; expected {count} vectors, the "
+                             f"first two of {channels} channels")
     return found
 
 
@@ -160,11 +151,10 @@ def check_input(name, x, target, patch, groups):
     cells = -(-height // patch) * -(-width // patch)
     if len(target) == 4 and target[2].shape[-1] != cells:
         raise ValueError(f"layer {name!r}: an input of shape {tuple(x.shape)} has {cells} patches of {patch} "
-                         f"pixels a side, its "
-                         f"targets have {target[2].shape[-1]}; use their patch and image size")
+                         f"pixels a side, its targets have {target[2].shape[-1]}; use their patch and size")
     if len(x) % groups:
         raise ValueError(f"layer {name!r}: an input of shape {tuple(x.shape)} is not {groups} batches of one "
-                         f"size")
+                         "size")
 
 
 class Matching:
@@ -177,7 +167,7 @@ class Matching:
     not fit.
 
         state = matching.start(groups)                             # once for each image batch
-        with matching.hooks(dropped) as inputs:                    # dropped: names of layers left out this time
+        with matching.hooks(dropped) as inputs:                    # dropped: names of layers left out
             logits = matching.model(images)
         bn, conv, state = matching.inject(inputs, state)           # losses [], new moving averages
         (classification_loss + bn + conv).backward()
@@ -207,8 +197,7 @@ class Matching:
             for kind, (value, target) in enumerate(zip(current, self.targets[name])):
                 past, now = state.get((name, kind)), value.detach()
                 ema = state[name, kind] = now if past is None else self.alpha * past + (1 - self.alpha) * now
-                # utils/losses.py: sds_match
-                distance = torch.linalg.vector_norm(value - target - (now - ema), dim=-1)
+                distance = torch.linalg.vector_norm(value - target - (now - ema), dim=-1)      # sds_match
                 loss = loss + self.weights[name] * distance.sum()
             bn, conv = (bn, conv + loss) if is_conv else (bn + loss, conv)
         return bn, conv, state

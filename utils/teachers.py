@@ -1,23 +1,27 @@
-"""Squeezed backbones: loading and checking."""
+"""Squeezed backbones: loading and checking them, and what matches their statistics."""
+import argparse
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from models import build_model
 from utils import fail
 from utils.checkpoint import absent, load_json, load_torch, reason
 from utils.cli import call
+from utils.closed_form import ClosedFormMatching, freeze
+from utils.presets import UNMATCHED
 from utils.processes import print_rank0, warn
-from utils.provenance import AGAIN, check_classes, check_data, fingerprint
-from utils.stats import matched_layers
+from utils.provenance import AGAIN, check_classes, check_data, fingerprint, fingerprints
+from utils.stats import Matching, layer_weights, matched_layers, mixed_moments
 from utils.train import with_precision
 
 TEACHER = ("weights", "backbone", "data", "top1", "tested", "args")            # what squeeze.py stores
 
 
 def need_files(args, folder, suffix, script):
-    """Stop with the command to run where a backbone of --backbones has no file.   -> the command for other
-    cases"""
+    """Stop with the command to run where a backbone of --backbones has no file; else return that command."""
     recipe = {"method": args.recipe, "recipe": None} if args.recipe else {}
     command = "run: " + call(script, args, **recipe, teachers=args.teachers, backbones=None)
     missing = [name for name in args.backbones if not (folder / f"{name}{suffix}").exists()]
@@ -73,21 +77,63 @@ def load_statistics(args, folder, models, records):
     command = need_files(args, folder, ".stats.pt", f"collect_stats.py{single}")
     for name, model in models.items():
         path, again = folder / f"{name}.stats.pt", f"{command} --backbones {name} --overwrite"
-        stored[name] = load_torch(path, again, ("statistics", "patch", "checkpoint", "classes", "args"))
-        stored[name]["fingerprint"] = fingerprint(path)
-        convolutions = {layer for layer, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-        check_classes(stored[name]["classes"], records[name]["data"]["classes"], path, f"{name}.pt")
-        if stored[name]["checkpoint"] != records[name]["fingerprint"]:
+        file = load_torch(path, again, ("statistics", "patch", "checkpoint", "classes", "args"))
+        stored[name] = file | {"fingerprint": fingerprint(path)}
+        layers, patch = matched_layers(model), stored[args.backbones[0]]["patch"]
+        convolutions = {layer for layer, module in layers.items() if isinstance(module, nn.Conv2d)}
+        check_classes(file["classes"], records[name]["data"]["classes"], path, f"{name}.pt")
+        if file["checkpoint"] != records[name]["fingerprint"]:
             fail(f"{path} belongs to other weights than {name}.pt; {again}")
-        if stored[name]["statistics"].keys() != convolutions:
+        if file["statistics"].keys() != convolutions:
             fail(f"{path} does not hold the convolutions of {name}; {again}")
-        if stored[name]["patch"] != (patch := stored[args.backbones[0]]["patch"]):
-            fail(f"{path} was collected with --patch {stored[name]['patch']}, {args.backbones[0]}'s with "
-                 f"{patch}; {again}")
-        if args.class_statistics and stored[name].get("class_statistics",
-                                                      {}).keys() != matched_layers(model).keys():
+        if file["patch"] != patch:
+            fail(f"{path} was collected with --patch {file['patch']}, {args.backbones[0]}'s with {patch}; "
+                 f"{again}")
+        if args.class_statistics and file.get("class_statistics", {}).keys() != layers.keys():
             fail(f"{path} holds no statistics of single classes; {again}")
     return stored
+
+
+def load_backbones(args, folder, device):
+    """The backbones that a --method of recover.py matches, or the first one where it chooses real images, or
+    none.   -> models, records, statistics, each {backbone: ...}, data of `load_teachers` or None,
+    fingerprints"""
+    first, nothing = args.backbones[0], ({}, {}, {}, None, {})
+    optional = args.method == "dm" and args.init in ("noise", "real")   # only for the images that it keeps
+    if args.method == "random" or optional and not (folder / f"{first}.pt").exists():
+        return nothing
+    if args.method not in UNMATCHED:
+        if args.subset > (found := len(args.backbones)):
+            fail(f"--subset {args.subset} is more than the {found} --backbones; use at most that many")
+        models, records, data = load_teachers(args, folder, build_model, device)
+        statistics = load_statistics(args, folder, models, records)
+        stored = {name: stored.get("fingerprint") for name, stored in statistics.items()}
+        return models, records, statistics, data, fingerprints(records) | {"statistics": stored}
+    one = argparse.Namespace(**vars(args) | {"backbones": [first]})
+    models, records, data = load_teachers(one, folder, build_model, device)
+    if optional and "kept" not in records[first]:
+        return nothing                                               # it would change nothing
+    return models, records, {}, data, {"first backbone": fingerprints(records)["weights"]}
+
+
+def make_matchers(models, statistics, labels, *, plain=False, class_statistics=False, alpha=0.8, **weights):
+    """A `ClosedFormMatching`, or with `plain` a `Matching`, of each backbone, for batches of labels [G, B].
+    statistics: {backbone: file of collect_stats.py}; class_statistics: a batch's targets are those of the
+    mixture of its classes; weights: of `layer_weights`"""
+    matchers = []
+    for name, model in models.items():
+        stored, targets = statistics[name], statistics[name]["statistics"]
+        if class_statistics:
+            share = F.one_hot(labels, len(stored["classes"])).double().mean(1).cpu()
+            targets = {layer: [moment.float() for mean, var in zip(vectors[::2], vectors[1::2])
+                               for moment in mixed_moments(mean, var, share)]
+                       for layer, vectors in stored["class_statistics"].items()}
+        targets = {layer: [vector.to(labels.device) for vector in vectors]
+                   for layer, vectors in targets.items()}
+        model, form = (model, Matching) if plain else (freeze(model), ClosedFormMatching)
+        matchers.append(form(model, targets, layer_weights(model, **weights), alpha=alpha,
+                             patch=stored["patch"]))
+    return matchers
 
 
 def at_chance(top1, classes, tested):
@@ -96,16 +142,20 @@ def at_chance(top1, classes, tested):
     return top1 <= chance + 2 * math.sqrt(chance * (100 - chance) / tested)
 
 
-def warn_of_backbones(records, num_classes, unmatched=()):
-    """Say which backbones know nothing, within two standard errors of a guess, and which have nothing that is
-    matched."""
-    for name in unmatched:
-        warn(f"{name} has no BatchNorm, and --conv-weight is 0: its statistics are not matched")
+def warn_of_backbones(records, num_classes):
+    """Say which backbones know nothing, within two standard errors of a guess."""
     for name, record in records.items():
         if at_chance(record["top1"], num_classes, record["tested"]):
             warn(f"{name} is right on {record['top1']:.1f} % of the test images, no better than chance "
                  f"({100 / num_classes:.1f} %); look at the images, or train it again with squeeze.py "
                  "--overwrite and more --epochs or another --lr")
+
+
+def warn_of_unmatched(models, bn_weight, conv_weight):
+    """Say which backbones have nothing that is matched, although something is to be."""
+    for name, model in models.items():
+        if bn_weight and not any(layer_weights(model, bn_weight, conv_weight, 1).values()):
+            warn(f"{name} has no BatchNorm, and --conv-weight is 0: its statistics are not matched")
 
 
 def costs(path):

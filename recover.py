@@ -111,8 +111,9 @@ def matching_gradient(matcher, labels, ce_weight, pixels, view, kept, state, dro
     layers that act, as a mask, and those that do not, by name; state: the moving averages of Eq. 6, Eq. 10.
     -> gradient at the pixels, losses (classification, BatchNorm, convolutions), state"""
     pixels = pixels.detach().requires_grad_()
+    views = apply_views(pixels, view)
     with matcher.hooks(dropped) as inputs:
-        logits = matcher.model(apply_views(pixels, view))
+        logits = matcher.model(views)
     # closed form: bn and conv have no graph, their gradient comes in at the layers' inputs
     bn, conv, state = matcher.inject(inputs, state, kept)
     ce = ce_weight * F.cross_entropy(logits, labels.flatten(), reduction="sum") / labels.shape[1]
@@ -184,8 +185,7 @@ def recover_batch(images, labels, matchers, draws, *, bounds, lr=0.05, weight_de
 
 
 def synthesise(args, run, recorder, models, statistics, starts, device):
-    """Optimise all images by `recover_batch`; the processes of torchrun share the batches, but with
-    --ema-carry, where one needs the batch before."""
+    """Optimise all images by `recover_batch`; torchrun's processes share batches, not with --ema-carry."""
     data = recorder.data
     batches = make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)
     # alike in a pass: the size, and the slot of a --subset, images of one index or a batch of whole classes
@@ -245,8 +245,8 @@ def get_parser():
     add("--subset", type=count, default=0, help="backbones of a slot, all act [S_i of Teddy]; 0 = one, Eq. 7")
     add("--class-statistics", **switch, help="match those of the mixture of classes in a batch [Teddy]")
     add("--statistics", choices=["closed", "plain"], default="closed", help="Eq. 6, Eq. 10; plain: autograd")
-    add("--adaptive-ratio", type=number(float, 0, 0.9), default=0.0, help="of real images, left out [beta]")
-    add("--adaptive-period", type=number(int, 1), default=10, help="iterations between two such choices")
+    add("--adaptive-ratio", type=number(float, 0, 0.9), default=0.0, help="share of real images cut [BiLP]")
+    add("--adaptive-period", type=number(int, 1), default=10, help="iterations from cut to cut [BiLP]")
     add = parser.add_argument_group("start and augmentation of the images").add_argument
     add("--init", choices=["noise", "real", "herding", "kcenter", "crops"], default="noise",
         help="noise; training images, random or chosen by the first backbone; or their crops of lowest loss")

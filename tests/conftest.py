@@ -35,7 +35,8 @@ FLAGS = {
     "train_eval": "--epochs 3 --students convnet_w8",
 }
 # a second a test
-LARGE = {"vgg11_bn", "resnet50", "resnet101", "regnet_x_8gf", "swin_t", "efficientnet_b0", "mobilenetv2"}
+LARGE = {"vgg11_bn", "resnet18", "resnet50", "resnet101", "regnet_x_8gf", "swin_t", "efficientnet_b0",
+         "mobilenetv2"}
 
 
 def pytest_configure(config):
@@ -213,6 +214,13 @@ def project(squeezed, tmp_path):
     """A project of one's own, with teachers; the data set is shared."""
     shutil.copytree(squeezed.root / "runs", tmp_path / "runs")
     return Project(tmp_path, squeezed.dataset)
+
+
+@pytest.fixture
+def recovered(labelled, tmp_path):
+    """`project` with distilled images."""
+    shutil.copytree(labelled.root / "runs", tmp_path / "runs", ignore=shutil.ignore_patterns("labels"))
+    return Project(tmp_path, labelled.dataset)
 
 
 @pytest.fixture

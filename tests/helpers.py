@@ -1,4 +1,5 @@
 """What several of the tests need."""
+import multiprocessing
 from collections import Counter
 from contextlib import contextmanager
 
@@ -7,6 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils.closed_form
 from utils.train import Graphed
+
+PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
+forkserver = multiprocessing.get_context("forkserver")       # its processes need not import the scripts again
+forkserver.set_forkserver_preload([*PHASES])
 
 
 def assert_near(actual, expected, tolerance):

@@ -72,7 +72,7 @@ def bench_scale(rounds, quick, device):
                 if not name:
                     measure(phase, *flags)
                     continue
-                few, many = steps(images, size)
+                few, many = (2, 6) if quick else steps(images, size)
                 (first, less), (second, more) = (measure(phase, *flags, name, n, "--overwrite")
                                                  for n in (few, many))
                 each = (second - first) / (many - few)

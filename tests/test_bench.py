@@ -22,9 +22,16 @@ def test_a_bench_prints_a_ratio_for_each_case(name, capsys):
     measured = {"recover": "drop 0", "scale": "few_mb"}.get(name, "ratio")
     assert rows and all(row["bench"] == name and row[measured] > 0 and row["torch"] == torch.__version__
                         for row in rows)
-    bench.main([name, "--quick", "--rounds", "1"])
+
+
+@pytest.mark.slow
+def test_a_table_says_with_what_and_has_a_row_for_each_case(capsys):
+    words = ["labels", "augment", "--quick", "--rounds", "1"]
+    bench.main([*words, "--json"])
+    rows = capsys.readouterr().out.splitlines()
+    bench.main(words)
     first, *table = capsys.readouterr().out.splitlines()
-    assert all(word in first for word in ("date 20", "threads 1", "torch")) and len(table) >= len(rows) + 2
+    assert all(word in first for word in ("date 20", "threads 1", "torch")) and len(table) >= len(rows) + 4
 
 
 def test_the_functions_of_a_round_take_turns_and_the_first_round_does_not_count():

@@ -2,7 +2,6 @@
 with the same command to the bytes of a run that nobody disturbed. Processes are forked from one that has
 imported the scripts."""
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -21,10 +20,10 @@ import recover
 import squeeze
 import train_eval
 from tests.conftest import Project
+from tests.helpers import PHASES, forkserver
 from utils import provenance
 
 pytestmark = pytest.mark.slow
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 LONG = {  # flags with which a phase takes a second or so
     "squeeze": "--epochs 20 --batch-size 4", "collect_stats": "--batch-size 2",
     "recover": "--iterations 60 --batch-size 4", "relabel": "--epochs 120",
@@ -35,8 +34,6 @@ STEPS = {  # what a phase calls once in each of its steps, and how often
     "squeeze": ("apply_view", 2 * 20 * 12), "collect_stats": ("normalize", 2 * 24),
     "recover": ("matching_gradient", 2 * 60),
     "relabel": ("label_epoch", 120), "train_eval": ("student_loss", 2 * 2 * 40 * 4)}
-forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload([*PHASES])
 
 
 def work(phase, arguments, at=0, action=None, errors=os.devnull):

@@ -231,9 +231,8 @@ def test_hub_folder(run, tmp_path):
     assert str(run.parents[2]) not in "".join(path.read_text() for path in tmp_path.rglob("*.[jm][sd]*"))
 
 
-def test_hub_card_without_labels_speaks_of_none(squeezed, project, tmp_path):
-    project.call("recover")
-    call(project.run(), "--hub", tmp_path / "hub")
+def test_hub_card_without_labels_speaks_of_none(squeezed, recovered, tmp_path):
+    call(recovered.run(), "--hub", tmp_path / "hub")
     assert "logits" not in (tmp_path / "hub" / "README.md").read_text() and not (tmp_path / "hub"
                                                                                  / "labels").exists()
 

@@ -54,6 +54,7 @@ def digest(images):
     return hashlib.sha256(images.numpy().tobytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_shapes_are_the_same_bytes_every_time_and_leave_the_generators_alone(shapes):
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
     assert all(digest(load_split("shapes", "nowhere", s).images) == digest(shapes[s].images) for s in shapes)

@@ -349,6 +349,7 @@ def test_interrupted_matching_goes_on_to_the_same_bytes(at, ratio, squeezed, new
     assert len(calls) == 6 and stopped.outputs() == whole.outputs()
 
 
+@pytest.mark.slow
 def test_pruning_changes_what_is_matched_and_is_lazy(project, monkeypatch):
     read, scored = [], []
     score, split_read = dm.prune, Split.read

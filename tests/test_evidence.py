@@ -110,6 +110,7 @@ def test_a_result_older_than_a_flag_was_made_without_it_whatever_a_preset_says_n
     assert make_readme.command("recover", args).endswith(" --preset best --init noise")
 
 
+@pytest.mark.slow
 def test_a_cell_holds_the_results_the_costs_and_the_bytes_of_its_run(project, evidence, tmp_path):
     for method in "random", "gvbsm":
         project.chain(f"--method {method}", first="recover")
@@ -174,6 +175,7 @@ def test_a_row_names_the_hardware_of_its_phases_in_turn(project, evidence, tmp_p
     assert make_readme.hardware(cell) == here                            # files from before the costs told it
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_cell_repeat_every_phase_of_it(relabelled, evidence, tmp_path):
     relabelled.call("squeeze", "--backbones wrn10_1 --epochs 1 --teachers other --save-epochs 1:1:1")
     relabelled.call("collect_stats", "--backbones wrn10_1@1 --teachers other")

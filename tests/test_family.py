@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 from argparse import Namespace
 from contextlib import redirect_stderr
 
@@ -398,6 +399,7 @@ def test_the_moments_of_a_mixture_are_those_of_all_its_values():
         torch.testing.assert_close(mixed_var[row], together.var(0, correction=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["reorder", "original"])
 def test_class_statistics_aim_each_batch_at_its_own_classes_in_both_gradients(loop, project, request):
     project.call("collect_stats", "--class-statistics --overwrite")
@@ -444,6 +446,7 @@ def test_class_statistics_that_nobody_collected_are_missed(project):
 
 # BiLP
 
+@pytest.mark.slow
 def test_scores_are_smoothed_losses_of_a_small_convnet_averaged_over_trainings(bare, monkeypatch):
     bare.call("squeeze", "--backbones convnet_w8 --prune-ratio 0.25 --score-trials 2 --score-epochs 3 "
               "--score-batch-size 20 --score-lr 0.01")
@@ -559,6 +562,7 @@ def test_forgetting_events_are_those_counted_by_hand_while_training(bare, monkey
     assert events.sum() > 0
 
 
+@pytest.mark.slow
 def test_forgetting_selects_from_what_squeezing_kept_and_needs_counts(bare):
     bare.call("squeeze", "--prune-ratio 0.5 --score-trials 1 --score-epochs 1 --pruned 1 --backbones wrn10_1")
     kept = checkpoint(bare.teachers / "wrn10_1.pt")["kept"].tolist()
@@ -775,14 +779,13 @@ WORKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", WORKS)
-def test_interrupted_work_goes_on_to_the_same_bytes(what, request, beasts, new_project, monkeypatch):
+def test_interrupted_work_goes_on_to_the_same_bytes(what, squeezed, new_project, monkeypatch):
     phase, flags, function, call = WORKS[what]
     results = []
     for broken in False, True:
-        project = new_project(beasts)
+        project = new_project(squeezed.dataset)
         if phase != "squeeze":
-            project.call("squeeze")
-            project.call("collect_stats")
+            shutil.copytree(squeezed.root / "runs", project.root / "runs")
         if broken:
             *place, name = function.split(".")
             module = globals()[place[0] if place else phase]

@@ -124,11 +124,10 @@ def test_labels_older_than_the_flag_had_flips(relabelled):
     assert "--flip True (now False)" in relabelled.mistake("relabel", "--no-flip")
 
 
-def test_relabel_refuses_teachers_of_permuted_classes_at_its_start(project):
-    project.call("recover")
-    for path in (project.teachers / f"{name}.pt" for name in ("convnet_w8", "wrn10_1")):
+def test_relabel_refuses_teachers_of_permuted_classes_at_its_start(recovered):
+    for path in (recovered.teachers / f"{name}.pt" for name in ("convnet_w8", "wrn10_1")):
         record = torch.load(path, weights_only=True)
         record["data"]["classes"] = [*reversed(record["data"]["classes"])]
         torch.save(record, path)
-    line = project.mistake("relabel", "--images", project.run() / "images")
-    assert "differ in their classes" in line and str(project.teachers) in line
+    line = recovered.mistake("relabel", "--images", recovered.run() / "images")
+    assert "differ in their classes" in line and str(recovered.teachers) in line

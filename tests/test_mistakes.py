@@ -108,10 +108,9 @@ def test_without_statistics(project):
           "--backbones wrn10_1")
 
 
-def test_images_of_an_unfinished_run_are_not_labelled(project):
-    project.call("recover")
-    (project.run() / "result.json").unlink()
-    tells(project.mistake("relabel"), "result.json is missing", "recover.py")
+def test_images_of_an_unfinished_run_are_not_labelled(recovered):
+    (recovered.run() / "result.json").unlink()
+    tells(recovered.mistake("relabel"), "result.json is missing", "recover.py")
 
 
 def test_unfinished_work_is_not_called_missing(project, monkeypatch):

@@ -203,6 +203,7 @@ def test_a_pruned_network_is_the_whole_one_with_zeros_and_has_its_gradient(name)
     assert (expected - model(images)).abs().max() > 1e-3 * expected.abs().max()  # the removed ones did count
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_pruned_network_name_their_sizes_and_keep_their_flags():
     model = build_model("convnet_w16", 5, 32)
     model[0].weight.requires_grad_(False)

@@ -237,6 +237,7 @@ def python_block(page, word):
     return block
 
 
+@pytest.mark.slow
 def test_the_block_that_distils_from_python_runs_as_printed(capsys):
     block, space = python_block("README.md", "recover_batch"), {}
     assert len(block.splitlines()) <= 30

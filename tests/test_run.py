@@ -3,6 +3,7 @@ import argparse
 import json
 import operator
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,10 +67,15 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(save, tmp_path, caps
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
-    code = ("import os, sys; from pathlib import Path; from utils.checkpoint import whole_file\n"
-            "with whole_file(Path(sys.argv[1])) as temporary:\n    temporary.write_text('ne')\n    "
-            "os._exit(1)")
-    subprocess.run([sys.executable, "-c", code, tmp_path / "result.json"], cwd=ROOT)
+    child = os.fork()
+    if not child:
+        try:
+            with checkpoint.whole_file(tmp_path / "result.json") as temporary:
+                temporary.write_text("ne")
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert not (tmp_path / "result.json").exists() and len(list(tmp_path.iterdir())) == 1
     checkpoint.save_torch(tmp_path / "result.json", 1)            # the next attempt clears it away
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]

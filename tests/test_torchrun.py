@@ -1,11 +1,14 @@
-"""Two processes of torchrun, with gloo on CPUs, make what one makes."""
+"""Two processes of torchrun, with gloo on CPUs, make what one makes. Where torchrun itself does not matter,
+they are forked with what it would tell them."""
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -27,10 +30,29 @@ def torchrun(project, phase, *flags, processes=2):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def ended(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    lines = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines()
+def work(rank, port, phase, arguments, printed):
+    """A phase as one of two processes of torchrun."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                       MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    sys.stdout = open(f"{printed}-{rank}", "w")
+    torch.set_num_threads(1)
+    import_module(phase).main(arguments)
+    sys.stdout.close()
+
+
+def together(project, phase, *flags):
+    """A phase in two processes.   -> its RESULTs"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    printed = project.root / phase
+    arguments = port, phase, project.arguments(phase, *flags), printed
+    mp.start_processes(work, arguments, nprocs=2, start_method="forkserver")
+    return results_in(Path(f"{printed}-0").read_text())
+
+
+def results_in(text):
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in text.splitlines()
              if line.startswith("RESULT ")]
     results = [json.loads(Path(line["file"]).read_text()) for line in lines]
     assert results and all(result["processes"] == 2 for result in results)
@@ -56,7 +78,7 @@ def test_squeeze_trains_as_one_process_up_to_rounding(project, new_project):
              "--score-trials 3 --score-epochs 2 --score-batch-size 20")
     project.call("squeeze", flags)
     both = new_project(project.dataset)
-    result, = ended(torchrun(both, "squeeze", flags))
+    result, = together(both, "squeeze", flags)
     for name in (name + kind for name in ("convnet_w8", "wrn10_1") for kind in ("", "@1", "@pruned1")):
         one, two = (torch.load(each.teachers / f"{name}.pt", weights_only=True) for each in (project, both))
         assert torch.equal(one["kept"], two["kept"]) and len(one["kept"]) == 32
@@ -73,7 +95,9 @@ def test_statistics_are_those_of_one_process(project, new_project):
     both = copy(project, new_project)
     flags = "--overwrite --batch-size 7 --class-statistics"
     project.call("collect_stats", flags)
-    ended(torchrun(both, "collect_stats", flags))
+    process = torchrun(both, "collect_stats", flags)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0 and results_in(out), err
     for name in "convnet_w8", "wrn10_1":
         one, two = (torch.load(each.teachers / f"{name}.stats.pt", weights_only=True)
                     for each in (project, both))
@@ -89,7 +113,7 @@ def test_images_labels_and_accuracies_have_the_bytes_of_one_process(project, new
     for phase, flags in [("recover", "--ipc 3"), ("relabel", "--ipc 3"),
                          ("train_eval", "--ipc 3 --students convnet_w8 wrn10_1 --student-seeds 0 1 2")]:
         project.call(phase, flags)
-        results = ended(torchrun(both, phase, flags))
+        results = together(both, phase, flags)
         assert len(results) == (2 if phase == "train_eval" else 1)
     kinds = "*.png", "*.npy", "log*.jsonl"
     assert made(both, *kinds) == made(project, *kinds) and len(made(both, *kinds)) == 3 * 4 + 1 + 6 + 1
@@ -106,7 +130,7 @@ def test_classes_in_steps_give_the_accuracies_of_one_process(project, new_projec
     for phase in "recover", "relabel":
         project.call(phase)
     both = copy(project, new_project)
-    expected, (result,) = project.call("train_eval", flags), ended(torchrun(both, "train_eval", flags))
+    expected, (result,) = project.call("train_eval", flags), together(both, "train_eval", flags)
     timeless = {key: value for key, value in expected.items() if "top1" in key or "curve" in key}
     assert timeless.items() <= result.items() and len(result["curves"]) == 2
 
@@ -120,12 +144,12 @@ def wait_for(pattern, folder, process):
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_all_and_a_restart_with_any_number_goes_on(project, new_project):
-    both, flags = copy(project, new_project), "--iterations 200 --checkpoint-minutes 0.001 --batch-size 2"
+    both, flags = copy(project, new_project), "--iterations 100 --checkpoint-minutes 0.001 --batch-size 2"
     process = torchrun(both, "recover", flags)
     lock = wait_for("lock", both.root, process)
     wait_for("batch*.pt", both.root, process)
     os.kill(int(lock.read_text().split()[0]), signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 1 and "Signal 9 (SIGKILL)" in err and "RESULT" not in out
     assert list(both.root.rglob("batch*.pt"))
     both.call("recover", flags)
@@ -142,7 +166,7 @@ def test_a_signal_to_torchrun_keeps_the_work_of_every_process(project, new_proje
         while path.read_text().count("\n") < 2:                      # at work
             time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode and err.count("the same command goes on") == 2
     assert len(list(both.root.rglob("batch*.pt"))) == 2
 
@@ -150,7 +174,7 @@ def test_a_signal_to_torchrun_keeps_the_work_of_every_process(project, new_proje
 @pytest.mark.slow
 def test_a_mistake_is_told_and_ends_all(project):
     process = torchrun(project, "recover", "--teachers nobody")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     lines = [line for line in err.splitlines() if "nobody/convnet_w8.pt is missing" in line]
     assert process.returncode == 1 and 1 <= len(lines) <= 2
     assert err.count("Traceback (most recent call last)") == 1       # torchrun's own
@@ -190,7 +214,7 @@ def step(model):
 
 @pytest.mark.slow
 def test_two_steps_in_parallel_are_those_of_one_process(tmp_path):
-    mp.spawn(joint_steps, (tmp_path,), nprocs=2)
+    mp.start_processes(joint_steps, (tmp_path,), nprocs=2, start_method="forkserver")
     for name, count in CASES:
         model, images, labels = example(name, count)
         for _ in range(2):

@@ -105,10 +105,10 @@ def tile(groups, gap=2):
 
 
 @torch.inference_mode()
-def logits_of(model, images, data, device, batch_size=128):
+def logits_of(model, images, data, device):
     """Of uint8 images [N, 3, S, S].   -> [N, classes]"""
     return torch.cat([model(normalize(batch.to(device), data["mean"], data["std"])).cpu()
-                      for batch in images.split(batch_size)])
+                      for batch in images.split(128)])
 
 
 def embed(rows, seed):
@@ -147,9 +147,9 @@ def read_runs(folders):
     return results
 
 
-def class_images(run, count=None, size=None, workers=0):
-    """Yields name of the class, uint8 images [n, 3, S, S] of the first `count` classes of a run; size: by
-    default the first image's"""
+def class_images(run, count, size, workers):
+    """Yields name of the class, uint8 images [n, 3, S, S] of the first `count` classes of a run, None: of all;
+    size None: the first image's"""
     labels, classes, files = list_folder(run / "images")
     files = np.array([run / "images" / file for file in files])
     with unreadable_fails(), opened(files[0]) as image:

@@ -150,9 +150,9 @@ def why_alone(result, results):
 
     def differences(other):
         theirs = recipe(other)
-        return list(dict.fromkeys("other teachers" if flag == "teachers"
-                                  else f"{flag} {theirs[phase, flag]}, not {mine[phase, flag]}"
-                                  for phase, flag in mine if theirs[phase, flag] != mine[phase, flag]))
+        return list(dict.fromkeys("other teachers" if key[1] == "teachers" else
+                                  f"{key[1]} {theirs[key]}, not {mine[key]}"
+                                  for key in mine if theirs[key] != mine[key]))
     return "; ".join(min(map(differences, random_results(result, results)), key=len, default=[]))
 
 
@@ -172,9 +172,8 @@ def rows(dataset, results):
                 ours = results.get((ipc, student, labels, method, tag))
                 if not ours and labels != "stored" and is_variant(dataset, tag):
                     continue
-                real = random_beside(ours, results) if ours else results.get((ipc, student, labels, "random",
-                                                                              tag)) or results.get(
-                    (ipc, student, labels, "random", None))
+                alone = (results.get((ipc, student, labels, "random", its)) for its in (tag, None))
+                real = random_beside(ours, results) if ours else next(filter(None, alone), None)
                 mark = ""
                 if ours and not real and (why := why_alone(ours, results)):
                     note = f"random real has another recipe ({why})"

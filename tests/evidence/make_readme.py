@@ -73,8 +73,8 @@ def keep(folder, results, out):
 def spent(path, backbones=()):
     """Seconds, most memory and hardware of a RESULT file, if there is one; of squeeze.py and collect_stats.py
     for these backbones."""
-    result = load_json(path, "run its phase again",
-                       ("seconds", "peak_memory", "hardware")) if path.exists() else None
+    keys = "seconds", "peak_memory", "hardware"
+    result = load_json(path, "run its phase again", keys) if path.exists() else None
     known = result.get("costs", {}) if result else {}
     parts = [known[name] for name in backbones if name in known] if backbones else [result]
     return {"seconds": sum(part["seconds"] for part in parts), "mib": max(map(memory, parts)),
@@ -127,8 +127,8 @@ def results_table(cells):
                                             cell["tag"] or ""))
     header = "IPC", "student", "run", "distilled", "random real", "margin", "hard labels", "paper"
     return table(header, [[
-        str(cell["ipc"]), cell["student"], run_name(cell["method"], cell["tag"]) + ", online labels"
-        * (labels == "online"),
+        str(cell["ipc"]), cell["student"],
+        run_name(cell["method"], cell["tag"]) + ", online labels" * (labels == "online"),
         *pair(cell, labels), both(cell), paper(cell)] for cell in cells for labels in soft_kinds(cell)])
 
 
@@ -173,20 +173,18 @@ def family_table(cells):
 
 def missing_table(cells):
     """The paper's numbers without an untagged run here."""
-    done = {(cell["method"], cell["dataset"], cell["ipc"], cell["student"]) for cell in cells
-            if not cell["tag"]}
-    lines = [[dataset, student, str(ipc), number] for (method, dataset, student, labels),
-             numbers in PUBLISHED.items()
-             for ipc, number in numbers.items() if method == "gvbsm"
-             and (method, dataset, ipc, student) not in done]
+    done = {(cell["dataset"], cell["student"], cell["ipc"]) for cell in cells
+            if cell["method"] == "gvbsm" and not cell["tag"]}
+    ours = {key[1:3]: numbers for key, numbers in PUBLISHED.items() if key[0] == "gvbsm"}
+    lines = [[*key, str(ipc), number] for key, numbers in ours.items() for ipc, number in numbers.items()
+             if (*key, ipc) not in done]
     return table(("data set", "student", "IPC", "paper"), lines)
 
 
 def byte_table(runs):
-    return table(("run", "images", "labels", "teachers", "statistics"), [[
-        name, *(f"{cells[0]['bytes'][what] / 1e6:.2f}"
-                for what in ("images", "labels", "teachers", "statistics"))]
-        for name, cells in runs.items()])
+    kinds = "images", "labels", "teachers", "statistics"
+    return table(("run", *kinds), [[name, *(f"{cells[0]['bytes'][kind] / 1e6:.2f}" for kind in kinds)]
+                                   for name, cells in runs.items()])
 
 
 def cost_table(runs):
@@ -268,12 +266,10 @@ def compared(cells):
     for cell in cells:
         if under(cell, FAMILY) and cell["distilled"]:
             families.setdefault(key(cell), []).append(cell)
-    bases = [cell for cell in cells if cell["tag"] in BASES and cell["tag"] != FAMILY and cell["method"]
-             == "gvbsm"
+    bases = [cell for cell in cells if cell["tag"] in {*BASES} - {FAMILY} and cell["method"] == "gvbsm"
              and "stored" in cell["distilled"]]
-    comparisons = [(base, [cell for cell in cells if cell is not base and cell["distilled"] and key(cell)
-                           == key(base)
-                           and under(cell, base["tag"])]) for base in bases]
+    comparisons = [(base, [cell for cell in cells if cell is not base and cell["distilled"]
+                           and key(cell) == key(base) and under(cell, base["tag"])]) for base in bases]
     placed = [id(cell) for family in families.values() for cell in family]
     placed += [id(cell) for base, others in comparisons for cell in (base, *others)]
     return list(families.values()), comparisons, [cell for cell in cells if id(cell) not in placed]
@@ -288,18 +284,17 @@ def section(dataset, cells):
     families, comparisons, others = compared(list(cells.values()))
     parts = [f"## {dataset}", *[results_table(others)] * bool(others)]
     for family in families:
-        parts.append(f"### Every method under one recipe: {dataset}, IPC {family[0]['ipc']}, "
-                     f"{family[0]['student']}")
-        parts.append(family_table(family))
+        where = f"{dataset}, IPC {family[0]['ipc']}, {family[0]['student']}"
+        parts += [f"### Every method under one recipe: {where}", family_table(family)]
     for base, alike in comparisons:
-        parts.append(f"### Base `--tag {base['tag']}`: {dataset}, IPC {base['ipc']}, {base['student']}")
-        parts.append(comparison_table(base, alike))
+        where = f"{dataset}, IPC {base['ipc']}, {base['student']}"
+        parts += [f"### Base `--tag {base['tag']}`: {where}", comparison_table(base, alike)]
     runs = {}  # a run: its cells, one for each student
     for name, cell in cells.items():
         runs.setdefault(name.removeprefix(dataset + "-").removesuffix("-" + cell["student"]), []).append(cell)
-    parts.append(folded(f"Costs on {dataset}", "Seconds and most memory of each phase; of train_eval.py for "
-                        "one student seed.\n\n"
-                        + cost_table(runs) + "\n\nMegabytes on the disk.\n\n" + byte_table(runs)))
+    costs = ("Seconds and most memory of each phase; of train_eval.py for one student seed.\n\n"
+             f"{cost_table(runs)}\n\nMegabytes on the disk.\n\n{byte_table(runs)}")
+    parts.append(folded(f"Costs on {dataset}", costs))
     lines = [f"# {name}\n" + "\n".join(commands(mine)) for name, mine in runs.items()]
     return "\n\n".join([*parts, folded(f"Commands of every run on {dataset}",
                                        "```bash\n" + "\n\n".join(lines) + "\n```")])

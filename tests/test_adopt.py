@@ -1,6 +1,7 @@
 """Weights of other people's: classifiers and self-supervised encoders in the layouts they are published in,
 and bad files."""
 import argparse
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -25,6 +26,12 @@ def trained_like(name="resnet18", classes=4, seed=0):
             layer.running_mean.normal_(std=0.1)
             layer.running_var.uniform_(0.8, 1.2)
     return model.eval()
+
+
+@cache
+def fresh():
+    """A network of ours to copy."""
+    return build_model("resnet18", 4, 72)
 
 
 def body(model):
@@ -72,7 +79,7 @@ WRAPPED = {
 def test_a_classifier_is_found_under_any_wrapping(wrapping, tmp_path):
     theirs, images = trained_like(), torch.randn(2, 3, 72, 72)
     torch.save(WRAPPED[wrapping](theirs.state_dict()), tmp_path / "theirs.pt")
-    mine = build_model("resnet18", 4, 72)
+    mine = deepcopy(fresh())
     adopt(mine, tmp_path / "theirs.pt")
     assert torch.equal(mine.eval()(images), theirs(images))
 
@@ -81,7 +88,7 @@ def test_a_classifier_is_found_under_any_wrapping(wrapping, tmp_path):
 def test_an_encoder_is_found_in_each_layout_and_its_head_is_left(layout, tmp_path):
     theirs = trained_like()
     torch.save(layouts(theirs)[layout], tmp_path / "theirs.pt")
-    mine = build_model("resnet18", 4, 72)
+    mine = deepcopy(fresh())
     head = mine.fc.weight.clone()
     adopt(mine, tmp_path / "theirs.pt", encoder=True)
     assert all(torch.equal(mine.state_dict()[key], value) for key, value in body(theirs).items())
@@ -109,7 +116,7 @@ def test_a_file_that_does_not_fit_ends_in_a_line(stored, told, tmp_path, capsys)
     path, value = tmp_path / "theirs.pt", stored(trained_like())
     path.write_text(value) if isinstance(value, str) else torch.save(value, path)
     with pytest.raises(SystemExit) as end:
-        adopt(build_model("resnet18", 4, 72), path)
+        adopt(deepcopy(fresh()), path)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and str(path) in error and told in error
 

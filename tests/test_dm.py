@@ -66,8 +66,8 @@ def test_real_and_synthetic_images_get_the_same_parameters(family):
 
 @pytest.mark.parametrize("family", SIAMESE)
 def test_the_augmentation_has_its_first_and_second_derivatives(family):
-    images = randn(1, 3, 5, 5).requires_grad_()
-    for draw in draws(family, 2, 5):
+    images = randn(1, 3, 4, 4).requires_grad_()
+    for draw in draws(family, 2, 4):
         assert torch.autograd.gradcheck(lambda x: apply_siamese(x, draw), images)
         assert torch.autograd.gradgradcheck(lambda x: apply_siamese(x, draw), images)
 

@@ -117,12 +117,12 @@ def test_the_closed_form_gives_the_losses_and_the_pixel_gradient_as_written(name
     ("shufflenetv2_05", 56, 56)])
 @pytest.mark.parametrize("drop", (pytest.param(0.0, marks=pytest.mark.slow), 0.4))
 def test_a_frozen_backbone_gives_the_losses_and_the_gradient_of_the_one_it_was(name, folded, norms, drop):
-    plain = matching_of(Matching, name, 32)
+    plain = matching_of(Matching, name, 16)
     model = freeze(deepcopy(plain.model))
     closed = ClosedFormMatching(model, plain.targets, plain.weights)
     frozen_norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert (sum(norm.folded for norm in frozen_norms), len(frozen_norms)) == (folded, norms)
-    steps = [(randn(4, 3, 32, 32), torch.randint(10, (4,)),
+    steps = [(randn(4, 3, 16, 16), torch.randint(10, (4,)),
               [layer for layer in convolutions(model) if torch.rand(()) < drop]) for _ in range(2)]
     for (images, _, _), expected, actual in zip(steps, iterate(plain, steps, 2), iterate(closed, steps, 2),
                                                 strict=True):

@@ -36,7 +36,7 @@ FLAGS = {
 }
 # a second a test
 LARGE = {"vgg11_bn", "resnet18", "resnet50", "resnet101", "regnet_x_8gf", "swin_t", "efficientnet_b0",
-         "mobilenetv2"}
+         "mobilenetv2", "mobilenetv2_05"}
 
 
 def pytest_configure(config):

@@ -188,7 +188,7 @@ def test_leaving_one_out_is_the_difference_of_two_gradients_by_hand():
         assert norms[i].item() == pytest.approx(math.sqrt(2) * difference.norm().item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("n", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_ranks_of_the_effects_are_those_of_leaving_one_out_within_a_few_percent(n):
     found = {products: [] for products in (2, 16, 32)}
     for _ in range(4):

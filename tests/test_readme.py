@@ -32,8 +32,9 @@ def blocks():
     """Each block of commands and each command within a line, of all pages."""
     found = []
     for name, page in PAGES.items():
+        marks = [pytest.mark.slow] * (name == "tests/evidence/README.md")     # parsed by test_evidence.py, too
         for block in BLOCK.findall(page):
-            found.append(pytest.param(block, id=f"{name}-" + re.sub(r"\W+", "-", block)[:40]))
+            found.append(pytest.param(block, id=f"{name}-" + re.sub(r"\W+", "-", block)[:40], marks=marks))
         for whole, script in INLINE.findall(page):
             found.append(pytest.param(FUNCTIONS + (whole or f"python {script}"),
                                       id=f"{name}-" + re.sub(r"\W+", "-", whole or script)[:40]))

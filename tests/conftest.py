@@ -1,7 +1,7 @@
 """Shared by the tests of the scripts: a small data set in a folder, teachers of it, and calls of the phases.
 
 python -m pytest                               the fast tests
-python -m pytest -m slow                       the others: kills, torchrun, every method and mistake from end to end
+python -m pytest -m slow                       the others: kills, torchrun, large networks, every method
 python -m pytest -m "slow or not slow"         all
 """
 import io

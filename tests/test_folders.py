@@ -208,6 +208,16 @@ def test_a_long_tail_falls_from_the_first_class_to_the_last(tmp_path):
     assert len(load_split(str(root), "x", "test", imbalance=16)) == 80
 
 
+def test_a_file_and_a_folder_that_is_not_there_are_told_with_their_whole_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.pt").write_text("x")
+    assert_fails(capsys, [tmp_path / "theirs.pt", "utils.convert"], list_images, "theirs.pt")
+    assert_fails(capsys, [tmp_path / "nothere", "<class>/<image>"], list_images, "nothere")
+    assert_fails(capsys, ["--dataset mine", tmp_path / "mine"], look, "mine", "x")
+    for name in "cifar10", "imagenet":
+        assert_fails(capsys, [tmp_path / "x" / name, "--data-dir"], find_split, name, "x", "train")
+
+
 def test_a_class_folder_without_images_says_what_is_in_it(tmp_path, capsys):
     (make_folder(tmp_path) / "train/emu").mkdir()
     (tmp_path / "train/emu/readme.txt").write_text("x")

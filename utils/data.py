@@ -142,15 +142,16 @@ def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
     root = Path(data_dir, dataset) if dataset in DATASETS else Path(dataset)
     if (root / "train").is_dir():
         return root
+    there = root.absolute()                                          # tells which folder the call came from
     if dataset not in DATASETS:
-        fail(f"--dataset {dataset}: no such data set or folder; name one of {', '.join(DATASETS)}, "
+        fail(f"--dataset {dataset}: there is no {there}/train; name one of {', '.join(DATASETS)}, "
              f"or a folder that has train/<class>/<image> and val/")
     if dataset not in ARCHIVES:
-        fail(f"--dataset {dataset}: there is no {root}/train/<class>/<image>; lay it out so or name another "
+        fail(f"--dataset {dataset}: there is no {there}/train/<class>/<image>; lay it out so or name another "
              f"--data-dir")
     archive = Path(data_dir, ARCHIVES[dataset])
     if not (archive.is_dir() or download):
-        fail(f"--dataset {dataset}: there is neither {root}/train/<class>/<image> nor {archive}; "
+        fail(f"--dataset {dataset}: there is neither {there}/train/<class>/<image> nor {archive.absolute()}; "
              f"name another --data-dir or fetch it with --download")
     return archive
 

@@ -151,7 +151,9 @@ def list_images(folder, classes=None):
         names = class_folders(folder)
         loose, other, hidden = walk(folder) if not names else ([], [], [])
     except OSError as error:
-        fail(f"{folder} cannot be read ({error.strerror or error}); name a folder of <class>/<image>")
+        tensors = ", which python -m utils.convert makes of .pt and .npz files" * os.path.isfile(folder)
+        fail(f"{os.path.abspath(folder)} cannot be read ({error.strerror or error}); name a folder of "
+             f"<class>/<image>{tensors}")
     if not names:
         found = f"{len(loose)} images without a folder for their class" if loose else f"{len(other)} files, none of them an image"
         fail(f"{folder} is not laid out as <class>/<image>: it holds {found}; make a folder for each class")

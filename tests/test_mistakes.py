@@ -25,7 +25,7 @@ import squeeze
 import train_eval
 from models import build_model
 from tests.conftest import FLAGS
-from utils import provenance, run
+from utils import distilled, provenance, run
 from utils.cli import parse_args
 from utils.data import folder_name
 
@@ -442,7 +442,7 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
     paths = SimpleNamespace(run=project.run(), labels=project.run() / "labels",
                             images=project.run() / "images")
     device = torch.device("cpu")
-    _, classes, _ = train_eval.load_distilled(args, paths, train_eval.load_sources(args, paths, device), device)
+    _, classes, _ = distilled.load_distilled(args, paths, distilled.load_sources(args, paths, device), device)
     assert classes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 

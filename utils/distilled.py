@@ -1,9 +1,22 @@
-"""The distilled images of a run, or of any folder (--images), as relabel.py and train_eval.py take them."""
+"""What relabel.py and train_eval.py start from: the distilled images of a run, or of any folder (--images),
+and the results of the phases behind them."""
+import argparse
+import json
+from types import SimpleNamespace
+
+import torch
+
+from models import build_model
+from models.pruning import channel_scales
 from utils import fail
 from utils.checkpoint import load_json
 from utils.cli import call
-from utils.data import check_count, list_folder, load_folder, read_class_map
-from utils.provenance import check_classes, check_data, check_inputs, fingerprints, image_set
+from utils.data import check_count, describe, list_folder, load_folder, load_split, read_class_map
+from utils.labels import OnlineLabels, StoredLabels, drawing
+from utils.processes import rank0_first
+from utils.provenance import check_classes, check_data, check_inputs, fingerprint, fingerprints, image_set
+from utils.teachers import check_models, load_teachers
+from utils.train import channels_last
 
 
 def earlier_result(phase, args, folder):
@@ -46,3 +59,84 @@ def check_recovered(recovered, args, paths, data, records):
                   "under another --tag")
         check_inputs({"weights": {name: had.get(name) for name in names}},
                      fingerprints({name: records[name] for name in names & records.keys()}), path, remedy)
+
+
+def load_sources(args, paths, device):
+    """What the students are made from, but for the images.
+    -> before: result of the phase before, {} for images of other origin; data: of the teachers or the labels;
+    teachers: for --labels online, records: theirs; starts: {student: the model that --protocol prune begins
+    with}; hashes: {student: for `check_inputs`}; upstream: arguments of the earlier phases"""
+    before, upstream = {}, {}
+    if args.labels == "stored" or not args.images:
+        phase, path = ("relabel", paths.labels) if args.labels == "stored" else ("recover", paths.run)
+        before, upstream = earlier_result(phase, args, path)
+    data, teachers, records, starts, origins = before.get("data"), {}, {}, {}, {}
+    if args.labels == "online":
+        teachers, records, data = load_teachers(args, paths.teachers, build_model, device)
+    hashes = dict.fromkeys(args.students, origin(args, paths, before, records))
+    if args.protocol == "prune":                                     # train_student sets its own precision
+        named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})
+        starts, origins, _ = load_teachers(named, paths.teachers, build_model, device)
+        hashes = {name: hashes[name] | {"teacher": origins[name]["fingerprint"]} for name in args.students}
+    for name, model in starts.items():
+        if not channel_scales(model):
+            fail(f"--students {name}: no BatchNorm scale decides over a channel of it; prune one such as "
+                 "vgg11_bn or resnet18")
+    if squeezed := {name: record["args"] for name, record in (records | origins).items()}:
+        upstream["squeeze"] = upstream.get("squeeze", {}) | squeezed
+    return SimpleNamespace(before=before, data=data, teachers=teachers, records=records, starts=starts,
+                           origins=origins, hashes=hashes, upstream=upstream)
+
+
+def origin(args, paths, before, records):
+    """What all students are made from.   -> {what: hash, or {backbone: hash}}"""
+    if args.labels == "stored":
+        labelled = before["made_from"]
+        if set(args.backbones) != set(labelled["weights"]):
+            fail(f"--backbones {' '.join(args.backbones)}: {paths.labels} was made with "
+                 f"{' '.join(labelled['weights'])}; name the same")
+        return labelled | {"labels": fingerprint(json.dumps([before["args"], labelled]))}
+    images = {"images": images_hash(args.images or paths.images, before)}
+    return images | fingerprints(records) if args.labels == "online" else images
+
+
+def load_distilled(args, paths, sources, device):
+    """The images and their classes on the device, and where soft labels come from.
+    -> images uint8 [N, 3, S, S], classes [N], labels object (utils/labels.py)"""
+    folder, data, stored = args.images or paths.images, sources.data, args.labels == "stored"
+    check_data(data.get("fingerprint"), args, paths.labels if stored else folder)
+    if sources.before and not stored:
+        check_recovered(sources.before, args, paths, data, sources.records)
+    images, classes = load_images(args, folder, data, sources.hashes[args.students[0]]["images"],
+                                  paths.labels if stored else None)
+    if stored:
+        used = min(args.epochs, args.label_epochs or args.epochs)
+        labels = StoredLabels(paths.labels, sources.before["args"]["mix"], used)
+        if used > (there := len(labels.logits)):
+            fail(f"--{'label-' * (used < args.epochs)}epochs {used} is more than the {there} in "
+                 f"{paths.labels}; use --label-epochs {there}, or run relabel.py --epochs {used} --overwrite")
+    else:
+        teachers = [channels_last(teacher) for teacher in sources.teachers.values()]
+        draw = drawing(args, data["image_size"])
+        labels = OnlineLabels(draw, args.mix, len(images), teachers, args.logit_norm)
+    return images.to(device), classes.to(device), labels
+
+
+def load_train_data(args, paths, sources, device):
+    """All that students are trained and tested on.   -> dict"""
+    if args.labels == "hard":
+        sources.data = describe(args.dataset, args.data_dir, args.image_size, args.workers,
+                                args.data_set["fingerprint"])
+    images, classes, labels = load_distilled(args, paths, sources, device)
+    data = sources.data
+    check_models("--students", args.students, build_model, len(data["classes"]), data["image_size"])
+    for name, record in sources.origins.items():
+        if key := next((key for key in data if record["data"].get(key) != data[key]), None):
+            fail(f"{paths.teachers / name}.pt and the labels' data differ in {key}; train it again with "
+                 "squeeze.py --overwrite")
+    with rank0_first():
+        test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers,
+                          args.download, args.holdout).to(device)
+    check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
+    return {"images": images, "classes": classes, "labels": labels, "test": test, "data": data,
+            "mean_std": torch.tensor([data["mean"], data["std"]], device=device)}

@@ -27,13 +27,13 @@ pytestmark = pytest.mark.slow
 LONG = {  # flags with which a phase takes a second or so
     "squeeze": "--epochs 20 --batch-size 4", "collect_stats": "--batch-size 2",
     "recover": "--iterations 60 --batch-size 4", "relabel": "--epochs 120",
-    "train_eval": "--epochs 40 --batch-size 2 --whole-up-to 0 --student-seeds 0 1 --students convnet_w8 "
+    "train_eval": "--epochs 20 --batch-size 2 --whole-up-to 0 --student-seeds 0 1 --students convnet_w8 "
     "wrn10_1 --labels hard"}
 FAST = "--checkpoint-minutes 0.0005"
 STEPS = {  # what a phase calls once in each of its steps, and how often
     "squeeze": ("apply_view", 2 * 20 * 12), "collect_stats": ("normalize", 2 * 24),
     "recover": ("matching_gradient", 2 * 60),
-    "relabel": ("label_epoch", 120), "train_eval": ("student_loss", 2 * 2 * 40 * 4)}
+    "relabel": ("label_epoch", 120), "train_eval": ("student_loss", 2 * 2 * 20 * 4)}
 
 
 def work(phase, arguments, at=0, action=None, errors=os.devnull):

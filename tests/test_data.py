@@ -377,6 +377,12 @@ def test_named_data_sets_keep_their_own_settings():
                                                  mean=list(row["mean"]), std=list(row["std"]))
 
 
+@pytest.mark.parametrize("size, patch", [(224, 16), (72, 16), (64, 4), (32, 4)])
+def test_imagenet_has_the_patches_of_small_images_up_to_64_pixels(tmp_path, size, patch):
+    make_folder(tmp_path / "imagenet", shape=(80, 80, 3))
+    assert describe("imagenet", str(tmp_path), size)["patch"] == patch
+
+
 def test_a_name_that_is_neither_known_nor_a_folder_fails(tmp_path, capsys):
     for call in (describe, preset_column, lambda *args: load_split(*args, "train")):
         assert_fails(capsys, ["--dataset cifar", "tiny", "train/<class>/<image>"], call, "cifar", tmp_path)

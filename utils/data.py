@@ -368,7 +368,8 @@ def describe(dataset: str, data_dir: str, image_size: int | None = None, workers
                 print(f"warning: {name} is {255 * level:g} of 255 in every pixel of the training images, "
                       f"such as "
                       f"{split.files[0]}; look at how they are stored if that is not meant", file=sys.stderr)
-    return dict(classes=classes, image_size=size, mean=list(mean), std=list(std), patch=row["patch"]) | (
+    patch = row["patch"] if size > SMALL else 4                      # ImageNet's 16 is for 224 pixels
+    return dict(classes=classes, image_size=size, mean=list(mean), std=list(std), patch=patch) | (
         {"fingerprint": fingerprint} if fingerprint else {})
 
 

@@ -36,8 +36,8 @@ def test_synthetic_and_random_images_stand_side_by_side_under_soft_and_under_har
     write(top1=67.1, method="random")
     write(top1=35.55, method="random", labels="hard", top1_std=1.04, seeds=[0, 1, 2])
     assert cells(tmp_path, capsys) == [
-        ["10", "resnet18", "soft", "gvbsm", "61.0 ± 0.2", "67.1", "-6.1", "53.5 ± 0.6"],
-        ["10", "resnet18", "hard", "gvbsm", "30.0", "35.5 ± 1.0", "-5.5", ""]]
+        ["10", "resnet18", "soft", "gvbsm", "61.0 ± 0.2", "67.1", "-6.1 [1]", "53.5 ± 0.6"],
+        ["10", "resnet18", "hard", "gvbsm", "30.0", "35.5 ± 1.0", "-5.5 [1]", ""]]
 
 
 def test_what_is_missing_is_not_run(write, tmp_path, capsys):
@@ -92,6 +92,16 @@ def test_a_note_says_how_the_recipe_of_random_images_differs(write, tmp_path, ca
     assert "\n[1] random real has another recipe (epochs 200, not 60)\n" in text
     assert "\n[2] random real has another recipe (epochs 200, not 60; loss mse_gt, not kl)\n" in text
     assert "\n[3] random real has another recipe (epochs 200, not 60; other teachers)\n" in text
+
+
+def test_a_note_says_where_distilling_does_not_pay(write, tmp_path, capsys):
+    for method, top1 in ("gvbsm", 50), ("sre2l", 49.9), ("cda", 50.1), ("herding", 40), ("random", 50):
+        write(top1=top1, method=method)
+    report.main([str(tmp_path / "cifar10")])
+    table, _, notes = capsys.readouterr().out.partition("\n\n")
+    margins = {line.split("|")[4].strip(): line.split("|")[7].strip() for line in table.splitlines()[2:6]}
+    assert margins == {"gvbsm": "+0.0 [1]", "sre2l": "-0.1 [1]", "cda": "+0.1", "herding": "-10.0"}
+    assert notes.startswith("[1] no better than random real images: take those, or --method herding, with the same")
 
 
 def test_the_flags_that_a_run_changes_stand_below_the_table(write, tmp_path, capsys):
@@ -173,7 +183,8 @@ def test_the_table_shows_what_train_eval_wrote(project, capsys):
         project.chain(f"--method {method}", first="recover")
     report.main([str(project.results)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and "| 2   | convnet_w8 | soft   | gvbsm |" in lines[2] and "not run" not in lines[2]
+    assert sum(line.startswith("|") for line in lines) == 4 and "not run" not in lines[2]
+    assert "| 2   | convnet_w8 | soft   | gvbsm |" in lines[2]
 
 
 def test_a_variant_is_not_missed_under_hard_labels(write, tmp_path):

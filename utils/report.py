@@ -15,7 +15,7 @@ from pathlib import Path
 
 from utils import fail
 from utils.cli import Parser
-from utils.presets import METHODS
+from utils.presets import METHODS, SELECTIONS
 from utils.checkpoint import load_json
 from utils.provenance import NEUTRAL
 
@@ -82,6 +82,7 @@ HEADER = "ipc", "student", "labels", "run", "top-1", "random real", "margin", "p
 LABELS = {"stored": "soft", "online": "soft, online", "hard": "hard"}
 RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to", "optimizer", "lr",
           "momentum", "weight_decay", "schedule", "lr_stretch", "ema_decay", "label_epochs", "crop_floor")
+LOST = "no better than random real images: take those, or --method herding, with the same labels"
 SOFT = ("loss", "gamma", "temperature", "logit_norm", "seed")                  # of soft labels alone
 
 
@@ -161,6 +162,10 @@ def rows(dataset, results):
 
     A row for each run and kind of labels. Random images are the comparison, and stand in a row of G-VBSM
     where there is none to compare. A cell that ends in [1] has note 1."""
+    def mark(note):
+        notes.extend([note] * (note not in notes))
+        return f" [{notes.index(note) + 1}]"
+
     runs, methods, lines, notes = shown_runs(results), list(METHODS), [], []
     for ipc, student in sorted({run[:2] for run in runs}):
         mine = sorted((run for run in runs if run[:2] == (ipc, student)),
@@ -174,14 +179,12 @@ def rows(dataset, results):
                     continue
                 alone = (results.get((ipc, student, labels, "random", its)) for its in (tag, None))
                 real = random_beside(ours, results) if ours else next(filter(None, alone), None)
-                mark = ""
-                if ours and not real and (why := why_alone(ours, results)):
-                    note = f"random real has another recipe ({why})"
-                    notes += [note] * (note not in notes)
-                    mark = f" [{notes.index(note) + 1}]"
+                why = why_alone(ours, results) if ours and not real else ""
+                apart = mark(f"random real has another recipe ({why})") if why else ""
+                margin = ours["top1"] - real["top1"] if ours and real else None
+                lost = mark(LOST) if margin is not None and margin <= 0 and method not in SELECTIONS else ""
                 lines.append([str(ipc), student, LABELS[labels], run_name(method, tag), accuracy(ours),
-                              accuracy(real) + mark,
-                              f"{ours['top1'] - real['top1']:+.1f}" if ours and real else "",
+                              accuracy(real) + apart, "" if margin is None else f"{margin:+.1f}{lost}",
                               PUBLISHED.get((method, dataset, student, labels), {}).get(ipc, "")])
     return lines, [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + varied(results)
 

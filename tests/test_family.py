@@ -650,9 +650,9 @@ def test_what_is_overwritten_goes_before_the_work_so_that_the_same_command_witho
                                                                                                      monkeypatch):
     flags = "--save-epochs 1:2:1 --pruned 1 --prune-ratio 0.25 --score-trials 1 --score-epochs 1 --backbones convnet_w8 wrn10_1"
     bare.call("squeeze", flags)
-    for function in "count_forgetting", "drop_largest":
+    for module, function in (squeeze, "count_forgetting"), (scores, "drop_largest"):
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-            patch.setattr(squeeze, function, raising)
+            patch.setattr(module, function, raising)
             bare.call("squeeze", flags, "--epochs 3 --overwrite --checkpoint-minutes 0")
         result = bare.call("squeeze", flags, "--epochs 3")
         assert len(result["top1"]) == 8

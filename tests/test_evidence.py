@@ -1,8 +1,12 @@
 """The result files of tests/evidence and the page that is made of them."""
+import hashlib
 import json
 import re
 import shlex
+import zipfile
+from collections import Counter
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +16,7 @@ from utils import report
 from utils.cli import parse_args
 from utils.provenance import relevant
 
-CELLS = make_readme.read_cells()
+CELLS, FOLDER = make_readme.read_cells(), make_readme.FOLDER
 
 
 @pytest.fixture
@@ -319,3 +323,16 @@ def test_a_comparison_names_what_each_cell_changes_and_what_that_is_worth(relabe
     assert kept["ablation-kl"]["bytes"]["images"] == kept["ablation"]["bytes"]["images"] > 0
     assert kept["ablation-kl"]["costs"]["recover"] == kept["ablation"]["costs"]["recover"] is not None
     assert "\n| IPC " not in text                                         # no row but those of the comparison
+
+
+@pytest.mark.parametrize("archive", sorted((FOLDER / "images").glob("*.zip")), ids=lambda path: path.stem)
+def test_an_archive_of_distilled_images_is_whole_and_belongs_to_a_result_file(archive):
+    told, name = Path(f"{archive}.sha256").read_text().split()
+    assert (told, name) == (hashlib.sha256(archive.read_bytes()).hexdigest(), archive.name)
+    cell = json.loads(next(FOLDER.glob(f"{archive.stem}-*.json")).read_text())
+    classes = next(iter(cell["distilled"].values()))["classes"]
+    with zipfile.ZipFile(archive) as file:
+        assert file.testzip() is None
+        images = [entry for entry in file.namelist() if entry.endswith(".png")]
+        assert all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
+    assert Counter(entry.split("/")[1] for entry in images) == dict.fromkeys(classes, cell["ipc"])

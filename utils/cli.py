@@ -143,9 +143,8 @@ def parse_args(parser, phase, argv=None, find=look):
     typed = known.teachers != early.get_default("teachers")
     teachers = known.teachers if typed else defaults.get("teachers", known.teachers)
     path = run_folder(known) / "teachers" / teachers / "squeeze.json"
-    decided = earlier.get(path, {}).get("data_set", {})
-    if phase == "squeeze" and known.overwrite:
-        decided = {}
+    anew = phase == "squeeze" and known.overwrite
+    decided = {} if anew else earlier.get(path, {}).get("data_set", {})
     if known.image_size and decided.get("image_size", known.image_size) != known.image_size:
         fail(f"--image-size {known.image_size}: squeeze.py chose {decided['image_size']} ({path}); leave it "
              "out, or squeeze again with --overwrite or under another --teachers")

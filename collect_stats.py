@@ -3,14 +3,14 @@ G-VBSM, arXiv:2311.17950, Eq. 9.
 
 One pass over the training images, with the training augmentation and without gradients, through each backbone
 in eval mode. At the input of every Conv2d: mean and biased variance of each channel, and of each cell of a
-grid of patches. The value for the data set is the average over batches, weighted by their size: the mean of
-the batches' variances, which is smaller than the variance over the data set by the variance between batches.
-So Eq. 9 has it, and so has Eq. 10. --class-statistics adds the moments of each class alone, there and at the
-input of every BatchNorm2d (after Teddy's Eq. 11).
+grid of patches. The value for the data set is the average over batches, weighted by their size: Eq. 9. A
+variance is thus the mean of the batches' variances (Eq. 10 compares it with that of a batch) and smaller than
+the variance over the data set by the variance between batches. --class-statistics adds the moments of each
+class alone, there and at the input of every BatchNorm2d (after Teddy's Eq. 11).
 
 reads   data/<dataset>/...                                           the training images
         runs/<dataset>/teachers/<teachers>/<backbone>.pt             squeeze.py
-writes  runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt       four vectors a convolution
+writes  runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt       four vectors of each convolution
         runs/<dataset>/teachers/<teachers>/collect_stats.json        arguments, costs
 
 python collect_stats.py --dataset cifar100                             # paper setting: patches of 4x4 pixels
@@ -42,7 +42,7 @@ from utils.train import channels_last
 
 @torch.inference_mode()
 def sum_statistics(model, batches, patch, classes=0, state=None):
-    """The sums of Eq. 9 over batches of images [B, C, H, W] and labels [B]; with `classes` of each class too.
+    """The sums of Eq. 9 over batches of images [B, C, H, W] and labels [B]; with `classes` also by class.
 
     state: one to continue from, by default `new_sums`
     -> yields after every batch {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]},
@@ -56,17 +56,17 @@ def sum_statistics(model, batches, patch, classes=0, state=None):
     for images, labels in batches:
         with layer_inputs(model, layers if classes else convolutions) as inputs:
             model(images)
-        measured = {id(inputs[name]): inputs[name] for name in convolutions}       # may share an input
-        measured = {key: conv_stats(x.float(), patch) for key, x in measured.items()}
+        measured = {key: conv_stats(x.float(), patch) for key, x in                # layers may share an input
+                    {id(inputs[name]): inputs[name] for name in convolutions}.items()}
         sums = {name: [vector[0].double() * len(images) for vector in measured[id(inputs[name])]]
-                for name in convolutions}
-        state = state | {"sums": add(state["sums"], sums), "seen": state["seen"] + len(images),
+                for name in convolutions}                            # [0]: of the only group
+        state = state | {"sums": add_up(state["sums"], sums), "seen": state["seen"] + len(images),
                          "batches": state["batches"] + 1}
         if classes:
             members = F.one_hot(send(labels, images.device), classes).double()
             moments = {name: image_moments(x, patch * (name in convolutions)) for name, x in inputs.items()}
             sums = {name: [members.T @ moment.double() for moment in each] for name, each in moments.items()}
-            state["class_sums"] = add(state["class_sums"], sums)
+            state["class_sums"] = add_up(state["class_sums"], sums)
             state["class_seen"] = state["class_seen"].to(members) + members.sum(0)
         yield state
 
@@ -87,8 +87,8 @@ def image_moments(x, patch=0):
     return moments
 
 
-def add(*sums):
-    """Of sums by layer; those over no batches are empty."""
+def add_up(*sums):
+    """The total of sums by layer; those over no batches are empty."""
     first, *others = [part for part in sums if part] or [{}]
     return {name: [sum(vectors) for vectors in zip(first[name], *(part[name] for part in others))]
             for name in first}
@@ -99,25 +99,25 @@ def dataset_statistics(states):
     -> {convolution: [channel_mean, channel_var, patch_mean, patch_var]}, float32"""
     seen = sum(state["seen"] for state in states)
     return {name: [(total / seen).float().cpu() for total in vectors]
-            for name, vectors in add(*(state["sums"] for state in states)).items()}
+            for name, vectors in add_up(*(state["sums"] for state in states)).items()}
 
 
 def class_statistics(states):
-    """Mean and biased variance over all pixels of all images of each class, of the same states. -> {layer:
-    [channel_mean, channel_var] of a BatchNorm2d, and [.., patch_mean, patch_var] of a convolution, each
-    [classes, n]}, float64"""
+    """Mean and biased variance over all pixels of all images of each class, from the same states.
+    -> {layer: [channel_mean, channel_var] of a BatchNorm2d, [channel_mean, channel_var, patch_mean,
+    patch_var] of a convolution, each [classes, n]}, float64"""
     seen = sum(state["class_seen"] for state in states)[:, None]
     moments = {name: [total.cpu() / seen for total in vectors]
-               for name, vectors in add(*(state["class_sums"] for state in states)).items()}
+               for name, vectors in add_up(*(state["class_sums"] for state in states)).items()}
     return {name: [value for mean, square in zip(pairs[::2], pairs[1::2])
                    for value in (mean, square - mean.square())] for name, pairs in moments.items()}
 
 
 def training_views(split, kept, data, *, crop, seed, batch_size, device, done=0):
     """The training images `kept` once, augmented and normalised, and their labels, in batches: this
-    process's, but for the first `done`.   data: mean, std and image_size of `describe`"""
+    process's, without the first `done`.   data: mean, std and image_size of `describe`"""
     rng, mean_std = generator("collect_stats", seed), torch.tensor([data["mean"], data["std"]], device=device)
-    order = kept[torch.randperm(len(kept), generator=rng)]           # mixed classes: variances are averaged
+    order = kept[torch.randperm(len(kept), generator=rng)]           # mixes classes: Eq. 9 averages variances
     batches = order.split(batch_size)
     views = [draw_view(len(batch), data["image_size"], crop, True, 0, rng)
              for batch in batches if not split.streamed]
@@ -201,9 +201,9 @@ def main(argv=None):
                     "statistics": statistics, "patch": args.patch, "classes": data["classes"],
                     "checkpoint": records[name]["fingerprint"], "args": relevant(args)})
             made[name] = {"seconds": round(checkpoint.seconds(), 1), "peak_memory": peak_memory()}
-    spent, convolutions = costs(run.result) | made, {}
-    for name, model in models.items():
-        convolutions[name] = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    convolutions = {name: sum(isinstance(module, nn.Conv2d) for module in model.modules())
+                    for name, model in models.items()}
+    spent = costs(run.result) | made
     return run.finish({"convolutions": convolutions, "costs": spent}, f"statistics of {' '.join(models)}",
                       {"squeeze": {name: record["args"] for name, record in records.items()}},
                       sum(spent[name]["seconds"] for name in args.backbones if name in spent))

@@ -1,7 +1,7 @@
 """Recover: synthesise the distilled images (phase 3 of 5).   G-VBSM, arXiv:2311.17950, Eq. 2, 5-7, 10.
 
 Pixels start as noise and are all that is optimised. An iteration augments the batch, draws one backbone (Eq.
-7), and takes an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; in Eq. 2 CE and L_BN alone).
+7), and takes an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; Eq. 2 has CE and L_BN alone).
 --method sre2l, cda, scdd and teddy are other settings of the same. dm and bilp match the mean features of the
 training images in random networks (utils/dm.py); random, herding, kcenter and forgetting write real images
 (utils/selection.py).
@@ -10,7 +10,7 @@ reads   data/<dataset>/...                                      training images:
         runs/<dataset>/teachers/<teachers>/<backbone>.pt        squeeze.py; dm does without
         runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt  collect_stats.py
 writes  runs/<dataset>/<run>/images/<class>/<id>.png            an ImageFolder
-        runs/<dataset>/<run>/grid.png, result.json; log.jsonl of an optimisation
+        runs/<dataset>/<run>/grid.png, result.json; log.jsonl where images are optimised
 
 python recover.py --dataset cifar100 --ipc 10                              # paper setting, Table 9
 python recover.py --dataset cifar100 --ipc 10 --drop-rate 0 --tag nodrop   # ablation, Fig. 6
@@ -48,9 +48,9 @@ def make_batches(num_classes, ipc, batch_size, loop):
     if loop == "original":
         rows = [[(label, index) for label in range(num_classes)] for index in range(ipc)]
     else:                                                            # whole classes, or parts of a large one
-        together = max(1, batch_size // ipc)
-        rows = [[(label, index) for label in range(first, min(first + together, num_classes))
-                 for index in range(ipc)] for first in range(0, num_classes, together)]
+        classes = max(1, batch_size // ipc)
+        rows = [[(label, index) for label in range(first, min(first + classes, num_classes))
+                 for index in range(ipc)] for first in range(0, num_classes, classes)]
     return [row[start:start + batch_size] for row in rows for start in range(0, len(row), batch_size)]
 
 
@@ -67,18 +67,17 @@ def first_images(batches, starts, size, seed):
 
 
 def draw_subset(count, size, *, seed, slot):
-    """Teddy: `size` of `count` backbones, a function of (seed, slot); all act on its images.   -> tuple"""
+    """Teddy: `size` of `count` backbones, drawn by (seed, slot); all act on the slot's images.   -> tuple"""
     return tuple(sorted(torch.randperm(count, generator=generator("subset", seed, slot))[:size].tolist()))
 
 
 def draw_iterations(iterations, matchers, image_size, *, seed, batches=(0,), choice="uniform", subset=0,
                     slot=0, drop_rate=0.4, crop="resized", flip=False, roll=0):
-    """What is random in each of T iterations: a function of (seed, T), a batch's views of its number in
-    `batches` too. One sequence of backbones and dropped layers serves all batches, so that they can share a
-    pass.
+    """What is random in T iterations: a function of (seed, T), views also of a batch's number in `batches`.
+    All batches have the same sequence of backbones and dropped layers, so that they can share a pass.
 
-    choice: uniform, Eq. 7, or cycle; subset: so many backbones of a slot act together instead; drop_rate:
-    beta_dr, of convolutions, never of BatchNorms; crop, flip, roll: see `utils.augment.draw_view`.
+    choice: uniform, Eq. 7, or cycle; subset: so many backbones, drawn for a slot, act together instead;
+    drop_rate: beta_dr, of convolutions, never of BatchNorms; crop, flip, roll: see `utils.augment.draw_view`.
     -> T dicts: backbones, a tuple; kept, {backbone: bool [layers], false where a convolution is dropped};
     view, tensors [batches, ...], one view for a whole batch
     """
@@ -86,7 +85,7 @@ def draw_iterations(iterations, matchers, image_size, *, seed, batches=(0,), cho
     one_of("choice", choice, "uniform", "cycle")
     if subset > K:
         raise ValueError(f"a subset of {subset} is more than the {K} matchers")
-    uniform = torch.randint(K, (T,), generator=rng)                  # Eq. 7
+    uniform = torch.randint(K, (T,), generator=rng)                  # Eq. 7; cycle draws too: same `chance`
     backbones = [(k,) for k in (uniform if choice == "uniform" else torch.arange(T) % K).tolist()]
     if subset:
         backbones = T * [draw_subset(K, subset, seed=seed, slot=slot)]
@@ -109,7 +108,7 @@ def apply_views(pixels, view):
 def matching_gradient(matcher, labels, ce_weight, pixels, view, kept, state, dropped=()):
     """Eq. 2 without densification, for pixels [G, B, 3, S, S] under a view of each batch. kept, dropped: the
     layers that act, as a mask, and those that do not, by name; state: the moving averages of Eq. 6, Eq. 10.
-    -> gradient at the pixels, losses (classification, BatchNorm, convolutions), state"""
+    -> gradient at the pixels, losses (classification, BatchNorm, convolutions) summed over batches, state"""
     pixels = pixels.detach().requires_grad_()
     views = apply_views(pixels, view)
     with matcher.hooks(dropped) as inputs:
@@ -133,8 +132,8 @@ def recover_batch(images, labels, matchers, draws, *, bounds, lr=0.05, weight_de
     written, not in closed form; unit_gradients: scale each backbone's gradient of a batch to norm 1, so that
     none sets the size of everybody's steps (Adam's second moment); averages: moving averages to start from,
     one a matcher, such as state()["averages"] of the batch before; resume: a state.
-    Yields after every step of Adam t, losses {ce, bn, conv, dd, and the gradient's norm}, summed over
-    batches, and state(), to resume from. ValueError where shapes do not fit.
+    Yields after every Adam step: t, losses {ce, bn, conv, dd, and the gradient's norm}, summed over batches,
+    and state, a function that gives what to resume from. ValueError where shapes do not fit.
     """
     if labels.dim() != 2 or images.dim() != 5 or images.shape[:2] != labels.shape:
         raise ValueError(f"images of shape {tuple(images.shape)}, labels of shape {tuple(labels.shape)}; "
@@ -145,10 +144,11 @@ def recover_batch(images, labels, matchers, draws, *, bounds, lr=0.05, weight_de
     if any(len(rows) != G for draw in draws[:1] for rows in draw["view"].values()):
         raise ValueError(f"draws of other batches than the {G} groups of images; give draw_iterations "
                          f"batches=range({G})")
-    members = class_members((labels + (labels.max() + 1) * torch.arange(G, device=device)[:, None]).flatten())
-    pixels = images.detach().requires_grad_()                        # the same memory
+    shifts = (labels.max() + 1) * torch.arange(G, device=device)[:, None]      # no class spans two batches
+    members = class_members((labels + shifts).flatten())
+    pixels = images.detach().requires_grad_()                        # in the memory of images
     optimizer = torch.optim.Adam([pixels], lr, (0.5, 0.9), weight_decay=weight_decay, fused=pixels.is_cuda)
-    averages, first = list(send(averages or [matcher.start(G) for matcher in matchers], device)), 0
+    first, averages = 0, list(send(averages or [matcher.start(G) for matcher in matchers], device))
     if resume:
         first, averages = resume["iterations"], list(send(resume["averages"], device))
         pixels.data.copy_(resume["pixels"])
@@ -188,7 +188,7 @@ def synthesise(args, run, recorder, models, statistics, starts, device):
     """Optimise all images by `recover_batch`; torchrun's processes share batches, not with --ema-carry."""
     data = recorder.data
     batches = make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)
-    # alike in a pass: the size, and the slot of a --subset, images of one index or a batch of whole classes
+    # a pass takes batches of one kind: the size, and with --subset the slot, an index or a batch's number
     kinds = [(len(batch), args.subset and (batch[0][1] if args.loop == "original" else number))
              for number, batch in enumerate(batches)]
     match = partial(make_matchers, models, statistics, plain=args.statistics == "plain", alpha=args.alpha,
@@ -197,7 +197,7 @@ def synthesise(args, run, recorder, models, statistics, starts, device):
     groups = make_groups(run.checkpoint, 1 if args.ema_carry else args.groups_per_step, kinds,
                          matching_gradient, match, data["image_size"], device)
     todo = [group for group in groups if not recorder.existing([batches[number] for number in group])]
-    barrier()                                                        # until all have seen the same
+    barrier()                                                        # until all processes have looked
     todo = todo * (rank() == 0) if args.ema_carry else shard(todo)
     run.start(args.iterations * sum(map(len, todo)), "iterations")
     for group in todo:

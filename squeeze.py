@@ -2,7 +2,7 @@
 G-VBSM, arXiv:2311.17950, Sec. 2, Tables 7-9.
 
 Plain supervised training, the last epoch is kept; BatchNorm's running mean and variance become the statistics
-of Eq. 1. On ImageNet-1k torchvision's pretrained weights take its place (--pretrained), or any classifier's
+of Eq. 1. On ImageNet-1k torchvision's pretrained weights replace it (--pretrained), or any classifier's
 (--weights FILE). --objective moco is SC-DD's squeeze instead (arXiv:2404.07976, Sec. 2.4): MoCo, which sees
 no labels, and then a linear probe as the classifier. --objective probe trains that probe alone, on the
 self-supervised encoder of --weights FILE.
@@ -48,14 +48,14 @@ PROBE = ["probe_epochs", "probe_lr", "probe_weight_decay"]
 
 
 def classify(model, optimizer, record, split, mean_std, *, crop, cuda_graphs=False):
-    """-> train_epoch of `fit`: cross-entropy on flipped and cropped images; streamed ones come so.
+    """-> train_epoch of `fit`: cross-entropy on flipped and cropped images; streamed ones come so already.
     record: of `forgetting_record`, which this goes on counting; mean_std [2, 3] on the device"""
-    network, batch, view = in_parallel(model, mean_std.device), (), {}
+    parallel, batch, view = in_parallel(model, mean_std.device), (), {}
 
     def loss_of(images, labels, *params):
-        """Of this process's share of `batch`.   -> loss, whether each image is classified correctly"""
+        """On this process's share of `batch`.   -> loss, whether each image is classified correctly"""
         images = apply_view(images.float(), dict(zip(view, params)))
-        logits = network(normalize(images, *mean_std))
+        logits = parallel(normalize(images, *mean_std))
         loss = F.cross_entropy(logits, labels) * share_weight(len(images), len(batch))
         return loss, logits.argmax(1) == labels
 
@@ -92,12 +92,11 @@ def train(model, split, rows, mean_std, training, checkpoint, record):
                         cuda_graphs=training.cuda_graphs),
                epochs=training.epochs, name=f"{training.name} {checkpoint.result.stem}",
                remedy=training.remedy, resume=checkpoint.load(),
-               save=checkpoint.save_if_due if rank() == 0 else None)  # the state is everybody's
+               save=checkpoint.save_if_due if rank() == 0 else None)  # all processes' state is the same
 
 
 def train_probe(model, split, rows, mean_std, training, checkpoint):
-    """Replace the model's last linear layer by one that is trained while all below stays as it is, in place
-    (SC-DD, Table 16)."""
+    """Train a new last linear layer of the model, in place, on its frozen features (SC-DD, Table 16)."""
     probe = Probe(model, len(split.classes))
     for _ in train(probe, split, rows, mean_std, training, checkpoint,
                    forgetting_record(len(split), mean_std.device)):
@@ -137,11 +136,11 @@ def settings(args, name=""):
         names += ["queue", *PROBE] if args.objective == "moco" else ["crop"]
     if "@pruned" in name:
         names += ["crop", "pruned"]
-    return {name: relevant(args)[name] for name in names}
+    return {key: relevant(args)[key] for key in names}
 
 
 def stored_teachers(names, args, folder):
-    """Those of the teachers that need not be made.   -> {name: as of `save_teacher`}"""
+    """The teachers that need not be made again.   -> {name: what `save_teacher` returns}"""
     found = {}
     for name in names:
         path = folder / f"{name}.pt"
@@ -150,8 +149,8 @@ def stored_teachers(names, args, folder):
             found[name] = {"top1": record["top1"],
                            "first_bn_variance": first_bn_variance(name, record["weights"])}
     for name in names:
-        backbone, _, kind = name.partition("@")
-        if name not in found and kind.isdigit() and backbone in found:
+        backbone, _, weak = name.partition("@")
+        if name not in found and weak.isdigit() and backbone in found:
             fail(f"{folder / name}.pt is missing, and could be saved while {backbone}.pt was trained alone; "
                  f"{AGAIN}, or name another --teachers")
     return found
@@ -164,7 +163,7 @@ def save_teacher(path, model, test, mean_std, about):
     weights = {key: value.cpu() for key, value in model.state_dict().items()}
     variance = first_bn_variance(path.stem, weights)
     about = about | {"top1": top1, "tested": len(test)}
-    if "@" not in path.stem:                                         # others are weak on purpose
+    if "@" not in path.stem:                                         # those with @ are weak on purpose
         warn_of_backbones({path.stem: about}, len(test.classes))
     if rank() == 0:
         save_torch(path, about | {"weights": weights})
@@ -186,8 +185,8 @@ def load_data(args, device):
 
 
 def make_teachers(todo, args, device, folder, found):
-    """Train teachers, test them and write their checkpoints.   found: gains what `save_teacher` gives of each
-    -> {name: what it took}"""
+    """Train teachers, test them and write their checkpoints.   found: what `save_teacher` returns is added
+    -> {name: its seconds and peak_memory}"""
     splits, data = load_data(args, device)
     mean_std, split = torch.tensor([data["mean"], data["std"]], device=device), splits["train"]
     hashes = {"data": fingerprint(json.dumps([data, len(split)]))}
@@ -214,7 +213,7 @@ def make_teachers(todo, args, device, folder, found):
         about |= {"kept": rows} if args.prune_ratio else {}
         identity = settings(args, name) | {"backbone": name, "save_epochs": args.save_epochs}
         with Checkpoint(files[i], args, hashes, identity, files[i + 1:]) as checkpoint:
-            if args.objective == "moco" and checkpoint.read() is None:     # of the probe, with the features
+            if args.objective == "moco" and checkpoint.read() is None:     # else the probe had begun
                 key = place(network(backbone, data))
                 train_moco(model, key, splits, rows, mean_std, training, args.queue, checkpoint)
             if args.objective != "supervised":
@@ -310,7 +309,7 @@ def main(argv=None):
                                   top1={name: one["top1"] for name, one in found.items()}):
         return None
     made = make_teachers(todo, args, device, paths.teachers, found) if todo else {}
-    spent = costs(run.result) | made  # now, for it may be another process's too
+    spent = costs(run.result) | made  # read now: another process may have added to it
     metrics = {key: {name: found[name][key] for name in names} for key in ("top1", "first_bn_variance")}
     summary = ", ".join(f"{name} {top1:.1f} %" for name, top1 in metrics["top1"].items())
     return run.finish({**metrics, "costs": spent},

@@ -1,20 +1,20 @@
-"""The equations as pure functions: Eq. 1, 3-6, 8, 10, 11, 13-14.   G-VBSM, arXiv:2311.17950.   Needs torch
-alone."""
+"""The equations as pure functions: Eq. 1, 3-6, 8, 10, 11, 13-14.   G-VBSM, arXiv:2311.17950.
+Needs torch alone."""
 import torch
 import torch.nn.functional as F
 
 
 def sds_match(current: torch.Tensor, target: torch.Tensor, ema: torch.Tensor | None,
               alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distance of a smoothed batch statistic from the dataset's.   Eq. 6 and Eq. 10; Eq. 13
-    and Eq. 14 are its moving average and stop-gradient written out.
+    """Distance of a smoothed batch statistic from the dataset's, Eq. 6 and Eq. 10. Eq. 13 is its moving
+    average, Eq. 14 its loss with the stop-gradient sg.
 
         ema' = alpha * ema + (1 - alpha) * current        (ema None, the first batch: ema' = current)
         loss = sum over groups of || current - target - sg(current - ema') ||_2
 
     current [groups, n], target [n], ema like current or None. alpha = 0 is Eq. 1, no smoothing.
-    Returns the scalar loss, whose value is that of ema' and whose gradient reaches `current` with weight 1,
-    not 1 - alpha (Eq. 15; 0 where the norm is 0), and ema', detached.
+    Returns the scalar loss and ema', detached. The loss has the value of || ema' - target ||_2; its gradient
+    reaches `current` with weight 1, not 1 - alpha (Eq. 15), and is 0 where the norm is 0.
     """
     ema = current.detach() if ema is None else alpha * ema + (1 - alpha) * current.detach()
     return torch.linalg.vector_norm(current - target - (current.detach() - ema), dim=-1).sum(), ema
@@ -51,13 +51,13 @@ def data_densification(images: torch.Tensor, labels: torch.Tensor, tau: float = 
 
 
 class ClosedFormDensification(torch.autograd.Function):
-    """Eq. 5 on rows [K, n, D] of K classes of n images: the value, and with it the gradient
+    """Eq. 5 on rows [K, n, D] of K classes of n images: forward also computes the gradient
     2 V diag(softmax(lambda) - softmax(lambda / tau)) V^T rows, well defined for equal eigenvalues."""
 
     @staticmethod
     def forward(ctx, rows, tau):
         exact = rows.double() if rows.is_cuda else rows              # a GPU may take float32 factors as TF32
-        gram = (exact @ exact.mT).cpu()  # of small matrices the host's eigh is the faster one
+        gram = (exact @ exact.mT).cpu()  # for small matrices the host's eigh is the faster one
         eigenvalues, vectors = (part.to(rows) for part in torch.linalg.eigh(gram))
         soft, sharp = (eigenvalues / tau).log_softmax(-1), eigenvalues.log_softmax(-1)
         ctx.save_for_backward(2 * (vectors * (sharp.exp() - soft.exp()).unsqueeze(-2)) @ (vectors.mT @ rows))
@@ -103,7 +103,7 @@ def mse_gt_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, labels:
 
 
 def kl_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Eq. 3 and SRe2L's loss: KL( softmax(z / T) || softmax(f / T) ), mean over B, no factor T^2.   ->
-    scalar"""
+    """Eq. 3 and SRe2L's loss: KL( softmax(z / T) || softmax(f / T) ), mean over B, no factor T^2.
+    -> scalar"""
     return F.kl_div((student_logits / temperature).log_softmax(-1),
                     (soft_logits / temperature).log_softmax(-1), reduction="batchmean", log_target=True)

@@ -1,4 +1,4 @@
-"""Statistics of layer inputs and matching them, as the paper writes it.   G-VBSM, arXiv:2311.17950, Sec. 3.3.
+"""Statistics of layer inputs, and matching them as the paper writes it.   G-VBSM, arXiv:2311.17950, Sec. 3.3.
 
 Eq. 9: `statistics_of`. Eq. 6 and Eq. 10: `Matching`, by autograd; utils/closed_form.py has the same without a
 graph. Needs torch alone. A batch may hold `groups` independent batches, one after the other: x is [groups*B,
@@ -26,8 +26,8 @@ def patch_stats(x, patch, groups=1):
 
 
 def whole_patches(x, patch):
-    """x [N, C, H, W], resized bilinearly up to the next multiples of patch where H or W is none (the paper
-    only writes ceil; this is the release's reading of it)."""
+    """x [N, C, H, W], resized bilinearly up to the next multiple of patch where H or W is not one (the
+    paper only writes ceil; this is the release's reading of it)."""
     size = [-(-side // patch) * patch for side in x.shape[-2:]]
     if size == list(x.shape[-2:]):
         return x
@@ -35,12 +35,12 @@ def whole_patches(x, patch):
 
 
 def _float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))        # what autocast narrowed; float64 stays
+    return x.to(torch.promote_types(x.dtype, torch.float32))        # widens what autocast narrowed, no more
 
 
 def mixed_moments(mean, var, share):
     """Moments of mixtures of classes, from the classes' own: the law of total variance.
-    mean, var [classes, n], share [groups, classes], each row's sum 1 -> mean, var, each [groups, n]"""
+    mean, var [classes, n], share [groups, classes], whose rows sum to 1 -> mean, var, each [groups, n]"""
     mixed = share @ mean
     return mixed, share @ (var + mean.square()) - mixed.square()
 
@@ -52,9 +52,9 @@ def matched_layers(model):
 
 
 def layer_weights(model, bn_weight, conv_weight, first_multiplier):
-    """{layer name: weight of its statistics}; the first layer that is matched counts first_multiplier times:
-    a convolution, whose input is the image, as in the release, or without convolutions the first BatchNorm,
-    as in SRe2L."""
+    """{layer name: weight of its statistics}; the first of weight > 0 counts first_multiplier times: the
+    convolution whose input is the image, as in the release, or at conv_weight 0 the first BatchNorm, as in
+    SRe2L."""
     weights = {name: bn_weight if isinstance(layer, nn.BatchNorm2d) else conv_weight
                for name, layer in matched_layers(model).items()}
     if first := [name for name, weight in weights.items() if weight][:1]:
@@ -101,8 +101,8 @@ def statistics_of(model, batches, patch=4):
     batches by their size. What Eq. 10 matches.
 
     model: in eval mode; batches: an iterable of normalised images [B, 3, S, S]; patch: pixels a side
-    -> {layer name: [channel_mean, channel_var, patch_mean, patch_var]}, float32.   ValueError in train mode,
-    without images
+    -> {layer name: [channel_mean, channel_var, patch_mean, patch_var]}, float32.   ValueError in train mode
+    or without images
     """
     require_eval(model)
     sums, count = {}, 0
@@ -197,7 +197,7 @@ class Matching:
             for kind, (value, target) in enumerate(zip(current, self.targets[name])):
                 past, now = state.get((name, kind)), value.detach()
                 ema = state[name, kind] = now if past is None else self.alpha * past + (1 - self.alpha) * now
-                distance = torch.linalg.vector_norm(value - target - (now - ema), dim=-1)      # sds_match
+                distance = torch.linalg.vector_norm(value - target - (now - ema), dim=-1)      # as sds_match
                 loss = loss + self.weights[name] * distance.sum()
             bn, conv = (bn, conv + loss) if is_conv else (bn + loss, conv)
         return bn, conv, state

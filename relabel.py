@@ -15,7 +15,6 @@ images=runs/cifar100/gvbsm-ipc10/images
 python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --images $images
 """
 import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,13 +32,13 @@ from utils.run import Run, begin, script, send
 from utils.teachers import load_teachers
 from utils.train import channels_last, full_batch
 
-SATURATING_PIXELS = 1 << 20       # in a pass, so 1024 images at 32x32, leave no GPU idle; an estimate
+SATURATING_PIXELS = 1 << 20       # so many in a pass (1024 images of 32x32) keep a GPU busy; an estimate
 
 
 @torch.inference_mode()
 def label_epoch(images, mean_std, draw, batch_size, models, mix, logit_norm, together=1):
     """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch; `together` batches share a pass.
-    images: uint8 [N, 3, S, S]; mean_std: [2, 3]; draw: of `draw_epoch`   -> [N, classes]"""
+    images: uint8 [N, 3, S, S]; mean_std: [2, 3]; draw: from `draw_epoch`   -> [N, classes] by image"""
     draw, logits = send(draw, images.device), []
     for rows in draw["order"].split(batch_size * together):
         mixed = apply_epoch(images, draw, rows, mix, mean_std)
@@ -49,7 +48,7 @@ def label_epoch(images, mean_std, draw, batch_size, models, mix, logit_norm, tog
 
 
 def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", logit_norm=True):
-    """Label each of `draws`, an iterable of (epoch, draw of `draw_epoch`).   models: {name: in eval mode}
+    """Label each of `draws`, an iterable of (epoch, draw from `draw_epoch`).   models: {name: in eval mode}
     -> yields epoch, draw, logits float16 [N, classes] on the CPU.   ValueError where logits are not finite"""
     pixels = images[0, 0].numel() * batch_size
     together = 1 if images.device.type == "cpu" else max(1, SATURATING_PIXELS // pixels)
@@ -68,14 +67,14 @@ def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", l
 @torch.inference_mode()
 def logit_rms(images, mean_std, draw, batch_size, models, mix):
     """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}
-    A model whose logits are far larger than the others' sets the mean norm of Eq. 8, so the scale of all."""
+    A model with logits far larger than the others' decides the mean norm of Eq. 8, so the scale of all."""
     draw = send(draw, images.device)
     mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, mean_std)
     return {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}
 
 
 def warn_of_scales(rms):
-    """Say whose logits are far larger than another's.   rms: of `logit_rms`"""
+    """Say whose logits are far larger than another's.   rms: from `logit_rms`"""
     least, most = min(rms, key=rms.get), max(rms, key=rms.get)
     if rms[most] > 8 * rms[least]:
         warn(f"the logits of {most} are of size {rms[most]:.3g}, those of {least} {rms[least]:.3g}, as when "
@@ -125,25 +124,27 @@ def main(argv=None):
     images, mean_std = images.to(device), torch.tensor([data["mean"], data["std"]], device=device)
     models = {name: channels_last(model) for name, model in models.items()}
     batch_size = full_batch(len(images), args.whole_up_to, args.batch_size)
-    draw, piece = partial(drawing(args, data["image_size"]), count=len(images)), f"epochs-{rank()}"
-
-    def state():
-        writer.sync()
-        return {"done": sorted(done)}
+    draw, piece = drawing(args, data["image_size"]), f"epochs-{rank()}"
 
     with run.work() as checkpoint:
         writer = LabelWriter(checkpoint.folder, args.epochs, len(images), len(data["classes"]))
-        rms = logit_rms(images, mean_std, draw(0), batch_size, models, args.mix)
+        rms = logit_rms(images, mean_std, draw(0, len(images)), batch_size, models, args.mix)
         warn_of_scales(rms)
         done = {epoch for saved in checkpoint.states() for epoch in saved["done"]}
         if rank() == 0 and not done:
             writer.create()
-        barrier()                                                    # until all processes know what is done
+        barrier()                        # before any of them writes, all know what is done, and files exist
+
+        def state():
+            writer.sync()
+            return {"done": sorted(done)}
+
         todo = shard([epoch for epoch in range(args.epochs) if epoch not in done])
         if todo:
             run.start(len(todo), "epochs")
-            labelled = label_epochs(images, mean_std, models, ((epoch, draw(epoch)) for epoch in todo),
-                                    batch_size=batch_size, mix=args.mix, logit_norm=args.logit_norm)
+            draws = ((epoch, draw(epoch, len(images))) for epoch in todo)
+            labelled = label_epochs(images, mean_std, models, draws, batch_size=batch_size, mix=args.mix,
+                                    logit_norm=args.logit_norm)
             with writer.opened():
                 try:
                     for epoch, drawn, logits in labelled:

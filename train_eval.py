@@ -55,7 +55,7 @@ def hard_loss(logits, labels, partner_labels, ratio):
 
 
 def student_loss(logits, y, soft, partner_y, ratio, *, kind, gamma, temperature):
-    """The loss of --loss, or that of hard labels, which read no soft [B, classes]: kind "hard"."""
+    """The loss that --loss names, or, by kind "hard", that of hard labels, which ignores `soft` [B, C]."""
     if kind == "hard":
         return hard_loss(logits, y, partner_y, ratio)
     if kind == "mse_gt":
@@ -64,27 +64,27 @@ def student_loss(logits, y, soft, partner_y, ratio, *, kind, gamma, temperature)
 
 
 def learn(model, optimizer, train_data, loss_of, record, *, label_epochs, ema_decay=0.0, cuda_graphs=False):
-    """-> train_epoch of `fit`: a student on mixed samples of the distilled images; of its labels the epochs 0
-    .. label_epochs - 1 again and again. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
+    """-> train_epoch of `fit`: a student learns mixed samples of the distilled images, and cycles through the
+    labels of the epochs 0 .. label_epochs - 1. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
     record["average"]: running averages of `floating(model)`, at ema_decay a step"""
     images, classes, labels = (train_data[key] for key in ("images", "classes", "labels"))
     keys, weights = [], floating(model) if ema_decay else []
 
-    def mixed_samples(batch, *params):
-        params = dict(zip(keys, params))
-        mixed = apply_epoch(images, params, batch, labels.mix, train_data["mean_std"])
-        return mixed, classes[batch], classes[params["partner"][batch]], params["ratio"][batch]
+    def mixed_samples(batch, *values):                               # tensors alone, as `Graphed` needs
+        draw = dict(zip(keys, values))
+        mixed = apply_epoch(images, draw, batch, labels.mix, train_data["mean_std"])
+        return mixed, classes[batch], classes[draw["partner"][batch]], draw["ratio"][batch]
 
     step = make_step(optimizer, lambda mixed, *targets: (loss_of(model(mixed), *targets),), cuda_graphs)
     graphs = defaultdict(partial(Graphed, mixed_samples))  # by the size of a batch: the last may differ
 
     def train_epoch(epoch, batches, rng):
         labelled = epoch % label_epochs
-        params = send(labels.epoch(labelled), images.device)
-        keys[:] = params
+        draw = send(labels.epoch(labelled), images.device)
+        keys[:] = draw
         for batch in batches:
             mix = graphs[len(batch)] if cuda_graphs else mixed_samples
-            mixed, y, partner_y, ratio = mix(send(batch, images.device), *params.values())
+            mixed, y, partner_y, ratio = mix(send(batch, images.device), *draw.values())
             loss, = step(mixed, y, labels.soft_logits(labelled, batch, mixed), partner_y, ratio)
             if ema_decay:
                 torch._foreach_lerp_(record["average"], weights, 1 - ema_decay)
@@ -93,8 +93,8 @@ def learn(model, optimizer, train_data, loss_of, record, *, label_epochs, ema_de
 
 
 def train_student(name, seed, train_data, args, checkpoint, piece, *, model=None, penalty=lambda: 0):
-    """One student from scratch, or a trained model further, in place; unfinished, it goes on from its piece
-    of the checkpoint. train_data: of `load_train_data`; args: of `for_student`; penalty(): added to the loss
+    """Train a student from scratch, or `model` further, in place; after a kill from `piece` of the checkpoint
+    on. train_data: from `load_train_data`; args: from `for_student`; penalty(): added to the loss
     -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch}"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
     data, count, device = train_data["data"], len(train_data["images"]), train_data["images"].device
@@ -111,7 +111,7 @@ def train_student(name, seed, train_data, args, checkpoint, piece, *, model=None
     loss = partial(student_loss, kind="hard" if args.labels == "hard" else args.loss, gamma=args.gamma,
                    temperature=args.temperature)
     order, batch_size = generator("order", seed, name), full_batch(count, args.whole_up_to, args.batch_size)
-    train_epoch = learn(model, optimizer, train_data, lambda *targets: loss(*targets) + penalty(), record,
+    train_epoch = learn(model, optimizer, train_data, lambda *inputs: loss(*inputs) + penalty(), record,
                         label_epochs=args.label_epochs or args.epochs, ema_decay=args.ema_decay,
                         cuda_graphs=args.cuda_graphs)
     for epoch in fit((model, optimizer, schedule, record),
@@ -142,7 +142,7 @@ def train_piece(name, piece, seed, make_data, checkpoint, args, start):
         return train(piece + "-sparse" * (stage == "sparse"), model=model, penalty=penalty)["top1"]
 
     test = partial(split_accuracy, split=train_data["test"], mean_std=train_data["mean_std"])
-    sparse = (checkpoint.read(f"{piece}-sparse") or {}).get("weights")
+    sparse = (checkpoint.read(f"{piece}-sparse") or {}).get("weights")       # there once that stage is done
     return prune(channels_last(deepcopy(start).requires_grad_()), train_stage, test, args.sparsity, args.l1,
                  sparse, lambda weights: checkpoint.save({"weights": weights}, f"{piece}-sparse"))
 
@@ -212,30 +212,31 @@ def main(argv=None):
     check_models("--students", args.students, build_model)
     if args.cuda_graphs and device.type != "cuda":
         fail("--cuda-graphs needs a GPU (--device cuda); leave it out")
-    kind = "" if args.labels == "stored" else f"-{args.labels}"
-    kind += {"standard": "", "continual": f"-continual{args.steps}",
-             "prune": f"-prune{100 * args.sparsity:g}"}[args.protocol]
-    alone = {name: for_student(args, name) for name in args.students}  # a result for each student
+    suffix = "" if args.labels == "stored" else f"-{args.labels}"
+    suffix += {"standard": "", "continual": f"-continual{args.steps}",
+               "prune": f"-prune{100 * args.sparsity:g}"}[args.protocol]
+    args_of = {name: for_student(args, name) for name in args.students}      # a result for each student
     sources = load_sources(args, paths, device)
     runs, earlier, todo = {}, {}, []
-    for name, own in alone.items():
-        runs[name] = Run("train_eval", own, paths.eval / f"{name}{kind}.json", sources.hashes[name])
+    for name, own in args_of.items():
+        runs[name] = Run("train_eval", own, paths.eval / f"{name}{suffix}.json", sources.hashes[name])
         earlier[name] = earlier_seeds(runs[name].result, own, sources.hashes[name])
-        todo += [name] * (bool(earlier[name]) or not runs[name].finished())
+        if earlier[name] or not runs[name].finished():
+            todo.append(name)
     if not todo:
         return
     train_data = load_train_data(args, paths, sources, device)
     pieces, classes = trainings(args, train_data), sources.data["classes"]
-    for names in [todo] if world_size() > 1 else [[name] for name in todo]:  # torchrun shards all at once
+    for names in [todo] if world_size() > 1 else [[name] for name in todo]:  # torchrun shares out all at once
         with ExitStack() as stack:
             works = {name: stack.enter_context(runs[name].work(extends=bool(earlier[name])))
                      for name in names}
             for name, piece in shard([(name, piece) for name in names for piece in pieces
                                       if piece not in earlier[name]]):
-                if (works[name].read(piece) or {}).get("epoch") != args.epochs:
-                    done = train_piece(name, piece, *pieces[piece], works[name], alone[name],
-                                       sources.starts.get(name))
-                    works[name].save({"epoch": args.epochs, **done}, piece)
+                if (works[name].read(piece) or {}).get("epoch") != args.epochs:      # else done before a kill
+                    record = train_piece(name, piece, *pieces[piece], works[name], args_of[name],
+                                         sources.starts.get(name))
+                    works[name].save({"epoch": args.epochs, **record}, piece)
             barrier()
             for name in names if rank() == 0 else ():
                 done = [earlier[name].get(piece) or works[name].read(piece) for piece in pieces]

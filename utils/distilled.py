@@ -20,7 +20,7 @@ from utils.train import channels_last
 
 
 def earlier_result(phase, args, folder):
-    """The result of recover.py or relabel.py.   -> it, {phase: arguments} of all phases up to there"""
+    """-> the result of recover.py or relabel.py, {phase: arguments} of all phases up to that one"""
     command = call(f"{phase}.py", args, images=args.images, class_map=args.class_map)
     keys = "args", "upstream", "made_from", "classes", *["image_set"] * (phase == "recover")
     result = load_json(folder / "result.json", f"run: {command}", keys)
@@ -28,13 +28,13 @@ def earlier_result(phase, args, folder):
 
 
 def images_hash(folder, recovered):
-    """Fingerprint of the images that recover.py wrote, or of any folder.   recovered: its result, or {}"""
+    """Fingerprint of the images that recover.py wrote (recovered: its result), or of any folder ({})."""
     return recovered["image_set"] if recovered else image_set(folder, list_folder(folder)[2])
 
 
 def load_images(args, folder, data, expected, labels=None):
     """Images with the fingerprint `expected`: that of recover.py's result, or the one for which `labels` were
-    made.   data: of `load_teachers`   -> images uint8 [N, 3, S, S], classes [N]"""
+    made.   data: from `load_teachers`   -> images uint8 [N, 3, S, S], classes [N]"""
     images, classes, _, files = load_folder(folder, data["image_size"], args.workers, data["classes"],
                                             read_class_map(args.class_map))
     if args.images:
@@ -47,9 +47,8 @@ def load_images(args, folder, data, expected, labels=None):
 
 
 def check_recovered(recovered, args, paths, data, records):
-    """Stop unless recover.py's images have these classes and, if its teachers were of this --teachers set,
-    were made with these. Under another --recipe teachers may be added or left out, but none may have
-    changed."""
+    """Stop unless recover.py's images have these classes and, if it ran with the same --teachers, were made
+    with these teachers. With --recipe teachers may be added or left out, but none may have changed."""
     path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
     check_data(recovered["made_from"].get("data"), args, path)
     check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
@@ -64,8 +63,8 @@ def check_recovered(recovered, args, paths, data, records):
 def load_sources(args, paths, device):
     """What the students are made from, but for the images.
     -> before: result of the phase before, {} for images of other origin; data: of the teachers or the labels;
-    teachers: for --labels online, records: theirs; starts: {student: the model that --protocol prune begins
-    with}; hashes: {student: for `check_inputs`}; upstream: arguments of the earlier phases"""
+    teachers, records: of --labels online; starts, origins: {student: the model that --protocol prune begins
+    with}, {student: its record}; hashes: {student: for `check_inputs`}; upstream: {phase: arguments}"""
     before, upstream = {}, {}
     if args.labels == "stored" or not args.images:
         phase, path = ("relabel", paths.labels) if args.labels == "stored" else ("recover", paths.run)
@@ -74,7 +73,7 @@ def load_sources(args, paths, device):
     if args.labels == "online":
         teachers, records, data = load_teachers(args, paths.teachers, build_model, device)
     hashes = dict.fromkeys(args.students, origin(args, paths, before, records))
-    if args.protocol == "prune":                                     # train_student sets its own precision
+    if args.protocol == "prune":                                     # train_student sets the precision
         named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})
         starts, origins, _ = load_teachers(named, paths.teachers, build_model, device)
         hashes = {name: hashes[name] | {"teacher": origins[name]["fingerprint"]} for name in args.students}

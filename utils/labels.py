@@ -29,14 +29,12 @@ from utils.run import generator, send
 from utils.train import full_batch
 
 DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32, ()), "box": (np.int16, (4,)),
-         "ratio": (np.float32, ())}                     # of an epoch, a row for each mixed sample
+         "ratio": (np.float32, ())}                     # {name: (dtype, shape of a mixed sample's row)}
 
 
 class RowFile:
-    """An .npy file of this shape whose rows are written in any order, by any process.
-
-    Not through a memory map: its pages count as the process's own, and an error such as a full disk kills it.
-    """
+    """An .npy file of this shape whose rows are written in any order, by any process. Not through a memory
+    map: its pages count as the process's own, and a full disk kills the process."""
 
     def __init__(self, path, shape, dtype):
         self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
@@ -59,7 +57,7 @@ class RowFile:
         size = self.dtype.itemsize * math.prod(self.shape[1:])
         rest = memoryview(np.ascontiguousarray(row, self.dtype)).cast("B")
         with writable(self.path):
-            self.file.seek(index * size - self.shape[0] * size, os.SEEK_END)
+            self.file.seek((index - self.shape[0]) * size, os.SEEK_END)  # rows end the file, behind a header
             while rest:                                              # a full disk may take a part
                 rest = rest[self.file.write(rest):]
 
@@ -75,8 +73,8 @@ class LabelWriter:
 
     def __init__(self, folder, epochs, count, classes):
         kinds = {"logits": (np.float16, (classes,)), **DRAWN}
-        self.files = {key: RowFile(Path(folder, f"{key}.npy"), (epochs, count, *extra), dtype)
-                      for key, (dtype, extra) in kinds.items()}
+        self.files = {key: RowFile(Path(folder, f"{key}.npy"), (epochs, count, *row), dtype)
+                      for key, (dtype, row) in kinds.items()}
 
     def create(self):
         for file in self.files.values():
@@ -90,9 +88,9 @@ class LabelWriter:
             yield
 
     def write(self, epoch, logits, draw):
-        """logits: [N, classes]; draw: of `draw_epoch`"""
+        """logits: [N, classes]; draw: from `draw_epoch`"""
         for key, file in self.files.items():
-            file.write(epoch, draw.get(key, logits).numpy())
+            file.write(epoch, (logits if key == "logits" else draw[key]).numpy())
 
     def sync(self):
         for file in self.files.values():
@@ -100,7 +98,7 @@ class LabelWriter:
 
     def move(self, folder):
         for file in self.files.values():
-            with writable(folder), suppress(FileNotFoundError):      # moved before a kill
+            with writable(folder), suppress(FileNotFoundError):      # moved already, before a kill
                 os.replace(file.path, Path(folder, file.path.name))
 
 
@@ -114,14 +112,14 @@ def load_arrays(folder):
 
 
 def draw_rows(arrays, epoch, rows=slice(None)):
-    """What an epoch drew for these images, as of `draw_epoch` but for its order."""
+    """What was drawn in an epoch for these images: as from `draw_epoch`, without "order"."""
     draw = {key: torch.from_numpy(np.array(arrays[key][epoch, rows])) for key in DRAWN}
     return {key: value.long() if key in ("crop", "partner", "box") else value for key, value in draw.items()}
 
 
 def drawing(args, size):
-    """What is drawn by the arguments of relabel.py for images of `size` pixels.
-    -> function(epoch, number of images) -> as of `draw_epoch`"""
+    """-> draw(epoch, count): what `draw_epoch` gives for `count` images of `size` pixels by the arguments of
+    relabel.py"""
     def draw(epoch, count):
         batch_size = full_batch(count, args.whole_up_to, args.batch_size)
         return draw_epoch(count, size, batch_size, args.mix, generator("relabel", args.seed, epoch),
@@ -130,8 +128,8 @@ def drawing(args, size):
 
 
 class OnlineLabels:
-    """What `draw` of `drawing` gives for `count` images, and logits of the teachers, asked while training, of
-    the classes `seen`, by default all. Without teachers, for hard labels: the draws alone."""
+    """Labels made while a student trains: what `draw` (from `drawing`) draws for `count` images, and the
+    teachers' logits of the classes `seen`, by default all. Without teachers, for hard labels: draws alone."""
 
     def __init__(self, draw, mix, count, teachers=(), logit_norm=True, seen=slice(None)):
         self.draw, self.mix, self.count, self.teachers, self.logit_norm, self.seen = (
@@ -148,14 +146,14 @@ class OnlineLabels:
         return ensemble_logits(logits, self.logit_norm)[:, self.seen]
 
     def of(self, rows, seen):
-        """Of the images `rows` [N] booleans, with logits of the classes `seen`.   -> those images, labels"""
+        """For the images `rows` (booleans [N]) and the classes `seen` alone.   -> LongTensor [n], labels"""
         rows = rows.nonzero().flatten()
         return rows, OnlineLabels(self.draw, self.mix, len(rows), self.teachers, self.logit_norm, seen)
 
 
 class StoredLabels:
-    """Stored labels as train_eval.py uses them: what an epoch drew, and the logits of its mixed samples.
-    used: how many of the epochs a training uses"""
+    """Stored labels as train_eval.py uses them: what was drawn in an epoch, and the logits of its mixed
+    samples.   used: how many of the epochs a training uses, by default all"""
 
     def __init__(self, folder, mix, used=None):
         self.mix, self.used = mix, used
@@ -179,29 +177,30 @@ class StoredLabels:
 
 
 class SeenLabels:
-    """`StoredLabels` of the images `rows` [N] booleans alone, with the logits of the classes `seen`. A stored
-    sample that shows, in part, an image outside of these would leak, and its label is right for the whole
-    mixture alone: instead, each image goes through those of its first `epochs` samples whose partner is among
-    these images, in turn and again from the first. An image without any is left out.
+    """`StoredLabels` for the images `rows` (booleans [N]) and the classes `seen` alone. A stored sample whose
+    partner is outside of these images would show a class to come, and its label fits the whole mixture only.
+    So each image cycles through those of its first `epochs` samples whose partner is among them; an image
+    without any is left out.
 
-    rows: LongTensor [n], the images that are left. ValueError if none is
+    self.rows: LongTensor [n], the images that are left. ValueError if none is
     """
 
     def __init__(self, stored, epochs, rows, seen):
         partner, rows = stored.drawn["partner"][:epochs], rows.numpy().copy()
-        # whom one left out was the only partner of, too
+        # an image left out may have been another's only partner: again, until every image has a sample
         while not (fits := rows[partner[:, rows]]).any(0).all():
             rows[rows.nonzero()] = fits.any(0)
         if not rows.any():
             raise ValueError("no stored sample of the first classes is free of classes to come; use fewer "
                              "steps, --labels online, or relabel.py with more --epochs or --mix none")
         self.stored, self.mix, self.seen = stored, stored.mix, seen
+        # place [N]: the position in self.rows of each image; count [n]: how many epochs fit an image;
+        # fitting [epochs, n]: all epochs, those that fit first
         self.rows, self.place = torch.from_numpy(rows.nonzero()[0]), torch.from_numpy(rows.cumsum() - 1)
-        # [n]; [epochs, n], those first
         self.count, self.fitting = fits.sum(0), np.argsort(~fits, axis=0, kind="stable")
 
     def stored_epoch(self, epoch):
-        """Whose draws each image takes.   -> [n]"""
+        """The stored epoch that each image's sample is from.   -> [n]"""
         return self.fitting[epoch % self.count, np.arange(len(self.rows))]
 
     def epoch(self, epoch):
@@ -237,10 +236,9 @@ class DistilledDataset(torch.utils.data.Dataset):
         if image_set(images, files) != hashes["images"]:
             raise ValueError(f"{self.folder} was made for other images than {images}; run relabel.py "
                              "--overwrite")
-        self.classes, self.mean_std = data["classes"], torch.tensor([data["mean"], data["std"]])
-        self.targets = number.tolist()
-        self.arrays, self.epoch = load_arrays(self.folder), torch.zeros((), dtype=torch.long).share_memory_()
-        self.epochs = len(self.arrays["logits"])
+        self.classes, self.targets = data["classes"], number.tolist()
+        self.mean_std, self.arrays = torch.tensor([data["mean"], data["std"]]), load_arrays(self.folder)
+        self.epochs, self.epoch = len(self.arrays["logits"]), torch.tensor(0).share_memory_()
         self.set_epoch(epoch)
 
     def set_epoch(self, epoch):
@@ -254,13 +252,14 @@ class DistilledDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        return self.__getitems__([range(len(self))[i]])[0]
+        return self.__getitems__([range(len(self))[i]])[0]           # -1 is the last; IndexError beyond
 
     def __getitems__(self, rows):
         """Several samples at once, for a DataLoader."""
         epoch, rows = self.epoch.item(), list(rows)
         if self.arrays is None:                                      # in a worker that was not forked
             self.arrays = load_arrays(self.folder)
+        # an image of `rows` and its partner are len(rows) places apart
         pairs = [*rows, *self.arrays["partner"][epoch, rows].tolist()]
         draw = draw_rows(self.arrays, epoch, pairs) | {"partner": torch.arange(len(pairs)).roll(-len(rows))}
         mixed = apply_epoch(self.images[pairs], draw, torch.arange(len(rows)), self.mix, self.mean_std)

@@ -5,8 +5,7 @@ Precedence: preset of the data set < its exception at an IPC < --method < its ex
 SMALL = ["resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05"]
 LARGE = ["resnet18", "mobilenetv2", "efficientnet_b0", "shufflenetv2_05"]
 RESNETS = ["resnet18", "resnet50", "resnet101"]
-# transformers, and the network without any normalisation, train by AdamW at ImageNet's rate where others take
-# SGD
+# instead of SGD: transformers and the network without any normalisation take AdamW at ImageNet's rate
 BY_ADAMW, SLOWLY, DECAYED = ([f"{name}={value}" for name in ("swin_t", "deit_tiny", "squeezenet")]
                              for value in ("adamw", 0.001, 0.01))
 
@@ -87,32 +86,32 @@ RELEASE = {     # where the release differs from the above; the same columns
     ("train_eval", "whole_up_to"):  (0,             0,             0,             0,             None,          "R"),
     ("train_eval", "lr"):           (["0.001"],     ["0.1", *SLOWLY], ["0.1", *SLOWLY], ["0.001"], None,        "R; SLOWLY O"),
 }
-# Chosen by --holdout on CIFAR-10 at IPC 10, with two backbones, unit gradients with four and on two sets of
-# images (README, "Best"). Behind each: points that ConvNet-W128 gained there over the line before. What was
-# not measured is as in PAPER; CIFAR-100 and shapes have the same unchanged, unsearched, but for the teachers:
-# those of shapes anneal anyway, and what it is worth after the fifty epochs of CIFAR-100 is not known.
+# Chosen by --holdout on CIFAR-10 at IPC 10 (tests/evidence/NOTES.md), with two backbones; unit gradients with
+# four, on two sets of images. Behind each: points that ConvNet-W128 gained by it. What was not measured is as
+# in PAPER. CIFAR-100 and shapes take the same values, unsearched, but for the teachers: those of shapes are
+# annealed anyway, and what annealing is worth after the fifty epochs of CIFAR-100 is not known.
 BEST = {
-    ("*", "teachers"):              ("annealed",    None,          None,          None,          None,          "of the next line"),
+    ("*", "teachers"):              ("annealed",    None,          None,          None,          None,          "those of schedule"),
     ("squeeze", "schedule"):        ("cosine",      None,          None,          None,          None,          "+4.3, measured last"),
     ("squeeze", "precision"):       ("auto",        "auto",        "auto",        "auto",        None,          "faster where native"),
     ("relabel", "precision"):       ("auto",        "auto",        "auto",        "auto",        None,          "as in squeeze"),
     ("train_eval", "precision"):    ("auto",        "auto",        "auto",        "auto",        None,          "as in squeeze"),
     ("recover", "init"):            ("herding",     "herding",     None,          None,          "herding",     "+12.1"),
-    ("recover", "lr"):              (0.01,          0.01,          None,          None,          0.01,          "+2.3, with"),
-    ("recover", "iterations"):      (800,           800,           None,          None,          800,           "these"),
+    ("recover", "lr"):              (0.01,          0.01,          None,          None,          0.01,          "+2.3, both"),
+    ("recover", "iterations"):      (800,           800,           None,          None,          800,           "with lr"),
     ("recover", "unit_gradients"):  (True,          True,          None,          None,          True,          "+0.9, +1.7"),
-    ("train_eval", "batch_size"):   (25,            25,            None,          None,          25,            "+7.7, with"),
-    ("train_eval", "whole_up_to"):  (0,             0,             None,          None,          0,             "this"),
+    ("train_eval", "batch_size"):   (25,            25,            None,          None,          25,            "+7.7, both"),
+    ("train_eval", "whole_up_to"):  (0,             0,             None,          None,          0,             "with batch_size"),
     ("train_eval", "lr_stretch"):   (2.0,           2.0,           None,          None,          2.0,           "+2.0"),
     ("train_eval", "ema_decay"):    (0.99,          0.99,          None,          None,          0.99,          "+0.1; WRN-16-2 +1.8"),
-    ("train_eval", "optimizer"):    (None,          ["adamw"],     None,          None,          None,          "PAPER's of CIFAR-10,"),
+    ("train_eval", "optimizer"):    (None,          ["adamw"],     None,          None,          None,          "CIFAR-10's in PAPER,"),
     ("train_eval", "lr"):           (None,          ["0.001"],     None,          None,          None,          "with which the above"),
     ("train_eval", "weight_decay"): (None,          ["0.0"],       None,          None,          None,          "were measured"),
 }
-# A folder of one's own of up to 64 pixels, all of it ours: a column of the table above, chosen by size and
-# number of classes (utils/data.py), with these in its place. Eq. 11 is a mean over B * C numbers, so its
-# gradient grows as classes get fewer: SGD at CIFAR-100's 0.1 diverges with three classes and stays at chance
-# with five. AdamW does not ask how large a gradient is.
+# For a folder of one's own of up to 64 pixels, all of it ours: these replace values of the column above that
+# its size and number of classes choose (utils/data.py). Eq. 11 is a mean over B * C numbers, so its gradient
+# grows as classes get fewer: SGD at CIFAR-100's 0.1 diverges with three classes, and stays at chance with
+# five. AdamW does not ask how large a gradient is.
 FOLDER = {
     ("*", "backbones"):             ["convnet_w64", "wrn10_1"],
     ("squeeze", "lr"):              0.05,
@@ -128,16 +127,16 @@ FOLDER = {
     ("train_eval", "lr"):           ["0.001"],
     ("train_eval", "weight_decay"): ["0.0"],
 }
-# Its epochs go by the number of images, as about so many steps, and in squeeze so many a class. Seen at 16 pixels,
-# 20 images a class, in % of 100 to 500 test images: students of five classes after 200 steps 45 (random images:
-# 46), after 1000 88 (96); of twenty after 250 epochs in one batch 40, in batches of 16 52; teachers of fifty after
-# 400 steps 39 and 58, after 1000 84 and 77.
+# Its epochs make about so many steps, in squeeze at least so many a class. Seen at 16 pixels, 20 images a
+# class, in % of 100 to 500 test images: students of five classes 45 after 200 steps (random images: 46), 88
+# (96) after 1000; of twenty classes, after 250 epochs, 40 in one batch, 52 in batches of 16; the two teachers
+# of fifty classes 39 and 58 after 400 steps, 84 and 77 after 1000.
 FOLDER_STEPS = {"squeeze": 400, "squeeze, a class": 20, "student": 1000}
 FOLDER_EPOCHS = {"squeeze": (5, 200), "student": (200, 1000)}                   # fewest and most
 PRESETS = {"paper": [PAPER], "release": [PAPER, RELEASE], "best": [PAPER, BEST]}
 AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           # P, Appendix A
-          # by --holdout at IPC 50, with two backbones: +4.6 after 200 epochs of the student, of which class
-          # statistics under ten epochs +0.3; over ten epochs +0.3 after 200, +1.4 after 1000
+          # by --holdout, with two backbones: +4.6 after 200 epochs of the student, of which class statistics
+          # (at ten epochs of squeeze) +0.3, and twenty epochs instead of ten +0.3 (+1.4 after 1000)
           ("best", "cifar10", 50): {"*": {"teachers": "annealed20"}, "squeeze": {"epochs": 20},
                                     "collect_stats": {"class_statistics": True},
                                     "recover": {"class_statistics": True}},
@@ -146,8 +145,8 @@ AT_IPC = {("paper", "imagenet", 10): {"recover": {"drop_rate": 0.0}},           
           ("bilp", "cifar10", 50): {"*": {"teachers": "bilp-0.1"}, "squeeze": {"prune_ratio": 0.1}},
           ("bilp", "cifar100", 1): {"*": {"teachers": "bilp-0.6"}, "squeeze": {"prune_ratio": 0.6}}}
 
-# What each method changes in the preset's table; the README's section on the family tells what its sources
-# leave open. None keeps the preset's setting; where a source has no CIFAR-10 (or CIFAR) setting, that of the
+# What each method changes in the preset's table; "The family" in utils/README.md tells what its sources leave
+# open. None keeps the preset's setting; where a source has no CIFAR-10 (or CIFAR) setting, that of the
 # nearest data set stands; the column `shapes` is ours.
 R18 = (["resnet18"],) * 4 + (["wrn10_1"],)
 SRE2L = {       # arXiv:2306.13092 and its release
@@ -263,12 +262,12 @@ UNMATCHED = (*SELECTIONS, "dm", "bilp")  # take no statistics of the backbones
 
 
 def preset_values(preset, column, phase, ipc=None, method="gvbsm", own=None):
-    """{flag: value} that a preset sets in a phase for a column of the table.   own: numbers of training images
-    and of classes of a folder of one's own of up to 64 pixels, which takes FOLDER's values before those of
-    `best` and of the method"""
+    """{flag: value} that a preset sets in a phase for a column of the table.   own: (training images,
+    classes) of a folder of one's own of up to 64 pixels, whose FOLDER overrides the preset, and is overridden
+    by `best` and by the method"""
     def exception(key):
-        return {flag: value for place in ("*", phase) for flag,
-                value in AT_IPC.get((key, column, ipc), {}).get(place, {}).items()}
+        places = AT_IPC.get((key, column, ipc), {})
+        return places.get("*", {}) | places.get(phase, {})
 
     method_values = of_phase([METHODS[method]], column, phase)
     if own:                                                          # AT_IPC is of named data sets
@@ -278,8 +277,8 @@ def preset_values(preset, column, phase, ipc=None, method="gvbsm", own=None):
         tables = [table for table in PRESETS[preset] if table is not BEST]
         best = of_phase([BEST], column, phase) if preset == "best" else {}
         return of_phase(tables, column, phase) | mine | best | method_values
-    early = (exception("paper") if preset == "best" else {}) | exception(preset)
-    return of_phase(PRESETS[preset], column, phase) | early | method_values | exception(method)
+    at_ipc = (exception("paper") if preset == "best" else {}) | exception(preset)
+    return of_phase(PRESETS[preset], column, phase) | at_ipc | method_values | exception(method)
 
 
 def folder_epochs(phase, train, classes, ipc):
@@ -295,7 +294,7 @@ def folder_epochs(phase, train, classes, ipc):
 
 
 def of_phase(tables, column, phase):
-    """{flag: value} of the rows of a phase, behind those of every phase."""
-    return {flag: row[COLUMNS.index(column)] for places in ("*", phase) for table in tables
-            for (place, flag), row in table.items() if place == places
-            and row[COLUMNS.index(column)] is not None}
+    """{flag: value} of the rows of a phase, which override those of every phase."""
+    i = COLUMNS.index(column)
+    return {flag: row[i] for wanted in ("*", phase) for table in tables
+            for (place, flag), row in table.items() if place == wanted and row[i] is not None}

@@ -34,7 +34,7 @@ def begin(args):
     """The first act of a phase: from here on SIGINT and SIGTERM end it after the current step (`Checkpoint`),
     and torchrun's processes know each other.   -> device, folders (`run_paths`)"""
     signals.stopped_by = None
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")   # after an epoch's end
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")   # resumed after a last step
     if threading.current_thread() is threading.main_thread():
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, stop)
@@ -208,20 +208,21 @@ class Run:
         self.progress = Progress(self.phase, total, unit)
 
     def step(self, text="", state=None, piece="state", count=1):
-        """`count` units are done: show it. state(): of a piece, saved when due."""
+        """`count` more units are done: show that, and save state() as that of `piece` if it is due."""
         self.progress.step(text, count)
         if state:
             self.checkpoint.save_if_due(state, piece)
 
     def finish(self, metrics, summary="", upstream=None, seconds=None):
-        """Write the result file; print three lines for people and a short RESULT for scripts, once for all.
+        """Process 0 writes the result file, and prints three lines for people and a short RESULT for scripts.
 
         summary: what came out, a line or a function of the result; upstream: {phase: arguments}; seconds: by
         default those of the work
         """
         if rank():
             return None
-        args, seconds = self.args, self.checkpoint.seconds() if seconds is None else seconds
+        args, folder = self.args, self.result.absolute().parent
+        seconds = self.checkpoint.seconds() if seconds is None else seconds
         result = {"phase": self.phase, "dataset": Path(args.dataset).name, "ipc": args.ipc,
                   "method": args.method, "tag": args.tag, **metrics, "seconds": round(seconds, 1),
                   "processes": world_size(), "peak_memory": peak_memory(), "hardware": hardware(),
@@ -229,7 +230,6 @@ class Run:
                   "args": relevant(args), "upstream": upstream or {}, "made_from": self.inputs,
                   "data_set": args.data_set}
         save_json(self.result, result)
-        folder = self.result.absolute().parent
         picture = f", picture {folder / 'grid.png'}" * (self.phase == "recover")
         text = summary(result) if callable(summary) else summary
         print_rank0(f"{self.phase}: {text}, in {clock(seconds)}")
@@ -239,7 +239,7 @@ class Run:
 
 
 def short_result(result, path):
-    """What scripts read of a result on one line; the file has everything."""
+    """What scripts read of a result on one line, numbers rounded; the file has everything."""
     keys = ("phase", "dataset", "ipc", "method", "tag", "student", "labels", "images", "top1", "top1_std",
             "seconds")
     short = json.loads(json.dumps({key: result[key] for key in keys if key in result}),
@@ -278,7 +278,7 @@ def hardware():
 
 class Progress:
     """A line with the time left: redrawn within a terminal's width, elsewhere a new line every half minute.
-    unit: what is counted, such as "images" """
+    what: the phase or training; unit: what is counted, such as images"""
 
     def __init__(self, what, total, unit="steps", every=30):
         self.what, self.total, self.unit, self.done, self.before = what, total, unit, 0, 0

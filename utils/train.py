@@ -18,18 +18,18 @@ from utils.run import Progress, generator, send
 
 def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=None,
         remedy="use a smaller --lr"):
-    """Train, as a generator of the numbers of the epochs done, from 1: after each the caller may test, save
-    or print.
+    """Train; yields the number of each epoch done, from 1, and the caller may then test, save or print.
 
     trained       (model, optimizer, schedule of the learning rate by epoch, ...): all that changes
     draw_batches  function(epoch) -> torch.Generator, batches [LongTensor [B], ...]; called once an epoch
     train_epoch   function(epoch, batches, rng): takes a step for each batch and yields its loss, a scalar
-    resume, save  state() of an earlier process, or None; function(state), called after every step
+    resume        what state() gave in an earlier process, or None
+    save          function(state), called after every step; state() gives all that a resumed training needs
     remedy        printed where a loss or a weight is not finite, which ends the phase
     """
     model, _, schedule, *_ = trained
     train_epoch = normalisable(train_epoch, name)
-    first, done = (resume["epoch"], resume["done"]) if resume else (0, 0)
+    first, done = (resume["epoch"], resume["done"]) if resume else (0, 0)        # epoch, its steps done
     for part, state_dict in zip(trained, resume["trained"] if resume else ()):
         part.load_state_dict(state_dict)
     nonfinite, progress = NonFinite(["loss"], next(model.parameters()).device), None
@@ -43,7 +43,7 @@ def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=N
         rng, batches = draw_batches(epoch)
         sizes = [len(batch) for batch in batches]
         progress = progress or Progress(name, epochs * sum(sizes), "images")
-        if epoch < first:
+        if epoch < first:                                # its batches were drawn so that rng moves on
             progress.skip(sum(sizes))
             continue
         if resume and epoch == first:
@@ -63,7 +63,7 @@ def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=N
 
 
 def normalisable(train_epoch, name):
-    """The same; a batch of one value a channel, which BatchNorm cannot normalise, ends the phase."""
+    """train_epoch, but a batch of one value a channel, which BatchNorm cannot normalise, ends the phase."""
     def checked(*args):
         try:
             yield from train_epoch(*args)
@@ -100,14 +100,14 @@ def full_batch(count, whole_up_to, batch_size):
 
 
 def make_step(optimizer, loss_of, cuda_graphs=False):
-    """-> step(*inputs): a step of the optimizer along the gradient of loss_of(*inputs) -> (loss, *others),
-    detached.   cuda_graphs: forward and backward pass are replayed, a graph for each size of a batch"""
+    """-> step(*inputs), which takes a step down the loss of loss_of(*inputs) -> (loss, *others), and returns
+    them, the loss detached.   cuda_graphs: both passes are replayed, a graph for each size of a batch"""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def loss_and_gradients(*inputs):
         loss, *others = loss_of(*inputs)
         optimizer.zero_grad()
-        loss.backward()  # autograd.grad would not ask the other processes
+        loss.backward()  # not autograd.grad, in which DistributedDataParallel averages nothing
         return loss.detach(), *others, *(parameter.grad for parameter in parameters)
 
     graphs = defaultdict(partial(Graphed, loss_and_gradients))
@@ -123,7 +123,7 @@ def make_step(optimizer, loss_of, cuda_graphs=False):
 
 
 class Record(dict):
-    """Tensors and plain values that change in training beside the networks."""
+    """Tensors and plain values that change in training beside the networks, for `trained` of `fit`."""
 
     def __init__(self, device, **values):
         super().__init__(values)
@@ -138,7 +138,7 @@ class Record(dict):
 
 class Training(NamedTuple):
     """A training by SGD: of a backbone, a pruned teacher, MoCo or a probe."""
-    name: str                               # of the training, such as "probe"
+    name: str                               # shown in progress and errors, such as "probe"
     epochs: int
     batch_size: int
     lr: float
@@ -151,7 +151,7 @@ class Training(NamedTuple):
     crop: str = "resized"
     seed: int = 0
     cuda_graphs: bool = False
-    remedy: str = "use a smaller --lr"      # printed where it does not converge
+    remedy: str = "use a smaller --lr"      # see `fit`
 
     def optimizer(self, model):
         """-> optimizer, the schedule of its learning rate"""
@@ -163,7 +163,7 @@ class Training(NamedTuple):
 
 def learning_rates(optimizer, schedule, epochs, *, warmup_epochs=0, step_epochs=30, step_factor=0.1):
     """The schedule per epoch: constant, cosine to 0, or step (times step_factor after every step_epochs),
-    behind warmup_epochs that rise from a hundredth."""
+    after warmup_epochs in which the rate rises from a hundredth."""
     rest = epochs - warmup_epochs
     rates = (lr_scheduler.CosineAnnealingLR(optimizer, rest) if schedule == "cosine" else
              lr_scheduler.StepLR(optimizer, step_epochs, step_factor) if schedule == "step" else
@@ -176,12 +176,12 @@ def learning_rates(optimizer, schedule, epochs, *, warmup_epochs=0, step_epochs=
 
 def split_accuracy(model, split, mean_std, *, jointly=False):
     """Top-1 in % of a model on the images of a split (utils/data.py); mean_std [2, 3] on the model's device.
-    jointly: the processes of torchrun share the images"""
+    jointly: each process of torchrun tests a share of the images"""
     return accuracy(model, network_inputs(split, mean_std, jointly), jointly)
 
 
 def network_inputs(split, mean_std, jointly=False):
-    """Batches (normalised images, labels) of a split."""
+    """Batches (normalised images, labels) of a split; jointly: this process's share of them."""
     index = shard(torch.arange(len(split)).split(500)) if jointly else 500
     return ((normalize(send(images, mean_std.device), *mean_std), labels)
             for images, labels in split.batches(index))
@@ -214,7 +214,7 @@ def class_accuracies(model, batches, num_classes):
 
 
 def floating(model):
-    """The model's floating-point weights and buffers."""
+    """The model's floating-point weights and buffers, themselves, not copies."""
     return [value for value in model.state_dict().values() if value.is_floating_point()]
 
 
@@ -269,7 +269,7 @@ class Graphed:
 
 
 class NonFinite:
-    """The first step in which each of some values was not finite; a GPU is asked in `first` alone."""
+    """For each of some values the first step in which it was not finite; `first` alone waits for a GPU."""
 
     def __init__(self, names, device):
         self.names, self.steps = list(names), torch.full((len(names),), sys.maxsize, device=device)

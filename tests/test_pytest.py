@@ -1,7 +1,9 @@
 """How the tests themselves run: Ctrl-C stops them, whatever a phase did with signals before or does at that
 moment."""
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ def test_control_c_stops_pytest(text, tmp_path):
     test.write_text("import os, signal, time, pytest, squeeze\n" + text + "\ndef test_second():\n    pass\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", test]
     ended = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True,
-                           timeout=120)
+                           timeout=120,      # a shell's background job would ignore SIGINT
+                           preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     assert ended.returncode == pytest.ExitCode.INTERRUPTED, ended.stdout
     assert "KeyboardInterrupt" in ended.stdout and "passed" not in ended.stdout and "failed" not in ended.stdout

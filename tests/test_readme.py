@@ -184,7 +184,7 @@ def test_every_function_that_the_pages_name_exists():
 NAMES = {"shapes": "shapes", "CIFAR-10": "cifar10", "CIFAR-100": "cifar100",
          "ConvNet-W64": "convnet_w64", "ConvNet-W128": "convnet_w128", "ResNet18": "resnet18"}
 RESULTS = {     # data set, IPC, student -> the files of the paper's settings and of `best`
-    ("shapes", 10, "ConvNet-W64"): ("", "-as-best"),
+    ("shapes", 10, "ConvNet-W64"): ("", "-best"),
     ("CIFAR-10", 10, "ConvNet-W128"): ("", "-two"),
     ("CIFAR-10", 10, "ResNet18"): ("", "-two"),
     ("CIFAR-10", 50, "ConvNet-W128"): ("", "-two20"),
@@ -212,7 +212,7 @@ def test_every_result_of_the_readme_is_that_of_its_file(row):
             two = preset == "best" and result and len(result["args"]["backbones"]) == 2 and dataset != "shapes"
             expected.append((report.accuracy(result) + " ²" * two) if result else "–")
         for result in filter(None, sides):
-            assert result["args"]["preset"] == preset or dataset == "shapes"  # with best's flags, one by one
+            assert result["args"]["preset"] == preset
             assert result["args"]["epochs"] == (int(epochs[0].split()[0]) if epochs and preset == "best"
                                                 else 200 if dataset == "shapes" else 1000)
             seeds = 1 if result["top1_std"] == 0 and len(result["seeds"]) == 1 else len(result["seeds"])

@@ -210,7 +210,7 @@ def test_every_result_of_the_readme_is_that_of_its_file(row):
         sides = [cell[side].get("stored") for side in ("distilled", "real")]
         for result in sides:
             two = preset == "best" and result and len(result["args"]["backbones"]) == 2 and dataset != "shapes"
-            expected.append((report.accuracy(result) + " ²" * two) if result else "–")
+            expected.append((report.accuracy(result) + " ¹" * two) if result else "–")
         for result in filter(None, sides):
             assert result["args"]["preset"] == preset
             assert result["args"]["epochs"] == (int(epochs[0].split()[0]) if epochs and preset == "best"

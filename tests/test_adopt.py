@@ -110,8 +110,9 @@ def test_a_prefix_is_that_of_the_network_with_most_names():
     (lambda net: trained_like("resnet34").state_dict(), "layer1.2.conv1.weight is left over"),
     (lambda net: {**net.state_dict(), "bn1.bias": torch.full((64,), torch.nan)}, "bn1.bias is not finite"),
     (lambda net: {"epoch": 3, "state_dict": {}}, "there is no state dict in it"),
-    (lambda net: "text", "is no whole checkpoint of plain weights"),
-    (lambda net: net, "torch.save(model.state_dict(), FILE)")])
+    (lambda net: "text", "is no whole checkpoint of plain weights (torch.save did not write it)"),
+    (lambda net: torch.zeros(3), "(it holds a Tensor, not a dict)"),
+    (lambda net: net, "(it would run torchvision.models.resnet.ResNet); name another --weights, or save")])
 def test_a_file_that_does_not_fit_ends_in_a_line(stored, told, tmp_path, capsys):
     path, value = tmp_path / "theirs.pt", stored(trained_like())
     path.write_text(value) if isinstance(value, str) else torch.save(value, path)
@@ -142,7 +143,7 @@ def test_a_file_runs_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         read_weights(tmp_path / "harmful.pt")
     told = capsys.readouterr()
-    assert not told.out and told.err.count("\n") == 1 and "no whole checkpoint of plain weights" in told.err
+    assert not told.out and told.err.count("\n") == 1 and "(it would run print)" in told.err
 
 
 # squeeze.py

@@ -4,11 +4,13 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -65,8 +67,10 @@ def absent(path):
 
 
 def with_keys(value, keys):
-    if not isinstance(value, dict) or not value.keys() >= set(keys):
-        raise ValueError(f"it lacks {' '.join(keys)}")
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not a dict")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"it lacks {' '.join(missing)}")
     return value
 
 
@@ -89,7 +93,9 @@ def load_torch(path, remedy, keys=()):
     except FileNotFoundError:
         fail(f"{Path(path).absolute()} is {absent(path)}; {remedy}")
     except Exception as error:                                       # a damaged pickle may raise anything
-        fail(f"{path} is no whole checkpoint of plain weights ({reason(error)}); {remedy}")
+        code, foreign = re.search(r"GLOBAL (\S+)", str(error)), isinstance(error, (LookupError, UnpicklingError))
+        why = f"it would run {code[1]}" if code else "torch.save did not write it" if foreign else reason(error)
+        fail(f"{path} is no whole checkpoint of plain weights ({why}); {remedy}")
 
 
 def unfinished(result):

@@ -93,8 +93,10 @@ def load_torch(path, remedy, keys=()):
     except FileNotFoundError:
         fail(f"{Path(path).absolute()} is {absent(path)}; {remedy}")
     except Exception as error:                                       # a damaged pickle may raise anything
-        code, foreign = re.search(r"GLOBAL (\S+)", str(error)), isinstance(error, (LookupError, UnpicklingError))
-        why = f"it would run {code[1]}" if code else "torch.save did not write it" if foreign else reason(error)
+        foreign = isinstance(error, (LookupError, UnpicklingError))
+        why = "torch.save did not write it" if foreign else reason(error)
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            why = f"it would run {code[1]}"
         fail(f"{path} is no whole checkpoint of plain weights ({why}); {remedy}")
 
 

@@ -3,7 +3,7 @@ the files.
 
 Layouts, in the order they are looked for (nothing is downloaded unless asked):
     shapes                               drawn here, no file
-    <data_dir>/<name>/train/<class>/     with val/ or test/ beside it (val/ if both): torchvision's ImageFolder
+    <data_dir>/<name>/train/<class>/     val/ or test/ beside it (val/ if both): torchvision's ImageFolder
     <data_dir>/cifar-10-batches-py, cifar-100-python, tiny-imagenet-200      as their authors publish them
     any other folder with train/ and val/ or test/ in it
 Classes are numbered by their sorted names everywhere, images of a class by their sorted file names.
@@ -63,10 +63,10 @@ class Split:
     None)."""
 
     def __init__(self, sources, labels, classes, image_size, workers=0, white=None):
-        self.classes, self.labels, self.image_size, self.workers = classes, torch.as_tensor(labels), image_size, workers
+        self.classes, self.labels = classes, torch.as_tensor(labels)
+        self.image_size, self.workers, self.white = image_size, workers, white
         self.streamed = image_size > SMALL
-        self.files, self.white = None if isinstance(sources,
-                                                    np.ndarray) and not self.streamed else sources, white
+        self.files = sources if self.streamed or not isinstance(sources, np.ndarray) else None
         self.images = None if self.streamed else read_images(sources, image_size, image_size, workers, white)
         # ImageNet's customary margin: 256 pixels, of which 224 are cut out
         self.shorter = image_size * 256 // 224
@@ -266,7 +266,7 @@ def look(dataset, data_dir, known=()):
     known: what earlier calls gave; the one whose files have the same names, sizes and times is given back.
     """
     named = DATASETS.get(dataset)
-    nothing = dict(path=None, fingerprint=None, train=None, test=None, pixels=None, passed=None, stamp=None, fits=None)
+    nothing = dict.fromkeys(["path", "fingerprint", "train", "test", "pixels", "passed", "stamp", "fits"])
     root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
     if named and not (root / "train").is_dir():
         return nothing | dict(classes=named["num_classes"], image_size=named["image_size"])
@@ -279,7 +279,8 @@ def look(dataset, data_dir, known=()):
     sizes, fingerprint = survey(files + tests, root)
     sides, passed = [side for size in sizes for side in size], {kind: passed[kind] + others[kind]
                                                                 for kind in passed}
-    fits = named["image_size"] if named else fitting_size(sizes[:len(files) if len(sizes) > len(files) else None])
+    trained = sizes[:len(files) if len(sizes) > len(files) else None]
+    fits = named["image_size"] if named else fitting_size(trained)
     return dict(path=str(root.resolve()), fingerprint=fingerprint, train=len(files), test=len(tests),
                 classes=len(classes), pixels=[min(sides), max(sides)], stamp=mark,
                 passed={kind: [len(paths), *paths[:1]] for kind, paths in passed.items()},
@@ -288,7 +289,9 @@ def look(dataset, data_dir, known=()):
 
 def folder_column(size, classes):
     """The name of DATASETS whose settings are nearest to a folder of so many classes."""
-    return "imagenet" if size > SMALL else "cifar10" if classes <= FEW_CLASSES else "cifar100" if size <= 32 else "tiny"
+    if size > SMALL:
+        return "imagenet"
+    return "cifar10" if classes <= FEW_CLASSES else "cifar100" if size <= 32 else "tiny"
 
 
 def find_size(dataset: str, data_dir: str) -> int:
@@ -414,15 +417,15 @@ def class_numbers(found, classes, folder, class_map=None):
         if sorted(names) == sorted(number):
             return [number[name] for name in names]
     parts = [re.fullmatch(r"(\D*)(\d+)", name, re.ASCII) for name in found]
-    if all(parts) and len({part[1] for part in parts}) == 1 and sorted(int(part[2])
-                                                                       for part in parts) == list(range(len(classes))):
-        print(f"{folder}: folder {found[0]} holds class {classes[int(parts[0][2])]}, and so on by number",
-              flush=True)
-        return [int(part[2]) for part in parts]
+    numbers = [int(part[2]) for part in parts] if all(parts) and len({part[1] for part in parts}) == 1 else []
+    if numbers and sorted(numbers) == list(range(len(classes))):
+        print(f"{folder}: folder {found[0]} holds class {classes[numbers[0]]}, and so on by number", flush=True)
+        return numbers
     expected = list(map(folder_name, classes))
-    extra, missing = ([name for name in names if name not in set(others)] for names,
-                      others in ((found, expected), (expected, found)))
-    what = f"{len(found)} classes, not {len(classes)}" if len(found) != len(classes) else f"class {extra[0]!r} stands where {missing[0]!r} does"
+    extra, missing = ([name for name in names if name not in set(others)]
+                      for names, others in ((found, expected), (expected, found)))
+    what = (f"{len(found)} classes, not {len(classes)}" if len(found) != len(classes) else
+            f"class {extra[0]!r} stands where {missing[0]!r} does")
     fail(f"{folder} and the data set differ in their classes ({what}); use the same data set for both, or "
          f"--class-map")
 

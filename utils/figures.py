@@ -148,8 +148,8 @@ def read_runs(folders):
 
 
 def class_images(run, count, size, workers):
-    """Yields name of the class, uint8 images [n, 3, S, S] of the first `count` classes of a run, None: of all;
-    size None: the first image's"""
+    """Yields name of the class, uint8 images [n, 3, S, S] of the first `count` classes of a run,
+    None: of all; size None: the first image's"""
     labels, classes, files = list_folder(run / "images")
     files = np.array([run / "images" / file for file in files])
     with unreadable_fails(), opened(files[0]) as image:

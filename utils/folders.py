@@ -155,7 +155,8 @@ def list_images(folder, classes=None):
         fail(f"{os.path.abspath(folder)} cannot be read ({error.strerror or error}); name a folder of "
              f"<class>/<image>{tensors}")
     if not names:
-        found = f"{len(loose)} images without a folder for their class" if loose else f"{len(other)} files, none of them an image"
+        found = (f"{len(loose)} images without a folder for their class" if loose else
+                 f"{len(other)} files, none of them an image")
         fail(f"{folder} is not laid out as <class>/<image>: it holds {found}; make a folder for each class")
     if len(set(map(same_letters, names))) < len(names):
         twice = next(name for name in names if [same_letters(one) for one in names].count(same_letters(name))

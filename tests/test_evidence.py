@@ -1,6 +1,7 @@
 """The result files of tests/evidence and the page that is made of them."""
 import hashlib
 import json
+import math
 import re
 import shlex
 import zipfile
@@ -9,9 +10,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_eval
-from tests.evidence import make_readme
+from tests.evidence import make_readme, teacher_views
 from utils import report
 from utils.cli import parse_args
 from utils.provenance import relevant
@@ -336,3 +338,16 @@ def test_an_archive_of_distilled_images_is_whole_and_belongs_to_a_result_file(ar
         images = [entry for entry in file.namelist() if entry.endswith(".png")]
         assert all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
     assert Counter(entry.split("/")[1] for entry in images) == dict.fromkeys(classes, cell["ipc"])
+
+
+def test_teachers_that_know_a_set_find_its_classes_and_are_sure(monkeypatch):
+    """Two teachers of two classes: one finds the brighter images on every view, one says nothing."""
+    images = torch.tensor([40, 200], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 8, 8).contiguous()
+    monkeypatch.setattr(teacher_views, "VIEWS", 20)
+    models = {"knows": lambda views: torch.stack([-9 * views.mean((1, 2, 3)), 9 * views.mean((1, 2, 3))], 1),
+              "silent": lambda views: torch.zeros(len(views), 2)}
+    units = torch.tensor([[0.5] * 3, [0.25] * 3])
+    found = teacher_views.knowledge(images, torch.tensor([0, 1]), units, models)
+    assert found["knows"] == found["mean"] == 100 and found["silent"] == 50 and found["entropy"] < 0.01
+    alone = teacher_views.knowledge(images, torch.tensor([0, 1]), units, {"silent": models["silent"]})
+    assert alone["entropy"] == pytest.approx(math.log(2))

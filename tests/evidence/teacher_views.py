@@ -1,7 +1,7 @@
 """How well do the teachers know a set of images? Their accuracy and entropy on random crops of it.
 
 python -m tests.evidence.teacher_views --dataset cifar10 --teachers annealed --backbones convnet_w128 wrn16_2 \
-    --images runs/cifar10/random-ipc10/images runs/cifar10/gvbsm-ipc10-best/images
+    --folders runs/cifar10/random-ipc10/images runs/cifar10/gvbsm-ipc10-best/images
 
 Prints a row for the training images, the test images and each folder: of the views that relabel.py draws
 (RandomResizedCrop, flip, unmixed), the share in % whose class each teacher finds, that of the mean of their
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+import relabel
 from models import build_model
 from utils.augment import apply_epoch, draw_epoch
-from utils.cli import Parser, identity_flags, parse_args
+from utils.cli import parse_args
 from utils.data import load_folder, load_split
 from utils.run import begin, generator
 from utils.teachers import load_teachers
@@ -40,8 +41,9 @@ def knowledge(images, labels, mean_std, models, seed=0, batch_size=100):
 
 
 def main(argv=None):
-    parser = identity_flags(Parser(__doc__))
-    parser.add_argument("--images", type=Path, nargs="*", default=[], help="folders <class>/<file>")
+    parser = relabel.get_parser()
+    parser.description = __doc__
+    parser.add_argument("--folders", type=Path, nargs="*", default=[], help="distilled images, <class>/<file>")
     args = parse_args(parser, "relabel", argv)
     device, paths = begin(args)
     models, _, data = load_teachers(args, paths.teachers, build_model, device)
@@ -50,7 +52,7 @@ def main(argv=None):
         split = load_split(args.dataset, args.data_dir, name, size, args.workers, args.holdout)
         rows = torch.randperm(len(split), generator=generator("rows", 0))[:VIEWS]
         sets[{"train": "training images", "test": "test images"}[name]] = split.read(rows), split.labels[rows]
-    for folder in args.images:
+    for folder in args.folders:
         sets[folder.parent.name] = load_folder(folder, size, args.workers, data["classes"])[:2]
     print("| set | " + " | ".join([*models, "mean of logits", "entropy"]) + " |")
     print("|" + " --- |" * (len(models) + 3))

@@ -123,17 +123,16 @@ def matching_gradient(matcher, labels, ce_weight, pixels, view, kept, state, dro
 def recover_batch(images, labels, matchers, draws, *, bounds, lr=0.05, weight_decay=0.0, ce_weight=1.0,
                   dd_weight=1.0, tau=4.0, dd_scale="sum", dd_on="pixels", dd_autograd=False,
                   unit_gradients=False, averages=None, gradient=matching_gradient, resume=None):
-    """Eq. 2 with Eq. 5-7 and Eq. 10: optimise the images of G batches at once; each moves as if it were
-    alone, up to rounding.
+    """Eq. 2 with Eq. 5-7 and Eq. 10: optimise G batches at once; each moves as if alone, up to rounding.
 
     images [G, B, 3, S, S] in normalised units, changed in place; labels [G, B]; matchers:
     `ClosedFormMatching` or `Matching` of each backbone; draws: of `draw_iterations`; bounds: low, high
     [3, 1, 1], of valid pixels. dd_on: pixels, or the view that the backbones see; dd_autograd: Eq. 5 as
     written, not in closed form; unit_gradients: scale each backbone's gradient of a batch to norm 1, so that
-    none sets the size of everybody's steps (Adam's second moment); averages: moving averages to start from,
-    one a matcher, such as state()["averages"] of the batch before; resume: a state.
-    Yields after every Adam step: t, losses {ce, bn, conv, dd, and the gradient's norm}, summed over batches,
-    and state, a function that gives what to resume from. ValueError where shapes do not fit.
+    none sets the size of Adam's steps; averages: moving averages to start from, such as state()["averages"]
+    of the batch before; resume: a state.
+    Yields after every Adam step: t, losses {ce, bn, conv, dd, gradient: its norm}, summed over batches, and
+    state, a function that gives what to resume from. ValueError where shapes do not fit.
     """
     if labels.dim() != 2 or images.dim() != 5 or images.shape[:2] != labels.shape:
         raise ValueError(f"images of shape {tuple(images.shape)}, labels of shape {tuple(labels.shape)}; "

@@ -93,4 +93,5 @@ def test_a_devkit_that_does_not_fit_is_named(tmp_path, capsys, content):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(SystemExit) as end:
         load_split(str(tmp_path), "", "test")
-    assert end.value.code == 2 and "meta.bin does not give the classes of the 4 images" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "meta.bin does not give the classes of the 4 images" in capsys.readouterr().err

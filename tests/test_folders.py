@@ -26,7 +26,8 @@ def test_hidden_and_foreign_names_are_passed_over_and_counted(tmp_path):
     (root / "train/cat/notes.txt").write_text("x")
     split, found = load_split(str(root), "x", "train"), look(str(root), "x")
     assert split.classes == ["cat", "dog"] and len(split) == 4
-    assert found["passed"]["hidden"][0] == 6 and found["passed"]["other"] == [1, str(root / "train/cat/notes.txt")]
+    assert found["passed"]["hidden"][0] == 6
+    assert found["passed"]["other"] == [1, str(root / "train/cat/notes.txt")]
 
 
 @pytest.mark.parametrize("kind", ["jfif", "gif", "webp", "tiff", "bmp"])
@@ -62,7 +63,8 @@ def test_a_flat_channel_is_a_warning_that_names_a_file(tmp_path, capsys):
         for name in "a", "b":
             save(tmp_path / split / name / "0.png", np.dstack([noise(8, 8, 2), np.zeros((8, 8), np.uint8)]))
     describe(str(tmp_path), "x")
-    assert capsys.readouterr().err.split(": ", 1)[1].startswith("blue is 0 of 255") and not capsys.readouterr().err
+    assert capsys.readouterr().err.split(": ", 1)[1].startswith("blue is 0 of 255")
+    assert not capsys.readouterr().err
 
 
 def test_an_image_is_turned_as_its_orientation_says(tmp_path):
@@ -71,7 +73,8 @@ def test_an_image_is_turned_as_its_orientation_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     save(tmp_path / "cat/0.png", half, exif=exif)
-    assert (load_folder(tmp_path, 8)[0][0, 0, :4] == 255).all() and (load_folder(tmp_path, 8)[0][0, 0, 4:] == 0).all()
+    assert (load_folder(tmp_path, 8)[0][0, 0, :4] == 255).all()
+    assert (load_folder(tmp_path, 8)[0][0, 0, 4:] == 0).all()
 
 
 def test_class_folders_win_over_a_left_over_table(tmp_path):
@@ -87,7 +90,8 @@ def test_a_flat_val_is_read_by_a_table_of_names_and_classes_or_refused(tmp_path,
     assert_fails(capsys, ["val", "2 images", "val.txt", "<class>"], find_split, str(root), "x", "test")
     (root / "val.txt").write_text("1.png cat\n0.png 1\n")
     files, labels, classes = find_split(str(root), "x", "test")
-    assert [Path(file).name for file in files] == ["1.png", "0.png"] and labels == [0, 1] and classes == ["cat", "dog"]
+    assert [Path(file).name for file in files] == ["1.png", "0.png"] and labels == [0, 1]
+    assert classes == ["cat", "dog"]
     save(root / "val/2.png", noise(8, 8, 3))
     assert look(str(root), "x")["passed"]["other"] == [1, str(root / "val/2.png")]
 

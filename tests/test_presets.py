@@ -252,7 +252,8 @@ def test_help_shows_what_would_run_and_needs_neither_data_nor_a_network(phase, c
             shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else (
                 " ".join(value) if isinstance(value, list) else value)
             assert f"({shown})" in " ".join(entry.split())
-        assert len(text.splitlines()) < 170 and text.index("--dataset NAME") < text.index("run:") < text.index("method:")
+        assert len(text.splitlines()) < 170
+        assert text.index("--dataset NAME") < text.index("run:") < text.index("method:")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -171,7 +171,8 @@ def test_the_arguments_of_all_phases_travel_to_the_evaluation(chain):
     for phase, backbones in ("squeeze", upstream["squeeze"]), ("collect_stats", upstream["collect_stats"]):
         assert list(backbones) == results["squeeze"]["args"]["backbones"]
         assert all(args == results[phase]["args"] for args in backbones.values())
-    assert upstream["recover"] == results["recover"]["args"] and upstream["relabel"] == results["relabel"]["args"]
+    assert upstream["recover"] == results["recover"]["args"]
+    assert upstream["relabel"] == results["relabel"]["args"]
 
 
 def test_any_image_folder_loader_reads_the_images_in_the_teachers_class_order(chain):
@@ -572,7 +573,8 @@ def test_other_teachers_and_other_patches_are_what_the_images_match(project, pas
                                                               for term in terms]
     assert len(checkpoint(other / "convnet_w8.stats.pt")["statistics"]["0"][2]) == 64
     upstream = result["upstream"]
-    assert upstream["squeeze"]["wrn10_1"]["epochs"] == 1 and upstream["collect_stats"]["wrn10_1"]["patch"] == 2
+    assert upstream["squeeze"]["wrn10_1"]["epochs"] == 1
+    assert upstream["collect_stats"]["wrn10_1"]["patch"] == 2
 
 
 def test_adam_takes_steps_of_the_learning_rate_that_falls_along_a_cosine(project, passes):

@@ -272,7 +272,8 @@ def bench_train_eval(rounds, quick, device):
             train_data = {"images": images, "classes": classes, "labels": labels, "test": test, "data": DATA,
                           "mean_std": torch.tensor(UNITS, device=device)}
             draw, batches = labels.epoch(0), []
-            for rows in torch.arange(count).split(train_eval.full_batch(count, args.whole_up_to, args.batch_size)):
+            batch_size = train_eval.full_batch(count, args.whole_up_to, args.batch_size)
+            for rows in torch.arange(count).split(batch_size):
                 mixed = apply_epoch(images.cpu(), draw, rows, "cutmix", UNITS).to(device)
                 batches.append((mixed, labels.soft_logits(0, rows, mixed), classes[rows]))
             model = network(name).to(device)
@@ -300,9 +301,10 @@ def bench_squeeze(rounds, quick, device):
             return training_steps(model, optimizer, batches, F.cross_entropy)
 
         trained, last, first = (network(name, last).to(device) for last in (True, True, False))
+        rows, units = torch.arange(count), torch.tensor(UNITS, device=device)
         times = interleaved([
-            lambda: list(squeeze.train(trained, split, torch.arange(count), torch.tensor(UNITS, device=device),
-                                       training, NOTHING_KEPT, squeeze.forgetting_record(count, device))),
+            lambda: list(squeeze.train(trained, split, rows, units, training, NOTHING_KEPT,
+                                       squeeze.forgetting_record(count, device))),
             bare(last), bare(first)], rounds)
         yield f"{name}, {count} images by 64", {**ratio(times), "bare/channels_first": times[1] / times[2]}
 

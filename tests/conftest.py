@@ -100,9 +100,11 @@ class Project:
         for path in sorted(self.root.rglob("*")):
             if path.is_file() and self.dataset not in path.parents:
                 assert ".unfinished" not in str(path) and not path.name.endswith(".tmp")
-                found[path.relative_to(self.root).as_posix()] = path.read_bytes() if path.suffix != ".json" else {
-                    key: value for key, value in json.loads(path.read_text()).items()
-                    if key not in ("seconds", "peak_memory", "costs")}
+                content = path.read_bytes()
+                if path.suffix == ".json":
+                    content = {key: value for key, value in json.loads(content).items()
+                               if key not in ("seconds", "peak_memory", "costs")}
+                found[path.relative_to(self.root).as_posix()] = content
         return found
 
     def run(self, name="gvbsm-ipc2"):

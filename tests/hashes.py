@@ -2,7 +2,8 @@
 change of the code must leave as it is.
 
 python -m tests.hashes before.txt        # at one commit
-python -m tests.hashes after.txt         # at another, on the same machine, with as many threads; then: diff before.txt after.txt
+python -m tests.hashes after.txt         # at another, on the same machine, with as many threads
+diff before.txt after.txt
 """
 import argparse
 import hashlib

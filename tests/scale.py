@@ -26,7 +26,8 @@ PHASES = {   # flags, and the flag of the steps
 PROCESS = """
 import importlib, pathlib, re, sys, time
 importlib.import_module(sys.argv[1]).main(sys.argv[2:])
-print(time.process_time(), re.search(r"VmHWM:\\s*(\\d+)", (pathlib.Path("/") / "proc" / "self" / "status").read_text())[1])
+status = (pathlib.Path("/") / "proc" / "self" / "status").read_text()
+print(time.process_time(), re.search(r"VmHWM:\\s*(\\d+)", status)[1])
 """
 CASES = [   # images, classes, pixels
     (10, 10, 32), (100, 10, 32), (1000, 10, 32), (1000, 100, 32), (1000, 1000, 32), (100, 10, 64),

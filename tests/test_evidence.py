@@ -267,8 +267,8 @@ def test_a_data_set_and_a_tag_that_nobody_knows_get_their_rows(made_up):
                                                                                         "cifar100-x-holdout"),
                              "zoo-gvbsm-ipc10-ablation-odd-convnet_w128": made_up("gvbsm", "ablation-odd", 51,
                                                                                   "zoo")})
-    for dataset, run, top1 in ("cifar100-x-holdout", "gvbsm-odd", "50.0 ± 0.4"), ("zoo", "gvbsm-ablation-odd",
-                                                                                  "51.0 ± 0.4"):
+    rows = ("cifar100-x-holdout", "gvbsm-odd", "50.0 ± 0.4"), ("zoo", "gvbsm-ablation-odd", "51.0 ± 0.4")
+    for dataset, run, top1 in rows:
         line, = lines_of(text[text.index(f"## {dataset}\n"):], "IPC")
         assert line[2:4] == [run, top1]
     assert "# gvbsm-ipc10-odd\n" in text

@@ -153,7 +153,8 @@ def test_the_settings_are_those_that_were_published(row):
 def test_the_pool_of_a_method_is_what_its_squeeze_saves():
     for column in "cifar10", "cifar100", "tiny", "imagenet", "shapes":
         squeezed = preset_values("paper", column, "squeeze", 10, "teddy")
-        names = [one for name in squeezed["backbones"] for one in teachers_of(name, squeezed["save_epochs"], 0)]
+        names = [one for name in squeezed["backbones"]
+                 for one in teachers_of(name, squeezed["save_epochs"], 0)]
         for phase in PHASES[1:]:
             assert preset_values("paper", column, phase, 10, "teddy")["backbones"] == names[1:]
 
@@ -390,9 +391,8 @@ def test_image_moments_are_those_of_slow_loops():
 
 
 def test_the_moments_of_a_mixture_are_those_of_all_its_values():
-    values = torch.randn(3, 40, 5, dtype=torch.float64) * torch.tensor([1.0, 2, 3])[:, None,
-                                                                                    None] + torch.arange(3)[:,
-                                                                                                            None, None]
+    scale, shift = torch.tensor([1.0, 2, 3])[:, None, None], torch.arange(3)[:, None, None]
+    values = torch.randn(3, 40, 5, dtype=torch.float64) * scale + shift
     mean, var = values.mean(1), values.var(1, correction=0)
     mixed_mean, mixed_var = mixed_moments(mean, var, torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.75, 0, 0.25]],
                                                                   dtype=torch.float64))
@@ -648,9 +648,9 @@ def raising(*_):
 
 
 @pytest.mark.slow
-def test_what_is_overwritten_goes_before_the_work_so_that_the_same_command_without_overwrite_goes_on(bare,
-                                                                                                     monkeypatch):
-    flags = "--save-epochs 1:2:1 --pruned 1 --prune-ratio 0.25 --score-trials 1 --score-epochs 1 --backbones convnet_w8 wrn10_1"
+def test_what_is_overwritten_goes_first_so_that_the_same_command_goes_on_without(bare, monkeypatch):
+    flags = ("--save-epochs 1:2:1 --pruned 1 --prune-ratio 0.25 --score-trials 1 --score-epochs 1 "
+             "--backbones convnet_w8 wrn10_1")
     bare.call("squeeze", flags)
     for module, function in (squeeze, "count_forgetting"), (scores, "drop_largest"):
         with monkeypatch.context() as patch, pytest.raises(InterruptedError):
@@ -815,6 +815,6 @@ def plain(value):
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()
                 if key not in ("args", "made_from", "checkpoint")}
-    return [plain(part) for part in value] if isinstance(value,
-                                                         (list,
-                                                          tuple)) else value.tolist() if torch.is_tensor(value) else value
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return value.tolist() if torch.is_tensor(value) else value

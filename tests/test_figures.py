@@ -316,8 +316,8 @@ def test_command_lines_that_cannot_be(words, named, capsys):
 
 
 def test_folders_that_hold_something_else(labelled, tmp_path, capsys):
-    for name, function in ("similarity", figures.similarities), ("tsne", figures.tsne_points), ("images",
-                                                                                                figures.image_groups):
+    for name, function in (("similarity", figures.similarities), ("tsne", figures.tsne_points),
+                           ("images", figures.image_groups)):
         for folder in tmp_path, labelled.results, labelled.run() / "labels":
             error = told(capsys, function, parsed(name, folder))
             assert str(folder) in error and "no run" in error and "recover.py" in error

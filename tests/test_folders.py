@@ -12,7 +12,8 @@ from tests.own_folders import METHODS, run_cell
 from tests.test_data import assert_fails, make_folder, noise, save
 from tests.test_presets import PHASES, parsed
 from utils import cli, figures
-from utils.data import check_count, class_numbers, describe, find_split, list_folder, load_folder, load_split, look
+from utils.data import (check_count, class_numbers, describe, find_split, list_folder, load_folder, load_split,
+                        look)
 from utils.folders import list_images, white_levels
 from utils.presets import FOLDER
 
@@ -110,7 +111,8 @@ def test_folders_of_images_sort_as_classes_do_and_older_escapes_are_understood(t
     assert class_numbers(["a%3Ab", "a1", "c"], ["a1", "a:b", "c"], tmp_path) == [1, 0, 2]
 
 
-@pytest.mark.parametrize("found", [["0", "1", "10", *"23456789"], ["00000", "00001", "00010", *(f"0000{i}" for i in range(2, 10))]])
+@pytest.mark.parametrize("found", [["0", "1", "10", *"23456789"],
+                                   ["00000", "00001", "00010", *(f"0000{i}" for i in range(2, 10))]])
 def test_folders_that_are_numbers_are_classes_by_number(found, capsys):
     classes = [f"class{letter}" for letter in "abcdefghijk"]
     assert class_numbers(found, classes, "there") == [0, 1, 10, *range(2, 10)]
@@ -140,10 +142,12 @@ def test_one_folder_by_two_spellings_is_one_and_changed_files_are_told(tmp_path,
 
 
 def test_two_data_sets_of_one_name_do_not_share_a_folder(tmp_path, capsys):
-    args = cli.identity_flags(cli.Parser("")).parse_args(["--dataset", str(tmp_path / "a/mine"), "--run-dir", str(tmp_path)])
+    flags = ["--dataset", str(tmp_path / "a/mine"), "--run-dir", str(tmp_path)]
+    args = cli.identity_flags(cli.Parser("")).parse_args(flags)
     one, other = ({"path": path, "fingerprint": path} for path in ("a/mine", "b/mine"))
     cli.check_data_set(args, one, {"x": {"data_set": one}})
-    assert_fails(capsys, ["a/mine", "b/mine", "--run-dir"], cli.check_data_set, args, one, {"x": {"data_set": other}})
+    assert_fails(capsys, ["a/mine", "b/mine", "--run-dir"], cli.check_data_set, args, one,
+                 {"x": {"data_set": other}})
 
 
 def test_a_folder_does_not_share_results_with_the_data_set_it_is_named_as(tmp_path, capsys):
@@ -157,7 +161,7 @@ def test_a_folder_does_not_share_results_with_the_data_set_it_is_named_as(tmp_pa
 
 @pytest.fixture
 def remembered(tmp_path):
-    """Flags of a folder of 8 pixels, and the squeeze.json of a --teachers small that chose 16 pixels and one backbone."""
+    """Flags of a folder of 8 pixels, and squeeze.json of --teachers small, which chose 16 pixels, one backbone."""
     data, teachers = make_folder(tmp_path / "mine"), tmp_path / "runs/mine/teachers/small"
     teachers.mkdir(parents=True)
     chosen = look(str(data), "x") | {"image_size": 16, "backbones": ["wrn10_1"]}
@@ -180,7 +184,8 @@ def test_what_squeeze_chose_is_the_default_of_later_phases_with_its_teachers(rem
 def test_another_size_than_squeeze_chose_is_told_with_both(remembered, phase, monkeypatch, capsys):
     path = f"{remembered[3]}/mine/teachers/small/squeeze.json"
     flags = *remembered, "--teachers", "small", "--image-size", "24"
-    assert_fails(capsys, ["--image-size 24", "chose 16", path, "leave it out"], parsed, phase, monkeypatch, *flags)
+    assert_fails(capsys, ["--image-size 24", "chose 16", path, "leave it out"], parsed, phase, monkeypatch,
+                 *flags)
 
 
 def test_squeezing_again_chooses_the_size_anew(remembered, monkeypatch):
@@ -199,7 +204,8 @@ def test_a_folder_of_three_classes_trains_by_the_defaults(tmp_path):
 
 def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = cli.identity_flags(cli.Parser("")).parse_args(["--run-dir=~/runs", "--data-dir", "~/data", "--dataset=~/mine"])
+    flags = ["--run-dir=~/runs", "--data-dir", "~/data", "--dataset=~/mine"]
+    args = cli.identity_flags(cli.Parser("")).parse_args(flags)
     assert (args.run_dir, args.data_dir, args.dataset) == tuple(
         str(tmp_path / name) for name in ("runs", "data", "mine"))
     assert figures.get_parser("losses").parse_args(["~/a", "x"]).folders == [tmp_path / "a", Path("x")]

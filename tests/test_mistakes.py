@@ -415,8 +415,8 @@ def test_a_teacher_that_knows_nothing_is_named(project, capsys):
 def test_a_teacher_that_learned_nothing_is_told_where_it_is_trained(project, capsys, monkeypatch):
     monkeypatch.setattr(squeeze, "split_accuracy", lambda *_, **__: 25.0)
     squeeze.main(project.arguments("squeeze", "--teachers weak --backbones convnet_w8 --epochs 1"))
-    tells(capsys.readouterr().err, "warning: convnet_w8 is right on", "no better than chance (25.0 %)", "squeeze.py",
-          "--epochs")
+    tells(capsys.readouterr().err, "warning: convnet_w8 is right on", "no better than chance (25.0 %)",
+          "squeeze.py", "--epochs")
 
 
 # Names that could lead elsewhere

@@ -229,9 +229,9 @@ def test_the_smallest_images_that_are_taken_make_logits(name, smallest):
 
 
 def test_the_convnets_pooling_is_the_mean_of_four_pixels():
-    for x in torch.randn(2, 3, 8, 6), torch.randn(2, 3, 8,
-                                                  6).contiguous(memory_format=torch.channels_last), torch.randn(
-            2, 3, 7, 5), torch.randn(2, 3, 8, 6, dtype=torch.float64):
+    last = torch.randn(2, 3, 8, 6).contiguous(memory_format=torch.channels_last)
+    double = torch.randn(2, 3, 8, 6, dtype=torch.float64)
+    for x in torch.randn(2, 3, 8, 6), last, torch.randn(2, 3, 7, 5), double:
         x.requires_grad_()
         upstream = torch.randn(2, 3, x.shape[2] // 2, x.shape[3] // 2, dtype=x.dtype)
         (mine, slope), (expected, theirs) = ((pool(x), torch.autograd.grad((upstream * pool(x)).sum(), x)[0])

@@ -167,7 +167,7 @@ def test_nothing_is_dropped_on_imagenet_at_ipc_10_alone():
             == 0} == {("imagenet", 10)} and set(rates.values()) == {0, 0.4}
 
 
-def test_best_equals_paper_but_for_what_was_measured_on_cifar10_of_which_cifar100_and_shapes_share_all_but_the_teachers():
+def test_best_is_paper_but_for_what_cifar10_showed_of_which_cifar100_and_shapes_share_all_but_teachers():
     for dataset, column in zip((*DATASETS, "shapes"), zip(*BEST.values())):
         changed = {(phase, flag) for phase in PHASES for ipc in (1, 10, 50)
                    for flag, value in preset_values("best", dataset, phase, ipc).items()
@@ -221,8 +221,8 @@ def test_every_value_of_every_preset_has_a_flag_that_accepts_it(phase, monkeypat
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_flag_has_a_reader(phase):
-    rooms = ("run", "checkpoint", "cli", "teachers", "protocols", "recorder", "labels", "distilled", "pool", "moco",
-             "scores", "adopt", "selection")
+    rooms = ("run", "checkpoint", "cli", "teachers", "protocols", "recorder", "labels", "distilled", "pool",
+             "moco", "scores", "adopt", "selection")
     files = [f"{phase}.py", *(f"utils/{room}.py" for room in rooms)]
     source = "".join((ROOT / file).read_text() for file in files)
     shared = re.findall(r"known\.(\w+)", (ROOT / "utils/cli.py").read_text())
@@ -318,7 +318,8 @@ def test_pretrained_weights_are_the_default_at_the_size_they_are_of(monkeypatch)
 def test_scdd_has_the_coefficients_of_the_objective_that_runs_at_a_size(size, objective, column, monkeypatch):
     flags = "--dataset", "imagenet", "--method", "scdd", "--image-size", size
     assert parsed("squeeze", monkeypatch, *flags).objective == objective
-    args, expected = parsed("recover", monkeypatch, *flags), preset_values("paper", column, "recover", 10, "scdd")
+    args = parsed("recover", monkeypatch, *flags)
+    expected = preset_values("paper", column, "recover", 10, "scdd")
     assert (args.bn_weight, args.lr) == (expected["bn_weight"], expected["lr"])
 
 
@@ -338,8 +339,10 @@ def test_flags_are_never_abbreviated(phase, capsys):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("--dataset shapes", "auto tf32 tf32 auto auto"), ("--dataset cifar10 --preset best", "auto tf32 tf32 auto auto"),
-    ("--dataset cifar10", "tf32 tf32 tf32 tf32 tf32"), ("--dataset cifar10 --preset release", "tf32 tf32 tf32 tf32 tf32"),
+    ("--dataset shapes", "auto tf32 tf32 auto auto"),
+    ("--dataset cifar10 --preset best", "auto tf32 tf32 auto auto"),
+    ("--dataset cifar10", "tf32 tf32 tf32 tf32 tf32"),
+    ("--dataset cifar10 --preset release", "tf32 tf32 tf32 tf32 tf32"),
     ("--dataset cifar10 --precision auto", "auto tf32 tf32 auto auto")])
 def test_best_and_shapes_let_the_device_choose_but_never_for_statistics_and_pixels(flags, expected,
                                                                                    monkeypatch):

@@ -99,8 +99,8 @@ def test_each_image_takes_those_of_its_stored_samples_in_turn_that_show_no_class
             e = fits[epoch % len(fits)]
             assert logits[at].tolist() == [10000 * e + 100 * image + c for c in (1, 2)]
             assert rows[draw["partner"][at]] == stored.drawn["partner"][e, image]
-            assert draw["crop"][at].tolist() == stored.drawn["crop"][e,
-                                                                     image].tolist() == draw["box"][at].tolist()
+            assert draw["crop"][at].tolist() == stored.drawn["crop"][e, image].tolist()
+            assert draw["crop"][at].tolist() == draw["box"][at].tolist()
             assert (draw["flip"][at], draw["ratio"][at]) == (stored.drawn["flip"][e, image],
                                                              stored.drawn["ratio"][e, image])
 

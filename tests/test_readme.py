@@ -25,7 +25,8 @@ README = PAGES["README.md"]
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
 FUNCTIONS = next(block for block in BLOCK.findall(README) if "distil()" in block)
-INLINE = re.compile(r"`((?:python |torchrun |for |set |id=|distil |label )[^`]+)`|`((?:%s)\.py --[^`…]+)`" % "|".join(PHASES))
+INLINE = re.compile(r"`((?:python |torchrun |for |set |id=|distil |label )[^`]+)`|`((?:%s)\.py --[^`…]+)`"
+                    % "|".join(PHASES))
 
 
 def blocks():

@@ -11,7 +11,8 @@ def write(tmp_path):
     """write(method=, labels=, ..., top1=): a result file below tmp_path/cifar10."""
     def write(method="gvbsm", labels="stored", ipc=10, tag=None, student="resnet18", dataset="cifar10",
               **metrics):
-        path = tmp_path / dataset / f"{method}-ipc{ipc}{f'-{tag}' if tag else ''}" / "eval" / f"{student}-{labels}.json"
+        run = tmp_path / dataset / f"{method}-ipc{ipc}{f'-{tag}' if tag else ''}"
+        path = run / "eval" / f"{student}-{labels}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         identity = dict(method=method, labels=labels, ipc=ipc, tag=tag, student=student)
         path.write_text(json.dumps(identity | dict(top1_std=0.0, seeds=[0], args={}, upstream={},

@@ -67,8 +67,7 @@ def test_forgetting_events_of_four_images_over_six_epochs():
                             [1, 0, 1, 0, 0, 1],             # twice
                             [0, 0, 0, 0, 0, 0],             # never learned
                             [0, 0, 1, 1, 0, 0]], dtype=torch.bool)
-    events, learned, before = torch.zeros(4, dtype=torch.long), torch.zeros(4,
-                                                                            dtype=torch.bool), torch.zeros(4).bool()
+    events, learned, before = torch.zeros(4, dtype=torch.long), torch.zeros(4).bool(), torch.zeros(4).bool()
     for right in history.T:
         events, learned = count_forgetting(events, learned, before, right)
         before = right

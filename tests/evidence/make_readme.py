@@ -51,7 +51,8 @@ def keep(folder, results, out):
         real = alone | {labels: random_beside(result, results) for labels, result in ours.items()}
         real = {labels: result for labels, result in real.items() if result}
         first, stem = next(iter((ours or real).values())), f"{method}-ipc{ipc}" + (f"-{tag}" if tag else "")
-        run, teachers, names = folder / stem, folder / "teachers" / first["args"]["teachers"], first["args"]["backbones"]
+        run, teachers = folder / stem, folder / "teachers" / first["args"]["teachers"]
+        names = first["args"]["backbones"]
         # weak teachers come with these
         squeezed = list(dict.fromkeys(name.partition("@")[0] for name in names))
         matched = [] if method in UNMATCHED else names

@@ -10,10 +10,12 @@ or data set is new gets a row too.
 """
 import json
 import os
+import re
 import shlex
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean, pstdev
 
 from utils import fail
 from utils.cli import Parser, parse_args
@@ -26,6 +28,7 @@ from utils.provenance import relevant
 
 FOLDER = Path(__file__).resolve().parent
 NO_RUNS = ["--run-dir", os.devnull]  # so that the page does not depend on the runs that are here
+TRANSFER = r"cifar100-[a-h](-holdout)?"  # the data sets of transfer_sets.py
 FAMILY = "family"  # the tag of the base that compares methods; the others change one thing
 INTRODUCTION = """# Every result
 
@@ -172,6 +175,22 @@ def family_table(cells):
                   "paper (labels)", "backbones of recover"), [line for _, line in lines])
 
 
+def transfer_table(cells):
+    """Margins in points over random real images, stored labels: a column for each of the sets of
+    transfer_sets.py, their mean and standard deviation."""
+    rows = {}
+    for cell in cells:
+        ours, real = (cell[side].get("stored") for side in ("distilled", "real"))
+        if ours and real:
+            run = cell["ipc"], cell["student"], run_name(cell["method"], cell["tag"])
+            rows.setdefault(run, {})[cell["dataset"]] = ours["top1"] - real["top1"]
+    sets = sorted({dataset for margins in rows.values() for dataset in margins})
+    return table(("IPC", "student", "run", *sets, "mean", "deviation"), [
+        [str(ipc), student, run, *(f"{margins[name]:+.1f}" if name in margins else "" for name in sets),
+         f"{fmean(margins.values()):+.1f}", f"{pstdev(margins.values()):.1f}" if len(margins) > 1 else ""]
+        for (ipc, student, run), margins in sorted(rows.items())])
+
+
 def missing_table(cells):
     """The paper's numbers without an untagged run here."""
     done = {(cell["dataset"], cell["student"], cell["ipc"]) for cell in cells
@@ -308,6 +327,8 @@ def page(cells):
         else len(DATASETS), name))
     parts = [section(dataset, {name: cell for name, cell in cells.items() if cell["dataset"] == dataset})
              for dataset in datasets]
+    transfer = [cell for cell in cells.values() if re.fullmatch(TRANSFER, cell["dataset"])]
+    parts += ["## Margins on ten classes of CIFAR-100 each\n\n" + transfer_table(transfer)] * bool(transfer)
     rest = "## Numbers of the paper (arXiv:2311.17950) without a run here\n\n" + missing_table(cells.values())
     return "\n\n".join([INTRODUCTION, *parts, rest]) + "\n"
 

@@ -20,10 +20,12 @@ python collect_stats.py --dataset shapes                               # smoke r
 import argparse
 import json
 import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from models import build_model
 from utils import fail
@@ -31,7 +33,7 @@ from utils.augment import apply_view, draw_view, normalize
 from utils.checkpoint import Checkpoint, load_finished, save_torch
 from utils.cli import Parser, crop_name, identity_flags, number, parse_args
 from utils.closed_form import conv_stats
-from utils.data import load_split
+from utils.data import Split, load_split
 from utils.processes import barrier, rank, shard, world_size
 from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, relevant
 from utils.run import Progress, Run, begin, generator, peak_memory, script, send
@@ -41,14 +43,13 @@ from utils.train import channels_last
 
 
 @torch.inference_mode()
-def sum_statistics(model, batches, patch, classes=0, state=None):
+def sum_statistics(model: nn.Module, batches: Iterable[tuple], patch: int, classes: int = 0,
+                   state: dict | None = None) -> Iterator[dict]:
     """The sums of Eq. 9 over batches of images [B, C, H, W] and labels [B]; with `classes` also by class.
-
     state: one to continue from, by default `new_sums`
     -> yields after every batch {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]},
     "seen": images, "batches", "class_sums": {layer: moments [classes, n] of `image_moments`}, "class_seen":
-    [classes]}; sums in float64
-    """
+    [classes]}; sums in float64"""
     require_eval(model)
     layers = matched_layers(model)
     convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
@@ -71,12 +72,12 @@ def sum_statistics(model, batches, patch, classes=0, state=None):
         yield state
 
 
-def new_sums(classes=0):
+def new_sums(classes: int = 0) -> dict:
     """The state of `sum_statistics` before the first batch."""
     return {"sums": {}, "seen": 0, "batches": 0, "class_sums": {}, "class_seen": torch.zeros(classes)}
 
 
-def image_moments(x, patch=0):
+def image_moments(x: Tensor, patch: int = 0) -> list[Tensor]:
     """First and second moment of each image of x [B, C, H, W]: of its channels over (H, W), [B, C], and with
     `patch` of its cells over (C, h, w), [B, cells].   -> list of them"""
     x = x.float()
@@ -87,14 +88,14 @@ def image_moments(x, patch=0):
     return moments
 
 
-def add_up(*sums):
+def add_up(*sums: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     """The total of sums by layer; those over no batches are empty."""
     first, *others = [part for part in sums if part] or [{}]
     return {name: [sum(vectors) for vectors in zip(first[name], *(part[name] for part in others))]
             for name in first}
 
 
-def dataset_statistics(states):
+def dataset_statistics(states: list[dict]) -> dict[str, list[Tensor]]:
     """Eq. 9, of states of `sum_statistics`, each over a part of the data set.
     -> {convolution: [channel_mean, channel_var, patch_mean, patch_var]}, float32"""
     seen = sum(state["seen"] for state in states)
@@ -102,10 +103,9 @@ def dataset_statistics(states):
             for name, vectors in add_up(*(state["sums"] for state in states)).items()}
 
 
-def class_statistics(states):
-    """Mean and biased variance over all pixels of all images of each class, from the same states.
-    -> {layer: [channel_mean, channel_var] of a BatchNorm2d, [channel_mean, channel_var, patch_mean,
-    patch_var] of a convolution, each [classes, n]}, float64"""
+def class_statistics(states: list[dict]) -> dict[str, list[Tensor]]:
+    """Mean and biased variance over all pixels of all images of each class, from the same states, in float64.
+    -> {layer: [channel_mean, channel_var], of a convolution also patch_mean, patch_var, each [classes, n]}"""
     seen = sum(state["class_seen"] for state in states)[:, None]
     moments = {name: [total.cpu() / seen for total in vectors]
                for name, vectors in add_up(*(state["class_sums"] for state in states)).items()}
@@ -113,7 +113,8 @@ def class_statistics(states):
                    for value in (mean, square - mean.square())] for name, pairs in moments.items()}
 
 
-def training_views(split, kept, data, *, crop, seed, batch_size, device, done=0):
+def training_views(split: Split, kept: Tensor, data: dict, *, crop: str, seed: int, batch_size: int,
+                   device: torch.device, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """The training images `kept` once, augmented and normalised, and their labels, in batches: this
     process's, without the first `done`.   data: mean, std and image_size of `describe`"""
     rng, mean_std = generator("collect_stats", seed), torch.tensor([data["mean"], data["std"]], device=device)
@@ -129,7 +130,8 @@ def training_views(split, kept, data, *, crop, seed, batch_size, device, done=0)
         yield normalize(images, *mean_std), labels
 
 
-def stored_backbones(args, folder, records, settings):
+def stored_backbones(args: argparse.Namespace, folder: Path, records: dict[str, dict],
+                     settings: dict) -> list[str]:
     """The backbones whose statistics exist, are of these weights and settings, and complete."""
     found = []
     for name, record in records.items():
@@ -209,7 +211,7 @@ def main(argv=None):
                       sum(spent[name]["seconds"] for name in args.backbones if name in spent))
 
 
-def check_finite(statistics, path):
+def check_finite(statistics: dict[str, list[Tensor]], path: Path) -> None:
     for layer, vectors in statistics.items():
         if not all(vector.isfinite().all() for vector in vectors):
             fail(f"{path} would hold statistics of {layer} that are not finite; train the backbone again")

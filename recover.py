@@ -18,10 +18,12 @@ python recover.py --dataset shapes                                         # smo
 """
 import argparse
 import math
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from utils import fail, one_of
 from utils.augment import apply_view, draw_view, pixel_bounds
@@ -38,12 +40,10 @@ from utils.selection import real_images
 from utils.teachers import load_backbones, make_matchers, warn_of_backbones, warn_of_unmatched
 
 
-def make_batches(num_classes, ipc, batch_size, loop):
-    """Fig. 4.   -> list of batches, each a list of (class, index)
-
+def make_batches(num_classes: int, ipc: int, batch_size: int, loop: str) -> list[list[tuple[int, int]]]:
+    """Fig. 4.   -> batches of (class, index)
     reorder (G-VBSM): as many images a class as fit, so that densification sees several images of one class;
-    original (SRe2L): at most one image of each class.
-    """
+    original (SRe2L): at most one image of each class."""
     one_of("loop", loop, "reorder", "original")
     if loop == "original":
         rows = [[(label, index) for label in range(num_classes)] for index in range(ipc)]
@@ -54,33 +54,32 @@ def make_batches(num_classes, ipc, batch_size, loop):
     return [row[start:start + batch_size] for row in rows for start in range(0, len(row), batch_size)]
 
 
-def noise(label, index, size, seed):
+def noise(label: int, index: int, size: int, seed: int) -> Tensor:
     """N(0, 1) in normalised units, a function of (seed, class, index) alone.   -> [3, S, S]"""
     return torch.randn(3, size, size, generator=generator("noise", seed, label, index))
 
 
-def first_images(batches, starts, size, seed):
-    """What batches of (class, index) begin with: starts {(class, index): [3, S, S]}, or noise where that is
-    empty.   -> [G, B, 3, S, S]"""
+def first_images(batches: list[list[tuple]], starts: dict[tuple, Tensor], size: int, seed: int) -> Tensor:
+    """What batches of (class, index) begin with: starts [3, S, S], or noise if {}.   -> [G, B, 3, S, S]"""
     return torch.stack([torch.stack([starts[at] if starts else noise(*at, size, seed) for at in batch])
                         for batch in batches])
 
 
-def draw_subset(count, size, *, seed, slot):
-    """Teddy: `size` of `count` backbones, drawn by (seed, slot); all act on the slot's images.   -> tuple"""
+def draw_subset(count: int, size: int, *, seed: int, slot: int) -> tuple[int, ...]:
+    """Teddy: `size` of `count` backbones, drawn by (seed, slot); all act on the slot's images."""
     return tuple(sorted(torch.randperm(count, generator=generator("subset", seed, slot))[:size].tolist()))
 
 
-def draw_iterations(iterations, matchers, image_size, *, seed, batches=(0,), choice="uniform", subset=0,
-                    slot=0, drop_rate=0.4, crop="resized", flip=False, roll=0):
+def draw_iterations(iterations: int, matchers: list, image_size: int, *, seed: int,
+                    batches: Iterable[int] = (0,), choice: str = "uniform", subset: int = 0, slot: int = 0,
+                    drop_rate: float = 0.4, crop: str = "resized", flip: bool = False,
+                    roll: int = 0) -> list[dict]:
     """What is random in T iterations: a function of (seed, T), views also of a batch's number in `batches`.
     All batches have the same sequence of backbones and dropped layers, so that they can share a pass.
-
     choice: uniform, Eq. 7, or cycle; subset: so many backbones, drawn for a slot, act together instead;
     drop_rate: beta_dr, of convolutions, never of BatchNorms; crop, flip, roll: see `utils.augment.draw_view`.
     -> T dicts: backbones, a tuple; kept, {backbone: bool [layers], false where a convolution is dropped};
-    view, tensors [batches, ...], one view for a whole batch
-    """
+    view, tensors [batches, ...], one view for a whole batch"""
     T, K, rng = iterations, len(matchers), generator("iterations", seed, iterations)
     one_of("choice", choice, "uniform", "cycle")
     if subset > K:
@@ -100,12 +99,13 @@ def draw_iterations(iterations, matchers, image_size, *, seed, batches=(0,), cho
              "view": {key: rows[t] for key, rows in views.items()}} for t in range(T)]
 
 
-def apply_views(pixels, view):
+def apply_views(pixels: Tensor, view: dict[str, Tensor]) -> Tensor:
     """A view of each batch of pixels [G, B, 3, S, S].   -> [G*B, 3, S, S]"""
     return apply_view(pixels.flatten(1, 2), view).view(-1, *pixels.shape[2:])
 
 
-def matching_gradient(matcher, labels, ce_weight, pixels, view, kept, state, dropped=()):
+def matching_gradient(matcher, labels: Tensor, ce_weight: float, pixels: Tensor, view: dict[str, Tensor],
+                      kept: Tensor, state, dropped: Iterable[str] = ()) -> tuple:
     """Eq. 2 without densification, for pixels [G, B, 3, S, S] under a view of each batch. kept, dropped: the
     layers that act, as a mask, and those that do not, by name; state: the moving averages of Eq. 6, Eq. 10.
     -> gradient at the pixels, losses (classification, BatchNorm, convolutions) summed over batches, state"""
@@ -120,20 +120,19 @@ def matching_gradient(matcher, labels, ce_weight, pixels, view, kept, state, dro
     return gradient, (ce.detach(), bn.detach(), conv.detach()), state
 
 
-def recover_batch(images, labels, matchers, draws, *, bounds, lr=0.05, weight_decay=0.0, ce_weight=1.0,
-                  dd_weight=1.0, tau=4.0, dd_scale="sum", dd_on="pixels", dd_autograd=False,
-                  unit_gradients=False, averages=None, gradient=matching_gradient, resume=None):
+def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[dict], *, bounds,
+                  lr: float = 0.05, weight_decay: float = 0.0, ce_weight: float = 1.0, dd_weight: float = 1.0,
+                  tau: float = 4.0, dd_scale: str = "sum", dd_on: str = "pixels", dd_autograd: bool = False,
+                  unit_gradients: bool = False, averages: list | None = None,
+                  gradient: Callable = matching_gradient, resume: dict | None = None) -> Iterator[tuple]:
     """Eq. 2 with Eq. 5-7 and Eq. 10: optimise G batches at once; each moves as if alone, up to rounding.
-
     images [G, B, 3, S, S] in normalised units, changed in place; labels [G, B]; matchers:
     `ClosedFormMatching` or `Matching` of each backbone; draws: of `draw_iterations`; bounds: low, high
-    [3, 1, 1], of valid pixels. dd_on: pixels, or the view that the backbones see; dd_autograd: Eq. 5 as
-    written, not in closed form; unit_gradients: scale each backbone's gradient of a batch to norm 1, so that
-    none sets the size of Adam's steps; averages: moving averages to start from, such as state()["averages"]
-    of the batch before; resume: a state.
+    [3, 1, 1] of valid pixels. dd_on: pixels, or the view the backbones see; dd_autograd: Eq. 5 by autograd;
+    unit_gradients: scale each backbone's gradient of a batch to norm 1, so that none sets the size of Adam's
+    steps; averages: to start from, such as state()["averages"] of the batch before; resume: a state.
     Yields after every Adam step: t, losses {ce, bn, conv, dd, gradient: its norm}, summed over batches, and
-    state, a function that gives what to resume from. ValueError where shapes do not fit.
-    """
+    state, a function that gives what to resume from. ValueError where shapes do not fit."""
     if labels.dim() != 2 or images.dim() != 5 or images.shape[:2] != labels.shape:
         raise ValueError(f"images of shape {tuple(images.shape)}, labels of shape {tuple(labels.shape)}; "
                          "expected [groups, batch, 3, size, size] and [groups, batch], as images[None] and "
@@ -183,7 +182,8 @@ def recover_batch(images, labels, matchers, draws, *, bounds, lr=0.05, weight_de
         yield t, {"ce": ce, "bn": bn, "conv": conv, "dd": dd.detach(), "gradient": norm}, state
 
 
-def synthesise(args, run, recorder, models, statistics, starts, device):
+def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: dict[str, nn.Module],
+               statistics: dict[str, dict], starts: dict[tuple, Tensor], device: torch.device) -> None:
     """Optimise all images by `recover_batch`; torchrun's processes share batches, not with --ema-carry."""
     data = recorder.data
     batches = make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)

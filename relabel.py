@@ -15,9 +15,11 @@ images=runs/cifar100/gvbsm-ipc10/images
 python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --images $images
 """
 import argparse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from models import build_model
 from utils import fail
@@ -36,7 +38,8 @@ SATURATING_PIXELS = 1 << 20       # so many in a pass (1024 images of 32x32) kee
 
 
 @torch.inference_mode()
-def label_epoch(images, mean_std, draw, batch_size, models, mix, logit_norm, together=1):
+def label_epoch(images: Tensor, mean_std: Tensor, draw: dict[str, Tensor], batch_size: int,
+                models: list[nn.Module], mix: str, logit_norm: bool, together: int = 1) -> Tensor:
     """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch; `together` batches share a pass.
     images: uint8 [N, 3, S, S]; mean_std: [2, 3]; draw: from `draw_epoch`   -> [N, classes] by image"""
     draw, logits = send(draw, images.device), []
@@ -47,7 +50,9 @@ def label_epoch(images, mean_std, draw, batch_size, models, mix, logit_norm, tog
     return torch.cat(logits)[draw["order"].argsort()]
 
 
-def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", logit_norm=True):
+def label_epochs(images: Tensor, mean_std: Tensor, models: dict[str, nn.Module],
+                 draws: Iterable[tuple[int, dict]], *, batch_size: int, mix: str = "cutmix",
+                 logit_norm: bool = True) -> Iterator[tuple[int, dict, Tensor]]:
     """Label each of `draws`, an iterable of (epoch, draw from `draw_epoch`).   models: {name: in eval mode}
     -> yields epoch, draw, logits float16 [N, classes] on the CPU.   ValueError where logits are not finite"""
     pixels = images[0, 0].numel() * batch_size
@@ -65,7 +70,8 @@ def label_epochs(images, mean_std, models, draws, *, batch_size, mix="cutmix", l
 
 
 @torch.inference_mode()
-def logit_rms(images, mean_std, draw, batch_size, models, mix):
+def logit_rms(images: Tensor, mean_std: Tensor, draw: dict[str, Tensor], batch_size: int,
+              models: dict[str, nn.Module], mix: str) -> dict[str, float]:
     """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}
     A model with logits far larger than the others' decides the mean norm of Eq. 8, so the scale of all."""
     draw = send(draw, images.device)
@@ -73,7 +79,7 @@ def logit_rms(images, mean_std, draw, batch_size, models, mix):
     return {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}
 
 
-def warn_of_scales(rms):
+def warn_of_scales(rms: dict[str, float]) -> None:
     """Say whose logits are far larger than another's.   rms: from `logit_rms`"""
     least, most = min(rms, key=rms.get), max(rms, key=rms.get)
     if rms[most] > 8 * rms[least]:
@@ -102,7 +108,8 @@ def get_parser():
     return parser
 
 
-def earlier_phases(args, paths, records, data):
+def earlier_phases(args: argparse.Namespace, paths, records: dict[str, dict],
+                   data: dict) -> tuple[Path, dict, dict]:
     """What the labels are made from.   -> folder of images, hashes, {phase: arguments}"""
     folder, recovered, upstream = args.images or paths.images, {}, {}
     if not args.images:

@@ -20,10 +20,12 @@ python squeeze.py --dataset shapes                                         # smo
 import argparse
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models import build_model
 from utils import fail
@@ -31,7 +33,7 @@ from utils.adopt import adopt, check_weights, has_large_stem, load_pretrained
 from utils.augment import apply_view, draw_view, normalize
 from utils.checkpoint import Checkpoint, load_finished, save_torch
 from utils.cli import Parser, crop_name, epoch_range, identity_flags, number, parse_args
-from utils.data import describe, load_split
+from utils.data import Split, describe, load_split
 from utils.ddp import gathered, in_parallel, share, share_weight
 from utils.moco import Probe, check_contrast, check_contrasted, train_moco
 from utils.pool import check_pool, fine_tuning, prune_teacher, saved_epochs, teachers_of
@@ -47,7 +49,8 @@ from utils.train import (Record, Training, channels_last, fit, make_step, shuffl
 PROBE = ["probe_epochs", "probe_lr", "probe_weight_decay"]
 
 
-def classify(model, optimizer, record, split, mean_std, *, crop, cuda_graphs=False):
+def classify(model: nn.Module, optimizer: torch.optim.Optimizer, record: Record, split: Split,
+             mean_std: Tensor, *, crop: str, cuda_graphs: bool = False) -> Callable:
     """-> train_epoch of `fit`: cross-entropy on flipped and cropped images; streamed ones come so already.
     record: of `forgetting_record`, which this goes on counting; mean_std [2, 3] on the device"""
     parallel, batch, view = in_parallel(model, mean_std.device), (), {}
@@ -76,14 +79,15 @@ def classify(model, optimizer, record, split, mean_std, *, crop, cuda_graphs=Fal
     return train_epoch
 
 
-def forgetting_record(count, device):
+def forgetting_record(count: int, device: torch.device) -> Record:
     """Of each of `count` images: forgetting events, whether ever learned, whether correct now and before."""
     flags = {key: torch.zeros(count, dtype=torch.bool, device=device)
              for key in ("learned", "correct", "prev_correct")}
     return Record(device, events=torch.zeros(count, dtype=torch.int16, device=device), **flags)
 
 
-def train(model, split, rows, mean_std, training, checkpoint, record):
+def train(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, training: Training,
+          checkpoint: Checkpoint, record: Record) -> Iterator[int]:
     """Supervised training in place on the images `rows` [N] of a split.   -> generator of `fit`"""
     optimizer, schedule = training.optimizer(model)
     return fit((model, optimizer, schedule, record),
@@ -95,7 +99,8 @@ def train(model, split, rows, mean_std, training, checkpoint, record):
                save=checkpoint.save_if_due if rank() == 0 else None)  # all processes' state is the same
 
 
-def train_probe(model, split, rows, mean_std, training, checkpoint):
+def train_probe(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, training: Training,
+                checkpoint: Checkpoint) -> None:
     """Train a new last linear layer of the model, in place, on its frozen features (SC-DD, Table 16)."""
     probe = Probe(model, len(split.classes))
     for _ in train(probe, split, rows, mean_std, training, checkpoint,
@@ -104,7 +109,8 @@ def train_probe(model, split, rows, mean_std, training, checkpoint):
     probe.classifier()
 
 
-def initial_model(name, args, data, folder):
+def initial_model(name: str, args: argparse.Namespace, data: dict,
+                  folder: Path) -> tuple[nn.Module, str, dict]:
     """A network as its training begins, or with weights from elsewhere, or pruned.
     -> model, its name, {convolution: channels left by pruning}"""
     backbone, _, weak = name.partition("@")
@@ -120,11 +126,11 @@ def initial_model(name, args, data, folder):
     return model, backbone, prune_teacher(name, model, folder, args.seed) if weak else {}
 
 
-def network(backbone, data):
+def network(backbone: str, data: dict) -> nn.Module:
     return build_model(backbone, len(data["classes"]), data["image_size"])
 
 
-def settings(args, name=""):
+def settings(args: argparse.Namespace, name: str = "") -> dict:
     """The arguments that decide a backbone's weights."""
     names = ["dataset", "holdout", "imbalance", "image_size", "seed", "precision", "pretrained", "weights",
              "prune_ratio"]
@@ -139,7 +145,7 @@ def settings(args, name=""):
     return {key: relevant(args)[key] for key in names}
 
 
-def stored_teachers(names, args, folder):
+def stored_teachers(names: list[str], args: argparse.Namespace, folder: Path) -> dict[str, dict]:
     """The teachers that need not be made again.   -> {name: what `save_teacher` returns}"""
     found = {}
     for name in names:
@@ -156,7 +162,7 @@ def stored_teachers(names, args, folder):
     return found
 
 
-def save_teacher(path, model, test, mean_std, about):
+def save_teacher(path: Path, model: nn.Module, test: Split, mean_std: Tensor, about: dict) -> dict:
     """Test a model and write its checkpoint, with more `about` it.   -> {"top1": %, "first_bn_variance"}"""
     top1 = split_accuracy(model, test, mean_std, jointly=True)
     print_rank0(f"{path.stem}: {top1:.2f} % of the test images")
@@ -170,7 +176,7 @@ def save_teacher(path, model, test, mean_std, about):
     return {"top1": top1, "first_bn_variance": variance}
 
 
-def load_data(args, device):
+def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Split], dict]:
     """-> {split: images}, what teachers remember of the data (`describe`)"""
     with rank0_first():
         splits = {split: load_split(args.dataset, args.data_dir, split, args.image_size, args.workers,
@@ -184,7 +190,8 @@ def load_data(args, device):
     return splits, data
 
 
-def make_teachers(todo, args, device, folder, found):
+def make_teachers(todo: list[str], args: argparse.Namespace, device: torch.device, folder: Path,
+                  found: dict[str, dict]) -> dict[str, dict]:
     """Train teachers, test them and write their checkpoints.   found: what `save_teacher` returns is added
     -> {name: its seconds and peak_memory}"""
     splits, data = load_data(args, device)
@@ -230,7 +237,7 @@ def make_teachers(todo, args, device, folder, found):
     return made
 
 
-def check_flags(args, device):
+def check_flags(args: argparse.Namespace, device: torch.device) -> None:
     """Stop where what is asked for cannot be made, whatever the data."""
     gpus = torch.cuda.device_count()
     if device.type == "cuda" and gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):

@@ -17,6 +17,7 @@ python train_eval.py --dataset shapes                                          #
 """
 import argparse
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
@@ -24,10 +25,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models import build_model
 from utils import fail
 from utils.augment import apply_epoch
+from utils.checkpoint import Checkpoint
 from utils.cli import Parser, for_student, identity_flags, number, parse_args
 from utils.distilled import load_sources, load_train_data
 from utils.losses import kl_loss, mse_gt_loss
@@ -41,20 +44,21 @@ from utils.train import (Graphed, Record, channels_last, class_accuracies, fit, 
                          with_precision)
 
 
-def parameter_groups(model, weight_decay):
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay on tensors of two or more dimensions alone."""
     parameters = list(model.parameters())
     return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
 
 
-def hard_loss(logits, labels, partner_labels, ratio):
+def hard_loss(logits: Tensor, labels: Tensor, partner_labels: Tensor, ratio: Tensor) -> Tensor:
     """Cross-entropy with the classes of both images of a mixed sample, by ratio [B] and 1 - ratio."""
     base, partner = (F.cross_entropy(logits, y, reduction="none") for y in (labels, partner_labels))
     return (ratio * base + (1 - ratio) * partner).mean()
 
 
-def student_loss(logits, y, soft, partner_y, ratio, *, kind, gamma, temperature):
+def student_loss(logits: Tensor, y: Tensor, soft: Tensor, partner_y: Tensor, ratio: Tensor, *, kind: str,
+                 gamma: float, temperature: float) -> Tensor:
     """The loss that --loss names, or, by kind "hard", that of hard labels, which ignores `soft` [B, C]."""
     if kind == "hard":
         return hard_loss(logits, y, partner_y, ratio)
@@ -63,7 +67,9 @@ def student_loss(logits, y, soft, partner_y, ratio, *, kind, gamma, temperature)
     return kl_loss(logits, soft, temperature) * (temperature ** 2 if kind == "kl_t2" else 1)
 
 
-def learn(model, optimizer, train_data, loss_of, record, *, label_epochs, ema_decay=0.0, cuda_graphs=False):
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, train_data: dict, loss_of: Callable,
+          record: Record, *, label_epochs: int, ema_decay: float = 0.0,
+          cuda_graphs: bool = False) -> Callable:
     """-> train_epoch of `fit`: a student learns mixed samples of the distilled images, and cycles through the
     labels of the epochs 0 .. label_epochs - 1. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
     record["average"]: running averages of `floating(model)`, at ema_decay a step"""
@@ -92,7 +98,8 @@ def learn(model, optimizer, train_data, loss_of, record, *, label_epochs, ema_de
     return train_epoch
 
 
-def train_student(name, seed, train_data, args, checkpoint, piece, *, model=None, penalty=lambda: 0):
+def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespace, checkpoint: Checkpoint,
+                  piece: str, *, model: nn.Module | None = None, penalty: Callable = lambda: 0) -> Record:
     """Train a student from scratch, or `model` further, in place; after a kill from `piece` of the checkpoint
     on. train_data: from `load_train_data`; args: from `for_student`; penalty(): added to the loss
     -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch}"""
@@ -128,9 +135,9 @@ def train_student(name, seed, train_data, args, checkpoint, piece, *, model=None
     return record
 
 
-def train_piece(name, piece, seed, make_data, checkpoint, args, start):
-    """One piece of `trainings`.   start: the trained model that --protocol prune begins with
-    -> {"top1": {epoch: top1}, ...}"""
+def train_piece(name: str, piece: str, seed: int, make_data: Callable, checkpoint: Checkpoint,
+                args: argparse.Namespace, start: nn.Module | None) -> dict:
+    """One piece of `trainings`.   start: the model to prune, or None   -> {"top1": {epoch: top1}, ...}"""
     train_data = make_data()
     train = partial(train_student, name, seed, train_data, args, checkpoint)
     if args.protocol != "prune":
@@ -250,7 +257,7 @@ def main(argv=None):
                          "--backbones")
 
 
-def summary(result, folder):
+def summary(result: dict, folder: Path) -> str:
     """The accuracy of a result, and what it compares with.   folder: runs/<dataset>"""
     top1 = f"{result['top1']:.1f}" + f" ± {result['top1_std']:.1f}" * (len(result["seeds"]) > 1)
     return f"{result['student']} {top1} % of the test images ({beside(result, folder)})"

@@ -2,7 +2,7 @@
 2018)."""
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class Halve(nn.AvgPool2d):
@@ -11,7 +11,7 @@ class Halve(nn.AvgPool2d):
     def __init__(self):
         super().__init__(2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):  # in bfloat16 its gradient takes ten times as long

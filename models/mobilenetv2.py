@@ -1,6 +1,6 @@
 """MobileNetV2 (Sandler et al., arXiv:1801.04381): torchvision's, with the variant for small images."""
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 SMALL = [  # expansion t, channels c, blocks n, stride s; torchvision's but for the stride of the 24
@@ -20,7 +20,7 @@ class Block(nn.Module):
             Conv2dNormActivation(hidden, hidden, 3, stride, groups=hidden, norm_layer=norm_layer),
             Conv2dNormActivation(hidden, out, 1, norm_layer=norm_layer, activation_layer=None))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(x) if self.residual else self.conv(x)
 
 

@@ -1,7 +1,7 @@
 """ShuffleNetV2 (Ma et al., arXiv:1807.11164) of width 0.5: torchvision's, with a stem for small images."""
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.shufflenetv2 import InvertedResidual, ShuffleNetV2
 
 
@@ -9,7 +9,7 @@ class Unit(InvertedResidual):
     """torchvision's, but for a shuffle that leaves the maps' layout in memory as it is: several times
     faster."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=1) if self.stride == 1 else (self.branch1(x), x)
         return F.channel_shuffle(torch.cat((left, self.branch2(right)), dim=1), 2)
 

@@ -1,6 +1,6 @@
 """Wide residual network with pre-activation blocks (Zagoruyko & Komodakis, arXiv:1605.07146)."""
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class Block(nn.Module):
@@ -15,7 +15,7 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.shortcut = nn.Conv2d(inp, out, 1, stride, bias=False) if inp != out else None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))
         residual = self.conv2(F.relu(self.bn2(self.conv1(active))))
         return residual + (x if self.shortcut is None else self.shortcut(active))
@@ -41,5 +41,5 @@ class WideResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")  # N(0, 2 / (k k out))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc(F.relu(self.bn(self.blocks(self.conv(x)))).mean((2, 3)))

@@ -3,7 +3,7 @@ import os
 import sys
 
 
-def fail(message):
+def fail(message: str | Exception):
     """End on a user's mistake: one line on stderr, exit code 2."""
     rank = os.environ.get("RANK", "0")                               # of torchrun
     told = " ".join(str(message).split())
@@ -11,7 +11,7 @@ def fail(message):
     raise SystemExit(2)
 
 
-def one_of(name, value, first, second):
+def one_of(name: str, value: str, first: str, second: str) -> None:
     """ValueError for another value."""
     if value not in (first, second):
         raise ValueError(f"{name} {value!r} is neither {first!r} nor {second!r}")

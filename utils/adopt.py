@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import pretrained_weights
 from utils import fail
@@ -15,7 +15,7 @@ WRAPPERS = "state_dict", "model", "teacher", "model_state_dict", "network"
 PLAIN = "save the state dict alone, torch.save(model.state_dict(), FILE)"
 
 
-def check_weights(args):
+def check_weights(args: argparse.Namespace) -> None:
     """Stop where squeeze.py cannot take the weights of --weights FILE, whatever they are."""
     path, backbones = args.weights_file, args.backbones
     if args.objective == "probe" and not path:
@@ -26,7 +26,7 @@ def check_weights(args):
              "call squeeze.py again for each other")
 
 
-def load_pretrained(name, model, download):
+def load_pretrained(name: str, model: nn.Module, download: bool) -> None:
     """torchvision's IMAGENET1K_V1 weights, from its cache unless a download is allowed."""
     try:
         weights = pretrained_weights(name)
@@ -48,8 +48,8 @@ def load_pretrained(name, model, download):
              f"--no-pretrained, or {remedy}")
 
 
-def read_weights(path):
-    """The state dict of a checkpoint: plain, or under one of WRAPPERS.   -> {name: tensor}"""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint: plain, or under one of WRAPPERS."""
     # many store their arguments so; it runs nothing
     with torch.serialization.safe_globals([argparse.Namespace]):
         stored = load_torch(path, f"name another --weights, or {PLAIN}")
@@ -63,18 +63,16 @@ def read_weights(path):
     return tensors
 
 
-def has_large_stem(model, path):
-    """Whether the file's first convolution is ResNet's of 7 pixels, in the place of the model's of 3 for
-    small images."""
+def has_large_stem(model: nn.Module, path: Path) -> bool:
+    """Whether the file's first convolution is ResNet's of 7 pixels where the model's is that of 3."""
     tensors = strip_prefix(read_weights(path), model.state_dict())
     stem = tensors.get("conv1.weight")
     return stem is not None and stem.shape == (64, 3, 7, 7) != model.conv1.weight.shape
 
 
-def strip_prefix(tensors, names):
+def strip_prefix(tensors: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without what stands before the names of a network: "module.", "backbone.", "encoder_q." or
-    any other. Of several networks in a file (query and key encoder) the first that has most of the names.
-    -> {name: tensor}"""
+    any other. Of several networks in a file (query and key encoder) the first that has most of the names."""
     first = next(iter(names))
     prefixes = [key[:-len(first)] for key in tensors if key == first or key.endswith(f".{first}")]
     if not prefixes:
@@ -83,10 +81,9 @@ def strip_prefix(tensors, names):
     return {key[len(prefix):]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def adopt(model, path, *, encoder=False):
+def adopt(model: nn.Module, path: Path, *, encoder: bool = False) -> None:
     """Load the weights of a file into a model, in place.   encoder: all but its last linear layer, whatever
-    head the file has. Ends in a line that names the first tensor that is missing, left over or of another
-    shape."""
+    head the file has. Ends in a line that names the first tensor missing, left over or of another shape."""
     classifier, expected = classifier_of(model), model.state_dict()
     if encoder:
         expected = {key: value for key, value in expected.items() if not key.startswith(f"{classifier}.")}
@@ -111,11 +108,10 @@ def adopt(model, path, *, encoder=False):
     model.load_state_dict(tensors, strict=False)
 
 
-def classifier_of(model):
-    """Name of the model's last linear layer, or of the last convolution where that makes the logits
-    (SqueezeNet)."""
+def classifier_of(model: nn.Module) -> str:
+    """Name of the last linear layer, or of the last convolution where that makes the logits (SqueezeNet)."""
     return [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
 
 
-def shape(tensor):
+def shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a number"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 
-def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale=(0.08, 1.0),
-                      ratio=(3 / 4, 4 / 3)) -> torch.Tensor:
+def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale: tuple = (0.08, 1.0),
+                      ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> torch.Tensor:
     """n boxes of random area and aspect ratio in a square of `size` pixels, distributed as torchvision's
     RandomResizedCrop: ten attempts, then the largest centred box (a square holds every ratio).   -> [n, 4]
     scale: smallest and largest share of the area, numbers, or [n, 1] where boxes differ"""
@@ -77,7 +77,7 @@ def apply_shift(images: torch.Tensor, shift: torch.Tensor, wrap: bool = False) -
     return moved * inside.to(moved.dtype)
 
 
-def crop_floor(crop, n, floor=0.08):
+def crop_floor(crop: str, n: int, floor: float = 0.08) -> float | torch.Tensor:
     """The smallest share of the area that each of n crops takes: `floor`, or with CDA's curriculum (its Sec.
     3.2), where crop t of n is that of iteration t, from 1 down to it by (1 - t / n), linear, or (1 + cos(pi t
     / n)) / 2, cosine.   -> number, or [n, 1]"""
@@ -128,24 +128,22 @@ def draw_beta(alpha: float, generator: torch.Generator) -> float:
 
 
 def draw_cutmix_box(size: int, generator: torch.Generator) -> torch.Tensor:
-    """The box CutMix pastes: sides size * sqrt(1 - lambda), lambda of Beta(1, 1), uniform centre, clipped.
-    -> [4]"""
+    """The box [4] of CutMix: sides size * sqrt(1 - lambda), lambda of Beta(1, 1), uniform centre, clipped."""
     side = int(size * (1 - draw_beta(1.0, generator)) ** 0.5)
     centre = torch.randint(size, (2,), generator=generator)
     low, high = (centre - side // 2).clamp(min=0), (centre - side // 2 + side).clamp(max=size)
     return torch.cat([low, high - low])
 
 
-def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Generator, scale=(0.08, 1.0),
-               flip: bool = True) -> dict[str, torch.Tensor]:
+def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Generator,
+               scale: tuple[float, float] = (0.08, 1.0), flip: bool = True) -> dict[str, torch.Tensor]:
     """What is random in one pass over n images of `size` pixels: crop, flip, and the mixing of batches of
     `batch_size` in random order; partners are a permutation of the batch, lambda or box one for the batch.
 
     mix: "cutmix", "mixup" (lambda of Beta(0.8, 0.8)) or "none"; flip: whether half of the images are
     mirrored, which changes nothing else that is drawn.
-    -> dict, a row for each *mixed sample*, named by its base image: crop [n, 4], flip [n], partner [n], box
-    [n, 4] (empty for mixup), ratio [n] (the share of the base image); order [n], the batches' images one
-    after another.
+    -> a row for each *mixed sample*, named by its base image: crop [n, 4], flip [n], partner [n], box [n, 4]
+    (empty for mixup), ratio [n] (the share of the base image); order [n], the images batch by batch.
     """
     if mix not in ("cutmix", "mixup", "none"):
         raise ValueError(f"mix {mix!r} is none of 'cutmix', 'mixup', 'none'")
@@ -242,7 +240,7 @@ def to_uint8(images: torch.Tensor, mean, std) -> torch.Tensor:
     return (images * 255).clamp(0, 255).round().to(torch.uint8)
 
 
-def pixel_bounds(mean, std):
+def pixel_bounds(mean, std) -> list[torch.Tensor]:
     """Black and white in the units the networks see, three numbers each.   -> low, high, each [3, 1, 1]"""
     return [(torch.tensor([value - m for m in mean]) / torch.tensor(std))[:, None, None] for value in (0, 1)]
 
@@ -257,8 +255,7 @@ SIAMESE = "colour", "crop", "cutout", "flip", "scale", "rotate"
 def draw_siamese(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """One of the families of differentiable siamese augmentation (DSA, arXiv:2102.08259; one strategy at a
     time), and its parameters at the strengths of the authors' code: brightness 1, saturation 2, contrast 0.5,
-    crop 1/8, cutout 1/2, flip 1/2, scale 1.2, rotate 15 degrees.   -> dict of one entry, a tensor, for all
-    images alike"""
+    crop 1/8, cutout 1/2, flip 1/2, scale 1.2, rotate 15 degrees.   -> one entry, for all images alike"""
     family = SIAMESE[torch.randint(len(SIAMESE), (), generator=generator)]
     u = torch.rand(3, generator=generator)
     if family == "colour":

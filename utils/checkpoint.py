@@ -1,4 +1,5 @@
 """Whole files, and unfinished work that goes on after any kill."""
+import argparse
 import fcntl
 import io
 import json
@@ -8,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,7 +22,7 @@ from utils.provenance import AGAIN, check_inputs, check_same, relevant
 
 
 @contextmanager
-def writable(path):
+def writable(path: Path) -> Iterator[None]:
     """Inside the block, a file that cannot be written ends the phase."""
     try:
         yield
@@ -30,7 +32,7 @@ def writable(path):
 
 
 @contextmanager
-def whole_file(path, suffix="tmp"):
+def whole_file(path: str | Path, suffix: str = "tmp") -> Iterator[Path]:
     """Yields a path beside `path` to write to, and renames it at the end: the file is whole or absent."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{suffix}")
@@ -46,12 +48,12 @@ def whole_file(path, suffix="tmp"):
             temporary.unlink()
 
 
-def save_json(path, value):
+def save_json(path: Path, value: dict) -> None:
     with whole_file(path, f"{os.getpid()}.tmp") as temporary:        # two processes may write one summary
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def load_json(path, remedy, keys=("args",)):
+def load_json(path: str | Path, remedy: str, keys: Iterable[str] = ("args",)) -> dict:
     """The object of a result file, which must have these keys."""
     try:
         return with_keys(json.loads(Path(path).read_text()), keys)
@@ -61,12 +63,12 @@ def load_json(path, remedy, keys=("args",)):
         fail(f"{path} is no whole result file ({reason(error)}); {remedy}")
 
 
-def absent(path):
+def absent(path: str | Path) -> str:
     """Why a result is not there."""
     return "unfinished" if unfinished(Path(path)).exists() else "missing"
 
 
-def with_keys(value, keys):
+def with_keys(value, keys: Iterable[str]) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not a dict")
     if missing := [key for key in keys if key not in value]:
@@ -74,19 +76,19 @@ def with_keys(value, keys):
     return value
 
 
-def reason(error):
+def reason(error: Exception) -> str:
     """An exception's first line, or its kind where it says nothing."""
     return (str(error) or type(error).__name__).splitlines()[0][:100]
 
 
-def save_torch(path, value):
+def save_torch(path: Path, value: dict) -> None:
     buffer = io.BytesIO()                              # torch's writer raises no OSError on a full disk
     torch.save(value, buffer)
     with whole_file(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load_torch(path, remedy, keys=()):
+def load_torch(path: str | Path, remedy: str, keys: Iterable[str] = ()) -> dict:
     """The dict of a checkpoint, which must have these keys. Tensors and plain values: no code runs."""
     try:
         return with_keys(torch.load(path, map_location="cpu", weights_only=True), keys)
@@ -100,11 +102,11 @@ def load_torch(path, remedy, keys=()):
         fail(f"{path} is no whole checkpoint of plain weights ({why}); {remedy}")
 
 
-def unfinished(result):
+def unfinished(result: Path) -> Path:
     return result.with_name(f".{result.name}.unfinished")
 
 
-def is_there(path, overwrite=False):
+def is_there(path: Path, overwrite: bool = False) -> bool:
     """Whether a result need not be made. Removes what a kill left of its unfinished work."""
     if overwrite or not path.exists():
         return False
@@ -115,7 +117,8 @@ def is_there(path, overwrite=False):
     return True
 
 
-def load_finished(path, args, inputs=None, settings=None, keys=()):
+def load_finished(path: Path, args: argparse.Namespace, inputs: dict | None = None,
+                  settings: dict | None = None, keys: Iterable[str] = ()) -> dict | None:
     """The stored result, checked to be of these inputs and of the settings, by default all arguments that
     decide it; None where it is to be made.   keys: those that the file must have"""
     if not is_there(path, args.overwrite):
@@ -193,12 +196,12 @@ class Checkpoint:
         path = self.folder / f"{piece}.pt"
         return load_torch(path, AGAIN, ("state", "generators")) if path.exists() else None
 
-    def read(self, piece="state"):
+    def read(self, piece: str = "state"):
         """The last saved state of a piece, or None."""
         stored = self._stored(piece)
         return stored and stored["state"]
 
-    def load(self, piece="state"):
+    def load(self, piece: str = "state"):
         """The same; torch's generators continue from where they were."""
         if stored := self._stored(piece):
             first, *others = stored["generators"]
@@ -207,11 +210,11 @@ class Checkpoint:
                 torch.cuda.set_rng_state(others[0])
         return stored and stored["state"]
 
-    def states(self):
+    def states(self) -> list:
         """The states of all pieces."""
         return [self.read(path.stem) for path in sorted(self.folder.glob("*.pt"))]
 
-    def save_if_due(self, state, piece="state"):
+    def save_if_due(self, state: Callable, piece: str = "state") -> None:
         """Save state() if it is time to; after a signal at once, and end."""
         if signals.stopped_by or time.monotonic() - self.saved >= self.period:
             self.save(state(), piece)
@@ -220,7 +223,7 @@ class Checkpoint:
                 sys.stderr.write(f"{self.result}: progress saved; the same command{without} goes on\n")
                 raise SystemExit(128 + signals.stopped_by)
 
-    def save(self, state, piece="state"):
+    def save(self, state, piece: str = "state") -> None:
         generators = [torch.get_rng_state()]
         if torch.cuda.is_initialized():
             generators.append(torch.cuda.get_rng_state())
@@ -229,10 +232,10 @@ class Checkpoint:
             save_json(self.begun, self.identity | {"seconds": self.seconds()})
         self.saved = time.monotonic()
 
-    def drop(self, piece="state"):
+    def drop(self, piece: str = "state") -> None:
         (self.folder / f"{piece}.pt").unlink(missing_ok=True)
 
-    def seconds(self):
+    def seconds(self) -> float:
         """Seconds of work, those of earlier processes included up to their last save."""
         return self.earlier + time.monotonic() - self.entered
 

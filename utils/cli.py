@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -77,7 +78,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
-def identity_flags(parser):
+def identity_flags(parser: Parser) -> Parser:
     """The flags that mean the same in every phase."""
     parser.usage = ("python %(prog)s [--dataset NAME|FOLDER] [--ipc N] [--method NAME] [flag ...]     (in "
                     "parentheses: what would run)")
@@ -115,10 +116,10 @@ def identity_flags(parser):
     return parser
 
 
-def parse_args(parser, phase, argv=None, find=look):
+def parse_args(parser: Parser, phase: str, argv: list[str] | None = None,
+               find: Callable = look) -> argparse.Namespace:
     """Arguments of a phase with the preset's values as defaults, so that --help shows what would run; for a
-    folder, and for teachers that squeeze.py has made, also what it found and chose. args.data_set: what is
-    known of the data, as `find` gives it."""
+    folder, and teachers that squeeze.py has made, also what it found and chose. args.data_set: by `find`"""
     argv = sys.argv[1:] if argv is None else argv
     early = Parser("")
     early.prog = parser.prog
@@ -177,13 +178,13 @@ def parse_args(parser, phase, argv=None, find=look):
     return args
 
 
-def run_folder(args):
+def run_folder(args: argparse.Namespace) -> Path:
     """runs/<dataset>, of the training images that --holdout and --imbalance leave."""
     return Path(args.run_dir) / (Path(args.dataset).resolve().name + "-holdout" * args.holdout +
                                  f"-imbalance{args.imbalance:g}" * (args.imbalance > 1))
 
 
-def earlier_results(args):
+def earlier_results(args: argparse.Namespace) -> dict[Path, dict]:
     """{path: result file} of squeeze.py and recover.py for this data set, of those that tell what it was."""
     found = {}
     for path in [*run_folder(args).glob("teachers/*/squeeze.json"), *run_folder(args).glob("*/result.json")]:
@@ -194,7 +195,7 @@ def earlier_results(args):
     return found
 
 
-def check_data_set(args, data_set, earlier):
+def check_data_set(args: argparse.Namespace, data_set: dict, earlier: dict[Path, dict]) -> None:
     """Two data sets of one name do not share a folder."""
     for path, result in earlier.items():
         other, before = result["data_set"], result.get("args", {}).get("dataset", args.dataset)
@@ -207,7 +208,7 @@ def check_data_set(args, data_set, earlier):
                  f"--run-dir for {data_set['path']}, or rename its folder")
 
 
-def describe_choice(args):
+def describe_choice(args: argparse.Namespace) -> str:
     """What was found and chosen, as the first line of every phase."""
     data, name = args.data_set, Path(args.dataset).resolve().name
     size, images, settings = args.image_size or data["image_size"], "", f"settings of {data['column']}"
@@ -227,7 +228,7 @@ def describe_choice(args):
     return "\n".join([line, *high_rates(args)])
 
 
-def high_rates(args):
+def high_rates(args: argparse.Namespace) -> Iterator[str]:
     """A line for each learning rate beyond all that is published."""
     for flag in "lr", "probe_lr", "score_lr":
         value = getattr(args, flag, 0)
@@ -238,7 +239,7 @@ def high_rates(args):
                            "0.001 to 30")
 
 
-def number(kind, low, high=None):
+def number(kind: type, low: float, high: float | None = None) -> Callable:
     """argparse type: a number of low .. high, which by default is more than anyone can mean."""
     high = high or {int: 10 ** 6, float: 1e30}[kind]
 
@@ -251,7 +252,7 @@ def number(kind, low, high=None):
     return parse
 
 
-def number_or_auto(kind, low):
+def number_or_auto(kind: type, low: float) -> Callable:
     """argparse type: the word auto, or a number from low on."""
     def parse(text):
         return text if text == "auto" else number(kind, low)(text)
@@ -259,14 +260,14 @@ def number_or_auto(kind, low):
     return parse
 
 
-def crop_name(text):
+def crop_name(text: str) -> str:
     """argparse type: none, resized (RandomResizedCrop), or pad<pixels> (RandomCrop with padding)."""
     if text not in ("none", "resized") and not (re.fullmatch(r"pad\d{1,3}", text, re.ASCII)):
         raise argparse.ArgumentTypeError(f"{text!r} is none of: none, resized, pad<pixels>, such as pad4")
     return text
 
 
-def epoch_range(text):
+def epoch_range(text: str) -> str:
     """argparse type: first:last:step, epochs from 1 on, the last among them; or none."""
     if text != "none" and not re.fullmatch(r"[1-9]\d{0,5}:\d{1,6}:[1-9]\d{0,5}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form first:last:step, such as 11:46:5")
@@ -276,7 +277,7 @@ def epoch_range(text):
     return text
 
 
-def plain_name(text):
+def plain_name(text: str) -> str:
     """argparse type: a word that is safe as part of a folder's name."""
     if len(text) > 100 or text.strip(".") != text or not re.fullmatch(r"[\w.-]+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use up to 100 letters, digits, '.', "
@@ -290,7 +291,7 @@ EXCEPTIONS = {
     "lr": lambda text: [text] if number(float, 1e-30)(text) else None, "weight_decay": number(float, 0)}
 
 
-def for_student(args, name):
+def for_student(args: argparse.Namespace, name: str) -> argparse.Namespace:
     """The arguments for one student alone, with its own values of flags such as --lr 0.1 resnet18=0.2."""
     own = {"students": [name]}
     for flag, read in EXCEPTIONS.items():
@@ -307,9 +308,8 @@ def for_student(args, name):
     return argparse.Namespace(**vars(args) | own)
 
 
-def call(script, args, **instead):
-    """The command of another phase with the flags that this call gave and all phases share, but for those
-    `instead`."""
+def call(script: str, args: argparse.Namespace, **instead) -> str:
+    """The command of another phase with the given flags that all phases share, but for those `instead`."""
     words = ["python", *script.split()]
     for flag, value in (args.given | instead).items():
         if value not in (None, False):

@@ -6,12 +6,13 @@ losses and gradients equal those of utils/stats.py: Matching. `freeze` makes a b
 """
 import operator
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from utils.stats import _float32, check_input, checked_targets, layer_inputs, require_eval, whole_patches
 
@@ -37,7 +38,7 @@ def _joined(mean, var, dims):
 
 
 @torch.no_grad()
-def conv_stats(x, patch, groups=1):
+def conv_stats(x: Tensor, patch: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`channel_stats` and `patch_stats` of x together, without a graph, in float32 at least.
     -> channel_mean, channel_var, patch_mean, patch_var"""
     moments = _batch_moments(x, groups)
@@ -51,7 +52,7 @@ def conv_stats(x, patch, groups=1):
 
 
 @torch.no_grad()
-def bn_stats(x, groups=1):
+def bn_stats(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     """`channel_stats` of x, without a graph, in float32 at least."""
     return _joined(*_batch_moments(x, groups), (2, 3))
 
@@ -62,13 +63,13 @@ class Inject(torch.autograd.Function):
     groups, patches]. ValueError while it is empty, or the gradient would lack them without a word."""
 
     @staticmethod
-    def forward(ctx, x, terms, patch):
+    def forward(ctx, x: Tensor, terms: dict, patch: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.terms, ctx.patch = terms, patch
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         if not ctx.terms:
             raise ValueError("backward() came before inject(); call bn, conv, state = "
                              "matching.inject(inputs, state) first")
@@ -105,7 +106,7 @@ def _add_affine(grad, x, channels, patches, patch):
     return torch.addcmul(grad, x, scale, value=1 / n).add_(shift, alpha=1 / n).flatten(0, 1)
 
 
-def affine_terms(mean, mean_slope, var_slope):
+def affine_terms(mean: Tensor, mean_slope: Tensor, var_slope: Tensor) -> Tensor:
     """Eq. 12 and Eq. 15 (App. B): a loss whose gradients at the mean and variance of n values are mean_slope
     and var_slope has at a value x, since d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n, the gradient
     (scale * x + shift) / n.   -> scale, shift as one tensor [2, ...]"""
@@ -128,14 +129,14 @@ class FrozenNorm(nn.BatchNorm2d):
         self.register_buffer("offset", bias - self.running_mean * self.gain, persistent=False)
         self.folded = self.overwritten = False
 
-    def fold_into(self, convolution, overwritten):
+    def fold_into(self, convolution: nn.Conv2d, overwritten: bool) -> None:
         weight = convolution.weight.detach() * self.gain[:, None, None, None]
         bias = 0 if convolution.bias is None else convolution.bias.detach()
         convolution.weight = nn.Parameter(weight, requires_grad=False)
         convolution.bias = nn.Parameter(bias * self.gain + self.offset, requires_grad=False)
         self.folded, self.overwritten = True, overwritten
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.folded:
             return torch.addcmul(self.offset[:, None, None], x, self.gain[:, None, None])
         return x.clone() if self.overwritten else x                  # x is needed in the backward pass
@@ -151,7 +152,7 @@ def _leaves_alone(user, node, layers):
             or user.target is operator.add and user.args[0] is not node)
 
 
-def freeze(model):
+def freeze(model: nn.Module) -> nn.Module:
     """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding, and
     nothing in it is trainable any more. Every BatchNorm2d becomes a `FrozenNorm`, and a convolution takes it
     into its weights where torch.fx can tell that nobody else reads what the convolution gives, and where no
@@ -231,13 +232,13 @@ class ClosedFormMatching:
             if getattr(layer := layers[name], "folded", False):
                 offset[0], unit[0], unit[1] = layer.offset, 1 / layer.gain, 1 / layer.gain ** 2
 
-    def start(self, groups):
+    def start(self, groups: int) -> tuple[Tensor, Tensor]:
         """Before the first batch: moving averages [2, groups, statistics], layers that have one [layers]."""
         return (self.target.new_zeros(2, groups, self.target.shape[2]),
                 torch.zeros(len(self.targets), dtype=torch.bool, device=self.target.device))
 
     @contextmanager
-    def hooks(self, dropped=()):
+    def hooks(self, dropped: Iterable[str] = ()) -> Iterator[dict[str, Tensor]]:
         self.terms = {}
 
         def wrap(x):
@@ -248,7 +249,8 @@ class ClosedFormMatching:
             yield inputs
 
     @torch.no_grad()
-    def inject(self, inputs, state, kept=None):
+    def inject(self, inputs: dict[str, Tensor], state: tuple[Tensor, Tensor],
+               kept: Tensor | None = None) -> tuple[Tensor, Tensor, tuple]:
         """Measure the inputs, move the averages, and hand each tensor the gradient of its terms.
         kept: bool [layers], where a layer is dropped though its input is given; default: none is."""
         ema, seen = state
@@ -284,10 +286,9 @@ class ClosedFormMatching:
         return (losses * self.is_bn).sum(), (losses * ~self.is_bn).sum(), (ema, seen | kept)
 
 
-def segment_norms(difference, segment, count, weight):
+def segment_norms(difference: Tensor, segment: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:
     """difference [groups, n] made of `count` vectors, segment [n] the vector each entry belongs to, weight
-    [count].   -> norms [groups, count], gradient [groups, n] of the weighted sum of the norms: weight *
-    difference / norm, 0 where the norm is 0."""
+    [count].   -> norms [groups, count], gradient [groups, n] of their weighted sum, 0 where the norm is 0"""
     squares = difference.new_zeros(len(difference), count).index_add_(1, segment, difference.square())
     norms = squares.sqrt()
     return norms, difference * (weight / norms).nan_to_num_(0, 0, 0)[:, segment]

@@ -10,9 +10,11 @@ python -m utils.convert runs/cifar10/gvbsm-ipc10 --zip images.zip   # its images
 Floats are (pixel - mean) / std of pixels 0..1; bytes are pixels. A file written here has classes,
 mean and std beside its images.
 """
+import argparse
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -109,7 +111,7 @@ def to_pixels(images: torch.Tensor, units) -> tuple[torch.Tensor, str]:
 
 
 @contextmanager
-def whole_folder(path: Path):
+def whole_folder(path: Path) -> Iterator[Path]:
     """Yields a folder to fill, which becomes `path` when all is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent) as temporary:
@@ -119,7 +121,7 @@ def whole_folder(path: Path):
         os.replace(folder, path)
 
 
-def write_folder(pixels: torch.Tensor, labels: torch.Tensor, classes: list[str], out: Path):
+def write_folder(pixels: torch.Tensor, labels: torch.Tensor, classes: list[str], out: Path) -> None:
     """uint8 [N, 3, H, W] as <class>/<id>.png, ids from 0 on in each class."""
     count = [0] * len(classes)
     with whole_folder(out) as folder:
@@ -143,7 +145,7 @@ def read_folder(folder: Path, classes: list[str] | None = None) -> tuple[torch.T
     return torch.stack(images), labels, classes
 
 
-def mean_std(args, known: dict):
+def mean_std(args: argparse.Namespace, known: dict):
     """[2, 3]: of --mean and --std, of the file itself, or of the data set."""
     if args.mean or args.std:
         if not (args.mean and args.std and min(args.std) > 0):
@@ -157,7 +159,7 @@ def mean_std(args, known: dict):
     return UNITS.get(dataset) or [data["mean"], data["std"]]
 
 
-def to_tensors(args, source: Path, out: Path):
+def to_tensors(args: argparse.Namespace, source: Path, out: Path) -> None:
     """An ImageFolder into a .npz, or into a .pt such as DatasetCondensation writes."""
     result = source.parent / "result.json"                           # where the images are those of a run
     run = load_json(result, "name --dataset") if result.exists() else {"args": {}}
@@ -172,7 +174,7 @@ def to_tensors(args, source: Path, out: Path):
     print(f"{out}: {len(images)} images of {len(classes)} classes, mean {mean}, std {std}")
 
 
-def to_folder(args, sources: list[Path], out: Path):
+def to_folder(args: argparse.Namespace, sources: list[Path], out: Path) -> None:
     """One or two files of tensors into an ImageFolder."""
     known = load_tensors(sources, args.index)
     names = describe(args.dataset, args.data_dir)["classes"] if args.dataset else known.get("classes")

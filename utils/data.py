@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +52,7 @@ CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 ARCHIVES = {"cifar10": CIFAR10.base_folder, "cifar100": CIFAR100.base_folder, "tiny": "tiny-imagenet-200"}
 TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 
-def end_later(worker):
+def end_later(worker: int) -> None:
     """Signals often go to all processes of a group; those that read images end ten seconds after the one that
     asked for them, which is to end its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -76,31 +77,30 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def to(self, device):
+    def to(self, device: torch.device) -> "Split":
         """Images and labels move to the device to stay, unless they are streamed.   -> self"""
         if not self.streamed:
             self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
 
-    def check_crop(self, crop):
+    def check_crop(self, crop: str) -> None:
         """Only images in memory can be padded and cropped in batches."""
         if self.streamed and crop != "resized":
             fail(f"--crop {crop} is for images of at most {SMALL} pixels; use --crop resized")
 
-    def read(self, index):
+    def read(self, index: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 3, S, S] of the images at index (LongTensor [n]), never augmented."""
         if not self.streamed:
             return self.images[index]
         return read_images([self.files[i] for i in index.tolist()], self.shorter, self.image_size,
                            self.workers, self.white)
 
-    def batches(self, index, crop_seed=None):
+    def batches(self, index, crop_seed: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields images uint8 [B, 3, S, S], labels [B].   index: a LongTensor [B] for each batch, or one
         number, the size of batches of all images in their order.
 
-        crop_seed (0, 1, ...): streamed images go through RandomResizedCrop and a flip drawn from (crop_seed,
-        index) alone, whatever the workers; torch's generators stay as they were. Images in memory come as
-        they are.
+        crop_seed (0, 1, ...): streamed images get RandomResizedCrop and a flip drawn from (crop_seed, index)
+        alone, whatever the workers; torch's generators stay as they were. Images in memory come as they are.
         """
         index = torch.arange(len(self)).split(index) if isinstance(index, int) else index
         if not self.streamed:
@@ -156,7 +156,7 @@ def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
     return archive
 
 
-def fetch_tiny(root):
+def fetch_tiny(root: Path) -> None:
     """Download and unpack Tiny-ImageNet as `root`, which is there only when complete."""
     root.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=root.parent) as folder:
@@ -182,7 +182,7 @@ def find_split(dataset: str, data_dir: str, split: str, download: bool = False) 
     return files, labels, classes
 
 
-def test_folder(root):
+def test_folder(root: Path) -> Path:
     """val/ or test/ beside train/."""
     folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if folder is None:
@@ -190,7 +190,7 @@ def test_folder(root):
     return folder
 
 
-def list_split(root, split):
+def list_split(root: Path, split: str) -> tuple[list[str], list[int], list[str], dict]:
     """`list_images` of one split of a folder; those of the test split by the classes of train/."""
     if split == "train":
         return list_images(root / "train")
@@ -211,7 +211,7 @@ def list_split(root, split):
     return list_images(folder, classes)
 
 
-def list_annotated(folder, table, classes):
+def list_annotated(folder: Path, table: Path, classes: list[str]) -> tuple:
     """The same of images without class folders, from a table with file and class in each line, as
     Tiny-ImageNet has it; the class by its name or by its number."""
     rows = devkit_rows(folder, table) if table.suffix == ".bin" else [
@@ -235,7 +235,7 @@ def list_annotated(folder, table, classes):
             {"hidden": hidden, "other": [path for path in other if path != str(table)]})
 
 
-def devkit_rows(folder, table):
+def devkit_rows(folder: Path, table: Path) -> list[list[str]]:
     """[file, class] of the images in a folder by the meta.bin that torchvision.datasets.ImageNet makes of
     ImageNet's devkit: names of classes, and the class of each validation image, sorted by name."""
     files = [os.path.basename(path) for path in walk(folder)[0]]
@@ -248,23 +248,20 @@ def devkit_rows(folder, table):
              f"lines of a file's name and its class to {folder}.txt")
 
 
-def fitting_size(sizes):
+def fitting_size(sizes: list[tuple[int, int]]) -> int:
     """The side to which images of these (width, height) are cut: their own where all are one square of up to
-    SMALL pixels; else what half of them have at least, up to SMALL where that is at most 96, up to 224
-    above."""
+    SMALL pixels; else what half of them have at least, up to SMALL if that is at most 96, else up to 224."""
     if len(set(sizes)) == 1 and sizes[0][0] == sizes[0][1] <= SMALL:
         return sizes[0][0]
     median = sorted(map(min, sizes))[len(sizes) // 2]
     return max(8, min(median // 8 * 8, SMALL)) if median <= 96 else min(median // 32 * 32, 224)
 
 
-def look(dataset, data_dir, known=()):
+def look(dataset: str, data_dir: str, known: Iterable[dict] = ()) -> dict:
     """What a data set is, fit for JSON: path, fingerprint, classes and images counted, pixels of its sides,
     image_size that fits, which `fits` keeps whatever size is chosen; all but image_size and classes are None
     of a named one that is no folder of images, or is not here.
-
-    known: what earlier calls gave; the one whose files have the same names, sizes and times is given back.
-    """
+    known: what earlier calls gave; the one whose files have the same names, sizes and times is given back."""
     named = DATASETS.get(dataset)
     nothing = dict.fromkeys(["path", "fingerprint", "train", "test", "pixels", "passed", "stamp", "fits"])
     root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
@@ -287,7 +284,7 @@ def look(dataset, data_dir, known=()):
                 image_size=fits, fits=fits)
 
 
-def folder_column(size, classes):
+def folder_column(size: int, classes: int) -> str:
     """The name of DATASETS whose settings are nearest to a folder of so many classes."""
     if size > SMALL:
         return "imagenet"
@@ -295,8 +292,7 @@ def folder_column(size, classes):
 
 
 def find_size(dataset: str, data_dir: str) -> int:
-    """The image size if none is asked for: a folder's is `fitting_size` of (a sample of) its training
-    images."""
+    """The image size if none is asked for: a folder's is `fitting_size` of (some of) its training images."""
     if dataset in DATASETS:
         return DATASETS[dataset]["image_size"]
     sizes = []
@@ -315,7 +311,7 @@ def preset_column(dataset: str, data_dir: str, image_size: int | None = None) ->
     return folder_column(image_size or find_size(dataset, data_dir), len(class_folders(root / "train")))
 
 
-def subset(labels, classes, split, holdout, imbalance):
+def subset(labels: Iterable[int], classes: int, split: str, holdout: bool, imbalance: float) -> list[int]:
     """Rows of a split that --holdout and --imbalance leave, in their order."""
     members = [[] for _ in range(classes)]
     for row, label in enumerate(labels):
@@ -392,14 +388,13 @@ def folder_name(name: str) -> str:
     return re.sub(r"^\.|[/\x00]", lambda found: f"%{ord(found[0]):02X}", name) or "%"
 
 
-def escaped_name(name):
+def escaped_name(name: str) -> str:
     """`folder_name` as older runs have it."""
     return re.sub(r'^\.|[%/\\:*?"<>|\x00-\x1f\x7f]', lambda found: f"%{ord(found[0]):02X}", name) or "%"
 
 
 def read_class_map(path: Path | None) -> dict[str, str]:
-    """{folder: class} of a JSON file; where it gives lists, as imagenet_class_index.json does, the first name
-    counts. path: or None   -> {}"""
+    """{folder: class} of a JSON file; of lists (as in imagenet_class_index.json) the first name. None: {}"""
     try:
         table = json.loads(Path(path).read_text()) if path else {}
         return {folder: name if isinstance(name, str) else name[0] for folder, name in table.items()}
@@ -407,7 +402,8 @@ def read_class_map(path: Path | None) -> dict[str, str]:
         fail(f"--class-map {path} is no JSON file of the form {{folder: class}} ({error})")
 
 
-def class_numbers(found, classes, folder, class_map=None):
+def class_numbers(found: list[str], classes: list[str], folder: Path,
+                  class_map: dict[str, str] | None = None) -> list[int]:
     """Of the class folders `found`: the number of each among the classes. class_map: {folder: class}. Without
     it, folders that are all numbers, such as 0, 00012 or new3, are numbers of classes, which is printed."""
     found = [(class_map or {}).get(name, name) for name in found]
@@ -443,7 +439,7 @@ def list_folder(folder: str | Path, classes: list[str] | None = None,
     return torch.tensor(labels), found, [Path(file).relative_to(folder).as_posix() for file in files]
 
 
-def check_count(labels, ipc, folder):
+def check_count(labels: torch.Tensor, ipc: int, folder: Path) -> None:
     """Images of other origin are --ipc a class."""
     counts = torch.bincount(labels)
     if not counts.min() <= ipc <= counts.max():

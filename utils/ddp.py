@@ -3,7 +3,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from utils.processes import shard, world_size
 
@@ -12,20 +12,20 @@ class JointSum(torch.autograd.Function):
     """Sum of a tensor over all processes; its gradient is the sum of theirs too."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x: Tensor) -> Tensor:
         total = x.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient: Tensor) -> Tensor:
         return JointSum.apply(gradient.contiguous())
 
 
 class JointBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d over the batches of all processes together: nn.SyncBatchNorm is for GPUs alone."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         precise = x.to(self.running_mean.dtype)                      # autocast may have narrowed it
@@ -42,7 +42,7 @@ class JointBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale + self.bias[:, None, None]).to(x.dtype)
 
 
-def in_parallel(model, device):
+def in_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model, to be trained by all processes together, each on its `share` of a batch."""
     if world_size() == 1:
         return model
@@ -62,12 +62,12 @@ def nccl():
     return dist.new_group(backend="nccl")
 
 
-def share(rows):
+def share(rows: Tensor) -> Tensor:
     """This process's part of a batch; a batch with fewer images than processes goes to each as a whole."""
     return shard(rows) if len(rows) >= world_size() else rows
 
 
-def gathered(mine, count):
+def gathered(mine: Tensor, count: int) -> Tensor:
     """Bools of this process's `share` of a batch of `count` -> of the whole batch."""
     if world_size() == 1:
         return mine
@@ -77,6 +77,6 @@ def gathered(mine, count):
     return whole.bool()
 
 
-def share_weight(mine, whole):
+def share_weight(mine: int, whole: int) -> float:
     """Weight of the mean loss over `mine` images of a batch of `whole`: the mean over processes is its."""
     return mine * world_size() / whole if whole >= world_size() else 1.0

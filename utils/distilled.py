@@ -2,9 +2,11 @@
 and the results of the phases behind them."""
 import argparse
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from models import build_model
 from models.pruning import channel_scales
@@ -19,7 +21,7 @@ from utils.teachers import check_models, load_teachers
 from utils.train import channels_last
 
 
-def earlier_result(phase, args, folder):
+def earlier_result(phase: str, args: argparse.Namespace, folder: Path) -> tuple[dict, dict]:
     """-> the result of recover.py or relabel.py, {phase: arguments} of all phases up to that one"""
     command = call(f"{phase}.py", args, images=args.images, class_map=args.class_map)
     keys = "args", "upstream", "made_from", "classes", *["image_set"] * (phase == "recover")
@@ -27,12 +29,13 @@ def earlier_result(phase, args, folder):
     return result, result["upstream"] | {phase: result["args"]}
 
 
-def images_hash(folder, recovered):
+def images_hash(folder: Path, recovered: dict) -> str:
     """Fingerprint of the images that recover.py wrote (recovered: its result), or of any folder ({})."""
     return recovered["image_set"] if recovered else image_set(folder, list_folder(folder)[2])
 
 
-def load_images(args, folder, data, expected, labels=None):
+def load_images(args: argparse.Namespace, folder: Path, data: dict, expected: str,
+                labels: Path | None = None) -> tuple[Tensor, Tensor]:
     """Images with the fingerprint `expected`: that of recover.py's result, or the one for which `labels` were
     made.   data: from `load_teachers`   -> images uint8 [N, 3, S, S], classes [N]"""
     images, classes, _, files = load_folder(folder, data["image_size"], args.workers, data["classes"],
@@ -46,7 +49,8 @@ def load_images(args, folder, data, expected, labels=None):
     return images, classes
 
 
-def check_recovered(recovered, args, paths, data, records):
+def check_recovered(recovered: dict, args: argparse.Namespace, paths: SimpleNamespace, data: dict,
+                    records: dict[str, dict]) -> None:
     """Stop unless recover.py's images have these classes and, if it ran with the same --teachers, were made
     with these teachers. With --recipe teachers may be added or left out, but none may have changed."""
     path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
@@ -60,7 +64,7 @@ def check_recovered(recovered, args, paths, data, records):
                      fingerprints({name: records[name] for name in names & records.keys()}), path, remedy)
 
 
-def load_sources(args, paths, device):
+def load_sources(args: argparse.Namespace, paths: SimpleNamespace, device: torch.device) -> SimpleNamespace:
     """What the students are made from, but for the images.
     -> before: result of the phase before, {} for images of other origin; data: of the teachers or the labels;
     teachers, records: of --labels online; starts, origins: {student: the model that --protocol prune begins
@@ -87,7 +91,7 @@ def load_sources(args, paths, device):
                            origins=origins, hashes=hashes, upstream=upstream)
 
 
-def origin(args, paths, before, records):
+def origin(args: argparse.Namespace, paths: SimpleNamespace, before: dict, records: dict[str, dict]) -> dict:
     """What all students are made from.   -> {what: hash, or {backbone: hash}}"""
     if args.labels == "stored":
         labelled = before["made_from"]
@@ -99,7 +103,8 @@ def origin(args, paths, before, records):
     return images | fingerprints(records) if args.labels == "online" else images
 
 
-def load_distilled(args, paths, sources, device):
+def load_distilled(args: argparse.Namespace, paths: SimpleNamespace, sources: SimpleNamespace,
+                   device: torch.device) -> tuple[Tensor, Tensor, OnlineLabels | StoredLabels]:
     """The images and their classes on the device, and where soft labels come from.
     -> images uint8 [N, 3, S, S], classes [N], labels object (utils/labels.py)"""
     folder, data, stored = args.images or paths.images, sources.data, args.labels == "stored"
@@ -121,7 +126,8 @@ def load_distilled(args, paths, sources, device):
     return images.to(device), classes.to(device), labels
 
 
-def load_train_data(args, paths, sources, device):
+def load_train_data(args: argparse.Namespace, paths: SimpleNamespace, sources: SimpleNamespace,
+                    device: torch.device) -> dict:
     """All that students are trained and tested on.   -> dict"""
     if args.labels == "hard":
         sources.data = describe(args.dataset, args.data_dir, args.image_size, args.workers,

@@ -5,23 +5,27 @@ real images it sees (Xu et al., ECCV 2024, arXiv:2305.18381).
 from a batch).
 """
 import math
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import build_model
 from utils.augment import apply_siamese, draw_siamese, normalize
+from utils.data import Split
+from utils.recorder import Recorder
 from utils.run import generator
+from utils.selection import RealImages
 
 COPIES = 64             # synthetic images in a pass of `ite_norms`, which bounds its memory
 
 
-def dm_loss(real, synthetic):
+def dm_loss(real: Tensor, synthetic: Tensor) -> Tensor:
     """||mean(real) - mean(synthetic)||^2, summed over features [N, d] and [n, d] of one class (DM)."""
     return (real.mean(0) - synthetic.mean(0)).square().sum()
 
 
-def ite_norms(embed, synthetic, features, products=16):
+def ite_norms(embed: Callable, synthetic: Tensor, features: Tensor, products: int = 16) -> Tensor:
     """||ITE||_2 of the N real images of a class with these features [N, d], as BiLP defines it for the loss L
     of `dm_loss`, with synthetic [n, 3, S, S] as D_s:
         ITE(x) = d L(D_r, D_s) / d D_s - d L(D_r without x, D_s) / d D_s,
@@ -59,7 +63,7 @@ def ite_norms(embed, synthetic, features, products=16):
     return 2 / (N - 1) * squared.clamp(min=0).sqrt()
 
 
-def new_pruning(num_classes, num_images):
+def new_pruning(num_classes: int, num_images: int) -> dict[str, Tensor]:
     """State of adaptive pruning: running mean and variance of ||ITE|| per class (nan before the first), and
     which images of the data set are kept."""
     return {"mean": torch.full((num_classes,), torch.nan, dtype=torch.float64),
@@ -67,7 +71,8 @@ def new_pruning(num_classes, num_images):
             "keep": torch.ones(num_images, dtype=torch.bool)}
 
 
-def prune(state, label, index, norms, ratio, momentum=0.1):
+def prune(state: dict[str, Tensor], label: int, index: Tensor, norms: Tensor, ratio: float,
+          momentum: float = 0.1) -> Tensor:
     """Take in ||ITE|| [N] of the real images index [N] of a class. Their running mean, and the running mean
     of their squared distance from it, move by `momentum` (the first ones are set), and of these images those
     are kept that lie between the quantiles ratio/2 and 1 - ratio/2 of the normal distribution with these
@@ -88,9 +93,8 @@ def prune(state, label, index, norms, ratio, momentum=0.1):
     return kept
 
 
-def random_embedding(num_classes, size, key, device):
-    """A ConvNet as deep as is usual at this image size, random weights of `generator(*key)`: images -> its
-    last features."""
+def random_embedding(num_classes: int, size: int, key: tuple, device: torch.device) -> nn.Module:
+    """A ConvNet as deep as usual at this size, weights of `generator(*key)`: images -> its last features."""
     with torch.random.fork_rng(devices=[]):  # build_model draws from torch's global generator
         torch.default_generator.manual_seed(int(torch.randint(1 << 62, (), generator=generator(*key))))
         model = build_model(f"convnet_w128_d{max(3, math.ceil(math.log2(size)) - 2)}", num_classes, size)
@@ -99,18 +103,17 @@ def random_embedding(num_classes, size, key, device):
     return nn.Sequential(*layers).requires_grad_(False).to(device)
 
 
-def match_distributions(images, members, split, units, *, iterations, seed, lr=1.0, real_batch=256, ratio=0.0,
-                        period=10, products=16, resume=None):
+def match_distributions(images: Tensor, members: list[Tensor], split: Split, units, *, iterations: int,
+                        seed: int, lr: float = 1.0, real_batch: int = 256, ratio: float = 0.0,
+                        period: int = 10, products: int = 16,
+                        resume: dict | None = None) -> Iterator[tuple[int, dict[str, Tensor], Callable]]:
     """DM for all classes: images [classes, ipc, 3, S, S] in normalised units, changed in place and, as in the
-    original, not clamped.
-
-    members: [LongTensor], the real images of each class in `split`; units: (mean, std) of their
+    original, not clamped. members: the real images of each class in `split`; units: (mean, std) of their
     normalisation. An iteration's network is a function of (seed, iteration), a class's real images and
     augmentation of the class too. With a ratio, every `period` iterations the real images are drawn from all,
     scored, and those that fall out are left out; otherwise they are drawn from those kept, so that none is
     lost for ever. products: of `ite_norms`; 16 err by 6 % in rank, 32 by 3 %. Yields after every step of SGD
-    t, losses (dm, and the share of real images kept), and state() to resume from.
-    """
+    t, losses (dm, and the share of real images kept), and state() to resume from."""
     pixels = images.detach().requires_grad_()                        # the same memory
     optimizer = torch.optim.SGD([pixels], lr=lr, momentum=0.5)
     pixels.grad, pruning, first = torch.zeros_like(pixels), new_pruning(len(members), len(split)), 0
@@ -143,10 +146,10 @@ def match_distributions(images, members, split, units, *, iterations, seed, lr=1
             "iterations": t + 1, "pixels": pixels.detach(), "sgd": optimizer.state_dict(), "pruning": pruning}
 
 
-def match_features(recorder, real, by_class, images, *, iterations, **settings):
+def match_features(recorder: Recorder, real: RealImages, by_class: list[list[tuple]], images: Tensor, *,
+                   iterations: int, **settings) -> None:
     """`match_distributions` as recover.py runs it: logged, saved and written.
-    recorder: `Recorder`; real: `RealImages`; by_class: [[(class, index), ...], ...] of images [classes, ipc,
-    3, S, S]"""
+    by_class: [[(class, index), ...], ...] of images [classes, ipc, 3, S, S]"""
     units = recorder.data["mean"], recorder.data["std"]
     recorder.run.start(iterations, "iterations")
     resume = recorder.begin([0], by_class, iterations)

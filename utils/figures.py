@@ -18,15 +18,16 @@ import io
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor, nn
 
 from models import build_model
 from utils import fail
@@ -50,14 +51,13 @@ DASHES = dict(zip(LABELS, ("-", ":", "--")))
 MARKERS = "osD^vP*X<>"
 
 
-def mean_similarity(rows):
-    """Mean cosine similarity over all pairs of different rows [n, D], n > 1; a row of zeros has 0 with any.
-    -> float"""
+def mean_similarity(rows: Tensor) -> float:
+    """Mean cosine similarity over all pairs of different rows [n, D], n > 1; with a row of zeros it is 0."""
     unit = F.normalize(rows.double(), dim=1)
     return ((unit.sum(0).square().sum() - unit.square().sum()) / (len(unit) * (len(unit) - 1))).item()
 
 
-def layer_summary(means, variances):
+def layer_summary(means: Iterable[Tensor], variances: Iterable[Tensor]) -> np.ndarray:
     """Fig. 9: channel means [C] and channel variances [C], lists with an entry for each layer.
     -> [layers, 4]: sigmoid of mean and variance (biased, over channels) of means, then of variances"""
     columns = [(values.double().mean(), values.double().var(correction=0)) for pair in zip(means, variances)
@@ -65,7 +65,7 @@ def layer_summary(means, variances):
     return torch.tensor(columns).reshape(-1, 4).sigmoid().numpy()
 
 
-def loss_curves(entries):
+def loss_curves(entries: list[dict]) -> dict[tuple[str, str], np.ndarray]:
     """Entries of log.jsonl.   -> {(term, backbone): [n, 2] of iteration and mean over image batches}, without
     those that are always 0; backbone "" where none acts, or several together (Teddy)"""
     sums = defaultdict(lambda: defaultdict(lambda: np.zeros(2)))
@@ -79,7 +79,7 @@ def loss_curves(entries):
     return {key: curve for key, curve in curves.items() if curve[:, 1].any()}
 
 
-def ipc_curves(results):
+def ipc_curves(results: dict[tuple, dict]) -> dict[tuple[str, str, str], np.ndarray]:
     """Of `read_results`, but for tags of BASES.   -> {(student, labels, run without its IPC): [n, 3] of IPC,
     top-1 in %, deviation over seeds (nan of one seed)}"""
     curves = defaultdict(list)
@@ -91,7 +91,7 @@ def ipc_curves(results):
         curves.items(), key=lambda item: (item[0][0], list(LABELS).index(item[0][1]), item[0][2]))}
 
 
-def tile(groups, gap=2):
+def tile(groups: list[Tensor], gap: int = 2) -> tuple[np.ndarray, list[float], list[float]]:
     """Groups of images, uint8 [rows, columns, 3, S, S] each, side by side on white, `gap` pixels apart,
     four times that between groups.   -> uint8 [H, W, 3], the centre of each group (x) and of each row (y)"""
     parts, centres, left, step = [], [], 0, groups[0].shape[-1] + gap
@@ -105,33 +105,33 @@ def tile(groups, gap=2):
 
 
 @torch.inference_mode()
-def logits_of(model, images, data, device):
+def logits_of(model: nn.Module, images: Tensor, data: dict, device: torch.device) -> Tensor:
     """Of uint8 images [N, 3, S, S].   -> [N, classes]"""
     return torch.cat([model(normalize(batch.to(device), data["mean"], data["std"])).cpu()
                       for batch in images.split(128)])
 
 
-def embed(rows, seed):
+def embed(rows: Tensor, seed: int) -> np.ndarray:
     """t-SNE of rows [N, D].   -> [N, 2]"""
     from sklearn.manifold import TSNE
     tsne = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=seed)
     return tsne.fit_transform(np.asarray(rows))
 
 
-def titles(args):
+def titles(args: argparse.Namespace) -> list[str]:
     """Names of the runs: of their folders, with what lies above where two are alike."""
     names = [folder.name for folder in args.folders]
     return names if len(set(names)) == len(names) else list(map(str, args.folders))
 
 
-def need(module, package):
+def need(module: str, package: str) -> None:
     try:
         import_module(module)
     except ImportError:
         fail(f"utils.figures needs {package}, which is not installed; run: pip install {package}")
 
 
-def read_runs(folders):
+def read_runs(folders: list[Path]) -> list[dict]:
     """RESULTs of recover.py in the folders of runs, which must be of the same classes."""
     example, results = "name a folder that recover.py has finished, such as runs/cifar10/gvbsm-ipc10", []
     for folder in folders:
@@ -147,7 +147,8 @@ def read_runs(folders):
     return results
 
 
-def class_images(run, count, size, workers):
+def class_images(run: Path, count: int | None, size: int | None,
+                 workers: int) -> Iterator[tuple[str, Tensor]]:
     """Yields name of the class, uint8 images [n, 3, S, S] of the first `count` classes of a run,
     None: of all; size None: the first image's"""
     labels, classes, files = list_folder(run / "images")
@@ -158,18 +159,19 @@ def class_images(run, count, size, workers):
         yield name, read_images(list(files[labels.numpy() == label]), size, size, workers)
 
 
-def read_teacher(args, result):
+def read_teacher(args: argparse.Namespace, result: dict) -> tuple[nn.Module, dict, torch.device]:
     """--backbone of --teachers, by default those of the run.   -> model, data, device"""
     asked = result["args"]
     args.backbone, args.teachers = args.backbone or asked["backbones"][0], args.teachers or asked["teachers"]
     device, folder = pick_device(args.device), args.folders[0].parent / "teachers" / args.teachers
-    wanted = SimpleNamespace(backbones=[args.backbone], recipe=None, teachers=args.teachers, precision="fp32",
-                             given={key: asked.get(key) for key in ("dataset", "method", "holdout")})
+    given = {key: asked.get(key) for key in ("dataset", "method", "holdout")}
+    wanted = argparse.Namespace(backbones=[args.backbone], recipe=None, teachers=args.teachers,
+                                precision="fp32", given=given)
     models, _, data = load_teachers(wanted, folder, build_model, device)
     return models[args.backbone], data, device
 
 
-def read_log(run):
+def read_log(run: Path) -> list[dict]:
     """The entries of a run's log.jsonl, as far as it is written."""
     entries = []
     for path in sorted(run.glob("log*.jsonl")):
@@ -184,7 +186,7 @@ def read_log(run):
     return entries
 
 
-def similarities(args):
+def similarities(args: argparse.Namespace) -> tuple[list[str], dict[str, np.ndarray]]:
     """-> class names, {run: [classes] of `mean_similarity`}"""
     asked, found, size = read_runs(args.folders)[0], {}, None
     if args.backbone:
@@ -204,7 +206,7 @@ def similarities(args):
     return list(values), found
 
 
-def draw_similarity(args, figure):
+def draw_similarity(args: argparse.Namespace, figure: Callable) -> None:
     """Mean cosine similarity over the pairs of images of a class, for each class.   arXiv:2311.17950, Fig. 3.
 
     The paper does not say of which vectors: by default those of data densification (Eq. 4), pixels in the
@@ -232,7 +234,7 @@ def draw_similarity(args, figure):
     axes.figure.legend(loc="outside lower center", ncols=min(4, len(found)))
 
 
-def tsne_points(args):
+def tsne_points(args: argparse.Namespace) -> tuple[list[str], list[tuple]]:
     """-> class names, [(run, labels [n], points [n, 2])]; the images of all runs are embedded together"""
     model, data, device = read_teacher(args, read_runs(args.folders)[0])
     labels, logits = [], []
@@ -247,7 +249,7 @@ def tsne_points(args):
     return list(names), list(zip(titles(args), labels, points))
 
 
-def draw_tsne(args, figure):
+def draw_tsne(args: argparse.Namespace, figure: Callable) -> None:
     """t-SNE of the logits of distilled images, a panel for each run.   arXiv:2311.17950, Fig. 8, "after the
     classifier layer".
 
@@ -272,14 +274,14 @@ def draw_tsne(args, figure):
         fig.legend(*handles, loc="outside right center", title="class", ncols=1 + len(names) // 16)
 
 
-def running_statistics(folder, name, remedy):
+def running_statistics(folder: Path, name: str, remedy: str) -> list[tuple[Tensor, Tensor]]:
     """-> [(running mean [C], running variance [C])] of the BatchNorms of a squeezed backbone"""
     weights = load_torch(folder / f"{name}.pt", remedy, ("weights",))["weights"]
     return [(value, weights[key.replace("running_mean", "running_var")]) for key, value in weights.items()
             if key.endswith("running_mean")]
 
 
-def teacher_statistics(args):
+def teacher_statistics(args: argparse.Namespace) -> dict[str, dict[str, np.ndarray]]:
     """-> {backbone: {"convolutions", "BatchNorms": [layers, 4] of `layer_summary`}}, of kinds it has"""
     folder, found = args.folders[0], {}
     ending = ".stats.pt"
@@ -296,7 +298,7 @@ def teacher_statistics(args):
     return found
 
 
-def draw_statistics(args, figure):
+def draw_statistics(args: argparse.Namespace, figure: Callable) -> None:
     """Statistics of the training set at every convolution and BatchNorm, a row for each backbone.
     arXiv:2311.17950, Fig. 9.
 
@@ -320,9 +322,8 @@ def draw_statistics(args, figure):
     shared_legend(fig, 2)
 
 
-def channel_statistics(args):
-    """-> {backbone and its teachers: (running means [C], running variances [C])} of one BatchNorm, without
-    backbones that have too few"""
+def channel_statistics(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
+    """-> {backbone and its teachers: running means [C], variances [C]} of one BatchNorm, where it exists"""
     found = {}
     for folder in args.folders:
         for name in args.backbones or sorted(path.stem for path in folder.glob("*.pt")
@@ -336,7 +337,7 @@ def channel_statistics(args):
     return found
 
 
-def draw_channels(args, figure):
+def draw_channels(args: argparse.Namespace, figure: Callable) -> None:
     """Mean and variance that a BatchNorm holds for each channel, a curve for each backbone.
     arXiv:2404.07976, Fig. 4.
 
@@ -359,7 +360,7 @@ TERMS = {"ce": "cross-entropy", "bn": "BatchNorm statistics, L'_BN",
          "gradient": "gradient at the pixels, without L_DD", "dm": "distribution matching"}
 
 
-def draw_losses(args, figure):
+def draw_losses(args: argparse.Namespace, figure: Callable) -> None:
     """The weighted terms of recover.py's loss over its iterations and the norm of their gradient, mean over
     image batches; by the backbone that an iteration has drawn (Eq. 7). Without terms that are always 0."""
     from matplotlib.lines import Line2D
@@ -394,13 +395,13 @@ def draw_losses(args, figure):
         fig.legend(handles=handles, loc="outside lower center", ncols=3, title=title)
 
 
-def shared_legend(fig, columns):
+def shared_legend(fig, columns: int) -> None:
     """Below the panels, what stands in any of them once."""
     entries = {label: line for axes in fig.axes for line, label in zip(*axes.get_legend_handles_labels())}
     fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
-def scale_values(axes, values):
+def scale_values(axes, values: np.ndarray) -> None:
     """A logarithmic axis for values that span more than a factor of ten, linear below a millionth of the
     largest, which densification soon reaches. Ticks are plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -417,7 +418,7 @@ def scale_values(axes, values):
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_ipc(args, figure):
+def draw_ipc(args: argparse.Namespace, figure: Callable) -> None:
     """Top-1 of the last epoch against images per class, a panel for each student; bars: standard deviation
     over seeds, where there are several. Without runs whose tag begins as one of utils.report's comparisons
     (ablation, family, search)."""
@@ -447,7 +448,7 @@ def draw_ipc(args, figure):
     shared_legend(fig, min(3, 1 + len(students)))
 
 
-def image_groups(args):
+def image_groups(args: argparse.Namespace) -> tuple[list[str], dict[str, Tensor]]:
     """-> class names, {source: uint8 [classes, columns, 3, S, S]}"""
     results, groups = read_runs(args.folders), {}
     for run, folder in zip(args.names or titles(args), args.folders):
@@ -468,7 +469,7 @@ def image_groups(args):
     return list(found), groups
 
 
-def draw_images(args, figure):
+def draw_images(args: argparse.Namespace, figure: Callable) -> None:
     """Images of the same classes side by side: a row for each class, a group for each source, training images
     ("real") first.
 
@@ -488,7 +489,7 @@ def draw_images(args, figure):
     axes.spines[:].set_visible(False)
 
 
-def resized(group):
+def resized(group: Tensor) -> Tensor:
     """uint8 images [rows, columns, 3, S, S] for the eye, `draw_images`."""
     if group.shape[-1] > 96:
         small = F.interpolate(group.flatten(0, 1).float(), (96, 96), mode="area").round().byte()
@@ -561,7 +562,7 @@ def main(argv=None):
     draw(chosen.figure, args, args.out or dataset / f"{chosen.figure}.png")
 
 
-def draw(name, args, path):
+def draw(name: str, args: argparse.Namespace, path: Path) -> None:
     need("matplotlib", "matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import unicodedata
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,7 +36,7 @@ class UnreadableImage(Exception):
 
 
 @contextmanager
-def unreadable_fails():
+def unreadable_fails() -> Iterator[None]:
     try:
         yield
     except UnreadableImage as error:
@@ -43,7 +44,7 @@ def unreadable_fails():
 
 
 @contextmanager
-def opened(path, content=None):
+def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
     """PIL's lazy image of a file (of its bytes, where these are given); UnreadableImage."""
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
@@ -81,8 +82,7 @@ def fit_image(image: Image.Image, shorter: int, size: int) -> torch.Tensor:
 
 def read_images(sources, shorter: int, size: int, workers: int,
                 white: dict[str, int] | None = None) -> torch.Tensor:
-    """uint8 [N, 3, size, size] of files or of uint8 [N, H, W, 3]; by threads, since PIL decodes without the
-    GIL."""
+    """uint8 [N, 3, size, size] of files or of uint8 [N, H, W, 3]; by threads: PIL decodes without the GIL."""
     if isinstance(sources, np.ndarray) and sources.shape[1:3] == (size, size):
         return torch.from_numpy(sources).permute(0, 3, 1, 2).contiguous()
     images = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
@@ -93,16 +93,15 @@ def read_images(sources, shorter: int, size: int, workers: int,
     return images
 
 
-def sampled(files):
+def sampled(files: list[str]) -> list[str]:
     """At most SAMPLE of the files, evenly spaced."""
     return files[::-(-len(files) // SAMPLE) or 1]
 
 
-def white_levels(files):
-    """What is white in the images of more than 8 bits among the files: the smallest range that holds all of
-    them.
-    -> {"I": 255, 1023, 4095, 16383 or 65535 for integers, "F": 1 or 255 for floats}; fails where pixels are
-    in no such range"""
+def white_levels(files: list[str]) -> dict[str, int]:
+    """What is white in the images of more than 8 bits among the files, the smallest range that holds them
+    all.
+    -> {"I" (integers): 255, 1023, 4095, 16383 or 65535, "F": 1 or 255}; fails for pixels in no such range"""
     white = {}
     for file in sampled(files):
         with suppress(UnreadableImage), opened(file) as image:       # whoever needs its pixels tells
@@ -117,18 +116,17 @@ def white_levels(files):
     return white
 
 
-def visible(name):
+def visible(name: str) -> bool:
     return not name.startswith(".") and name not in LEFT_BEHIND
 
 
-def class_folders(folder):
+def class_folders(folder: Path) -> list[str]:
     """Sorted names of the visible folders in a folder."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and visible(entry.name))
 
 
-def walk(folder):
-    """Sorted files below a folder, as torchvision orders them.   -> image files, other files, hidden files
-    and folders"""
+def walk(folder: str | Path) -> tuple[list[str], list[str], list[str]]:
+    """Files below a folder, sorted as by torchvision.   -> images, others, hidden files and folders"""
     rows, hidden = [], []
     for root, folders, files in os.walk(folder, followlinks=True):
         hidden += [os.path.join(root, name) for name in folders + files if not visible(name)]
@@ -139,12 +137,13 @@ def walk(folder):
     return images, [file for file in found if not file.lower().endswith(EXTENSIONS)], hidden
 
 
-def same_letters(name):
+def same_letters(name: str) -> str:
     """A name with accents composed, since one system composes them and another does not."""
     return unicodedata.normalize("NFC", name)
 
 
-def list_images(folder, classes=None):
+def list_images(folder: Path,
+                classes: list[str] | None = None) -> tuple[list[str], list[int], list[str], dict]:
     """Files [N], labels [N] and class names of <folder>/<class>/<image>, numbered by their sorted names or as
     `classes`, the same names, are; and what was passed over: {"hidden": [path], "other": [path]}."""
     try:
@@ -181,16 +180,15 @@ def list_images(folder, classes=None):
             [label for label, images in rows for _ in images], list(classes or names), passed)
 
 
-def damaged_end(path, content):
+def damaged_end(path: str, content: bytes) -> bool:
     """Whether a file seems cut short, so that only decoding it tells."""
     kind, end = os.path.splitext(path)[1].lower(), content[-64:]
     return not (b"\xff\xd9" in end if kind in (".jpg", ".jpeg", ".jfif") else b"IEND" in end if kind
                 == ".png" else False)
 
 
-def look_at(path, whole):
-    """-> (width, height) of an image, and where it is read whole (to see that it can be decoded) sha256 of
-    the file"""
+def look_at(path: str, whole: bool) -> tuple[tuple[int, int], bytes]:
+    """-> (width, height) of an image; sha256 of the file if all is read, to see that it can be decoded"""
     content = Path(path).read_bytes() if whole else None
     with opened(path, content) as image:
         if whole and damaged_end(path, content):
@@ -198,9 +196,8 @@ def look_at(path, whole):
         return image.size, hashlib.sha256(content).digest() if whole else b""
 
 
-def stamp(files, root):
-    """Fingerprint of the files' names, sizes and times, which is quick; of the names alone where there are
-    too many."""
+def stamp(files: list[str], root: Path) -> str:
+    """Fingerprint of the files' names, sizes and times, which is quick; of too many, of the names alone."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(os.fsencode(os.path.relpath(file, root)) + b"\0")
@@ -210,7 +207,7 @@ def stamp(files, root):
     return digest.hexdigest()
 
 
-def survey(files, root, workers=2):
+def survey(files: list[str], root: Path, workers: int = 2) -> tuple[list[tuple[int, int]], str]:
     """What the images of a data set are, from each file up to MANY_FILES files and MANY_BYTES, or from the
     headers of a sample. A file that cannot be read ends it.   -> [(width, height)], fingerprint of names and
     contents, or of names and sizes"""

@@ -10,13 +10,13 @@ from utils.checkpoint import load_json, whole_file
 from utils.data import list_folder, opened, unreadable_fails
 
 
-def load_result(path):
+def load_result(path: Path) -> dict:
     """A result file whose absolute paths are cut to their last name, which tells nothing of this machine."""
     text = json.dumps(load_json(path, "make it again with --overwrite"))
     return json.loads(re.sub(r'"/[^"]*?([^"/]*)/*"', r'"\1"', text))
 
 
-def fill_card(result, labelled, size):
+def fill_card(result: dict, labelled: dict, size: str) -> str:
     """Text of hub_card.md for the results of recover.py and of relabel.py ({}: without labels)."""
     card = Path(__file__).with_name("hub_card.md").read_text(encoding="utf-8")
     args, labels = result["args"], labelled.get("args", {})
@@ -28,7 +28,7 @@ def fill_card(result, labelled, size):
                        epochs=labels.get("epochs"), teachers=", ".join(labels.get("backbones", [])))
 
 
-def write_hub(run: Path, folder: Path):
+def write_hub(run: Path, folder: Path) -> None:
     """Fill an empty folder: images with metadata.jsonl, grid.png, a card, and the labels if there are any."""
     result, labelled = (load_result(path) if path.exists() else {}
                         for path in (run / "result.json", run / "labels" / "result.json"))

@@ -10,14 +10,17 @@ One row for each mixed sample; sample i of an epoch is image i, mixed with image
     ratio.npy      float32 [epochs, N]            the share of image i
     result.json    classes, mean and std of the pixels, arguments, hashes
 """
+import argparse
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch
@@ -39,7 +42,7 @@ class RowFile:
     def __init__(self, path, shape, dtype):
         self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
 
-    def create(self):
+    def create(self) -> None:
         """All zeros, which take no room on the disk."""
         with whole_file(self.path) as temporary, open(temporary, "wb") as file:
             np.lib.format.write_array_header_1_0(
@@ -47,13 +50,13 @@ class RowFile:
             file.truncate(file.tell() + self.dtype.itemsize * math.prod(self.shape))
 
     @contextmanager
-    def opened(self):
+    def opened(self) -> Iterator[None]:
         with writable(self.path):
             self.file = open(self.path, "r+b", buffering=0)
         with self.file:
             yield
 
-    def write(self, index, row):
+    def write(self, index: int, row: np.ndarray) -> None:
         size = self.dtype.itemsize * math.prod(self.shape[1:])
         rest = memoryview(np.ascontiguousarray(row, self.dtype)).cast("B")
         with writable(self.path):
@@ -61,7 +64,7 @@ class RowFile:
             while rest:                                              # a full disk may take a part
                 rest = rest[self.file.write(rest):]
 
-    def sync(self):
+    def sync(self) -> None:
         """What is written stays after a power cut."""
         with writable(self.path):
             os.fsync(self.file.fileno())
@@ -76,33 +79,33 @@ class LabelWriter:
         self.files = {key: RowFile(Path(folder, f"{key}.npy"), (epochs, count, *row), dtype)
                       for key, (dtype, row) in kinds.items()}
 
-    def create(self):
+    def create(self) -> None:
         for file in self.files.values():
             file.create()
 
     @contextmanager
-    def opened(self):
+    def opened(self) -> Iterator[None]:
         with ExitStack() as stack:
             for file in self.files.values():
                 stack.enter_context(file.opened())
             yield
 
-    def write(self, epoch, logits, draw):
+    def write(self, epoch: int, logits: Tensor, draw: dict[str, Tensor]) -> None:
         """logits: [N, classes]; draw: from `draw_epoch`"""
         for key, file in self.files.items():
             file.write(epoch, (logits if key == "logits" else draw[key]).numpy())
 
-    def sync(self):
+    def sync(self) -> None:
         for file in self.files.values():
             file.sync()
 
-    def move(self, folder):
+    def move(self, folder: Path) -> None:
         for file in self.files.values():
             with writable(folder), suppress(FileNotFoundError):      # moved already, before a kill
                 os.replace(file.path, Path(folder, file.path.name))
 
 
-def load_arrays(folder):
+def load_arrays(folder: str | Path) -> dict[str, np.ndarray]:
     """{name: array, memory-mapped} of the label files.   ValueError where one is missing or damaged"""
     try:
         return {key: np.load(Path(folder, f"{key}.npy"), mmap_mode="r", allow_pickle=False)
@@ -111,15 +114,14 @@ def load_arrays(folder):
         raise ValueError(f"{folder} does not hold whole labels ({error})") from None
 
 
-def draw_rows(arrays, epoch, rows=slice(None)):
+def draw_rows(arrays: dict[str, np.ndarray], epoch, rows=slice(None)) -> dict[str, Tensor]:
     """What was drawn in an epoch for these images: as from `draw_epoch`, without "order"."""
     draw = {key: torch.from_numpy(np.array(arrays[key][epoch, rows])) for key in DRAWN}
     return {key: value.long() if key in ("crop", "partner", "box") else value for key, value in draw.items()}
 
 
-def drawing(args, size):
-    """-> draw(epoch, count): what `draw_epoch` gives for `count` images of `size` pixels by the arguments of
-    relabel.py"""
+def drawing(args: argparse.Namespace, size: int) -> Callable:
+    """-> draw(epoch, count): `draw_epoch` of `count` images of `size` pixels, by relabel.py's arguments"""
     def draw(epoch, count):
         batch_size = full_batch(count, args.whole_up_to, args.batch_size)
         return draw_epoch(count, size, batch_size, args.mix, generator("relabel", args.seed, epoch),
@@ -135,17 +137,17 @@ class OnlineLabels:
         self.draw, self.mix, self.count, self.teachers, self.logit_norm, self.seen = (
             draw, mix, count, teachers, logit_norm, seen)
 
-    def epoch(self, epoch):
+    def epoch(self, epoch: int) -> dict[str, Tensor]:
         return self.draw(epoch, self.count)
 
     @torch.no_grad()
-    def soft_logits(self, epoch, batch, mixed):
+    def soft_logits(self, epoch: int, batch: Tensor, mixed: Tensor) -> Tensor:
         if not self.teachers:
             return mixed.new_zeros(0)
         logits = torch.stack([teacher(mixed) for teacher in self.teachers])
         return ensemble_logits(logits, self.logit_norm)[:, self.seen]
 
-    def of(self, rows, seen):
+    def of(self, rows: Tensor, seen: Tensor) -> "tuple[Tensor, OnlineLabels]":
         """For the images `rows` (booleans [N]) and the classes `seen` alone.   -> LongTensor [n], labels"""
         rows = rows.nonzero().flatten()
         return rows, OnlineLabels(self.draw, self.mix, len(rows), self.teachers, self.logit_norm, seen)
@@ -163,14 +165,14 @@ class StoredLabels:
             fail(f"{error}; run relabel.py --overwrite")
         self.logits = self.drawn.pop("logits")
 
-    def epoch(self, epoch, rows=slice(None)):
+    def epoch(self, epoch, rows=slice(None)) -> dict[str, Tensor]:
         return draw_rows(self.drawn, epoch, rows)
 
-    def soft_logits(self, epoch, batch, mixed):
+    def soft_logits(self, epoch, batch: Tensor, mixed: Tensor) -> Tensor:
         logits = torch.from_numpy(self.logits[epoch, batch.numpy()])
         return send(logits, mixed.device).to(mixed)
 
-    def of(self, rows, seen):
+    def of(self, rows: Tensor, seen: Tensor) -> "tuple[Tensor, SeenLabels]":
         """As `OnlineLabels.of`."""
         labels = SeenLabels(self, self.used, rows, seen)
         return labels.rows, labels
@@ -199,15 +201,15 @@ class SeenLabels:
         self.rows, self.place = torch.from_numpy(rows.nonzero()[0]), torch.from_numpy(rows.cumsum() - 1)
         self.count, self.fitting = fits.sum(0), np.argsort(~fits, axis=0, kind="stable")
 
-    def stored_epoch(self, epoch):
+    def stored_epoch(self, epoch: int) -> np.ndarray:
         """The stored epoch that each image's sample is from.   -> [n]"""
         return self.fitting[epoch % self.count, np.arange(len(self.rows))]
 
-    def epoch(self, epoch):
+    def epoch(self, epoch: int) -> dict[str, Tensor]:
         draw = self.stored.epoch(self.stored_epoch(epoch), self.rows.numpy())
         return draw | {"partner": self.place[draw["partner"]]}
 
-    def soft_logits(self, epoch, batch, mixed):
+    def soft_logits(self, epoch: int, batch: Tensor, mixed: Tensor) -> Tensor:
         epochs = self.stored_epoch(epoch)[batch.numpy()]
         return self.stored.soft_logits(epochs, self.rows[batch], mixed)[:, self.seen.to(mixed.device)]
 
@@ -241,7 +243,7 @@ class DistilledDataset(torch.utils.data.Dataset):
         self.epochs, self.epoch = len(self.arrays["logits"]), torch.tensor(0).share_memory_()
         self.set_epoch(epoch)
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         """Choose the labelled epoch, 0 .. epochs - 1."""
         if not 0 <= epoch < self.epochs:
             raise ValueError(f"epoch {epoch} is not among the {self.epochs} in {self.folder}; use epoch % "

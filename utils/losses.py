@@ -37,9 +37,7 @@ def pooled_rows(images: torch.Tensor, scale: str = "sum") -> torch.Tensor:
 def data_densification(images: torch.Tensor, labels: torch.Tensor, tau: float = 4.0,
                        scale: str = "sum") -> torch.Tensor:
     """Eq. 5: sum over classes of KL( sg(softmax(lambda / tau)) || softmax(lambda) ), lambda the eigenvalues
-    of the Gram matrix of the class.   images [B, C, H, W], labels [B] -> scalar; exactly 0 for one image a
-    class.
-    """
+    of the Gram matrix of the class.   images [B, C, H, W], labels [B] -> scalar; exactly 0 for one a class"""
     rows = pooled_rows(images, scale)
     loss = rows.new_zeros(())
     for label in labels.unique():
@@ -55,7 +53,7 @@ class ClosedFormDensification(torch.autograd.Function):
     2 V diag(softmax(lambda) - softmax(lambda / tau)) V^T rows, well defined for equal eigenvalues."""
 
     @staticmethod
-    def forward(ctx, rows, tau):
+    def forward(ctx, rows: torch.Tensor, tau: float) -> torch.Tensor:
         exact = rows.double() if rows.is_cuda else rows              # a GPU may take float32 factors as TF32
         gram = (exact @ exact.mT).cpu()  # for small matrices the host's eigh is the faster one
         eigenvalues, vectors = (part.to(rows) for part in torch.linalg.eigh(gram))
@@ -64,15 +62,14 @@ class ClosedFormDensification(torch.autograd.Function):
         return F.kl_div(sharp, soft, reduction="sum", log_target=True)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad * ctx.saved_tensors[0], None
 
 
 def densification_closed_form(images: torch.Tensor, members: list[torch.Tensor], tau: float = 4.0,
                               scale: str = "sum") -> torch.Tensor:
     """`data_densification` without a graph through the eigenvalues and without a loop over classes.
-    members: index tensors [K, n], one for each class size n, as `class_members` gives them.   -> scalar
-    """
+    members: index tensors [K, n], one for each class size n, as `class_members` gives them.   -> scalar"""
     rows = pooled_rows(images, scale)
     return sum((ClosedFormDensification.apply(rows[index], tau) for index in members), rows.new_zeros(()))
 
@@ -97,13 +94,11 @@ def ensemble_logits(logits: torch.Tensor, normalize: bool) -> torch.Tensor:
 def mse_gt_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, labels: torch.Tensor,
                 gamma: float) -> torch.Tensor:
     """Eq. 11: mean over B*C of (f(x) - z)^2 + gamma * CE(f(x), y).   logits [B, C], labels [B] -> scalar.
-    DEVIATION(paper): it writes the squared norm; gamma = 0.1 / 0.15 was tuned with the mean.
-    """
+    DEVIATION(paper): it writes the squared norm; gamma = 0.1 / 0.15 was tuned with the mean."""
     return F.mse_loss(student_logits, soft_logits) + gamma * F.cross_entropy(student_logits, labels)
 
 
 def kl_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Eq. 3 and SRe2L's loss: KL( softmax(z / T) || softmax(f / T) ), mean over B, no factor T^2.
-    -> scalar"""
+    """Eq. 3 and SRe2L's loss: KL( softmax(z / T) || softmax(f / T) ), mean over B, no factor T^2."""
     return F.kl_div((student_logits / temperature).log_softmax(-1),
                     (soft_logits / temperature).log_softmax(-1), reduction="batchmean", log_target=True)

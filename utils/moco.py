@@ -2,18 +2,22 @@
 
 MoCo v2's CIFAR-10 recipe: no MLP head, BatchNorm in splits instead of several GPUs, asymmetric loss.
 """
+import argparse
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from models import build_model
 from utils import fail
 from utils.augment import apply_colour, apply_view, draw_colour, draw_view, normalize
+from utils.checkpoint import Checkpoint
+from utils.data import Split
 from utils.processes import print_rank0, world_size
 from utils.run import send
-from utils.train import fit, make_step, shuffled
+from utils.train import Training, fit, make_step, shuffled
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
@@ -23,7 +27,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
     made of them."""
     splits = 8
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         parts = x.reshape(len(x) // self.splits, self.splits * x.shape[1], *x.shape[2:])
@@ -37,7 +41,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return parts.reshape(x.shape)
 
 
-def split_norms(model, old=nn.BatchNorm2d, new=SplitBatchNorm):
+def split_norms(model: nn.Module, old: type = nn.BatchNorm2d, new: type = SplitBatchNorm) -> nn.Module:
     """Its BatchNorm2d layers become SplitBatchNorm, in place.   -> the model"""
     for layer in model.modules():
         if isinstance(layer, old):
@@ -45,17 +49,17 @@ def split_norms(model, old=nn.BatchNorm2d, new=SplitBatchNorm):
     return model
 
 
-def join_norms(model):
+def join_norms(model: nn.Module) -> nn.Module:
     """The inverse of `split_norms`."""
     return split_norms(model, SplitBatchNorm, nn.BatchNorm2d)
 
 
-def last_linear(model):
+def last_linear(model: nn.Module) -> str:
     """Name of the model's last nn.Linear, its classifier."""
     return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
 
 
-def as_encoder(model, dim=128):
+def as_encoder(model: nn.Module, dim: int = 128) -> nn.Module:
     """Make a classifier one of MoCo's encoders, in place: its last nn.Linear gives `dim` numbers, its
     BatchNorms are split.   -> the model"""
     name = last_linear(model)
@@ -80,7 +84,7 @@ class MoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(dim, size), dim=0))
         self.register_buffer("pointer", torch.tensor(0))
 
-    def forward(self, query_images, key_images, order):
+    def forward(self, query_images: Tensor, key_images: Tensor, order: Tensor) -> Tensor:
         """InfoNCE of two views [N, 3, S, S] of the same images: the mean cross-entropy of (query . its key,
         query . queue) / temperature against the former. The key encoder moves before, the queue takes the N
         keys after.
@@ -96,7 +100,7 @@ class MoCo(nn.Module):
         return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
     @torch.no_grad()
-    def enqueue(self, keys):
+    def enqueue(self, keys: Tensor) -> None:
         """The oldest columns become keys [N, dim]; behind the last column comes the first."""
         size = self.queue.shape[1]
         columns = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
@@ -104,7 +108,8 @@ class MoCo(nn.Module):
         self.pointer.copy_((self.pointer + len(keys)) % size)
 
 
-def train_moco(model, key, splits, rows, mean_std, training, queue, checkpoint):
+def train_moco(model: nn.Module, key: nn.Module, splits: dict[str, Split], rows: Tensor, mean_std: Tensor,
+               training: Training, queue: int, checkpoint: Checkpoint) -> None:
     """SC-DD, Sec. 2.4: train a classifier's features on the training images `rows` without labels, in place;
     its last layer is then of no use. key: another model of its kind; queue: keys that MoCo contrasts with."""
     moco = MoCo(as_encoder(model), as_encoder(key), size=queue).to(mean_std.device)
@@ -121,9 +126,8 @@ def train_moco(model, key, splits, rows, mean_std, training, queue, checkpoint):
     join_norms(model)
 
 
-def contrast(moco, optimizer, split, mean_std):
-    """-> train_epoch of `fit`: MoCo on two views of each image of the split, without its label.
-    mean_std [2, 3]"""
+def contrast(moco: MoCo, optimizer: torch.optim.Optimizer, split: Split, mean_std: Tensor) -> Callable:
+    """-> train_epoch of `fit`: MoCo on two views of each image, without its label.   mean_std [2, 3]"""
     step = make_step(optimizer, lambda *views: (moco(*views),))
 
     def view(images, rng):
@@ -141,18 +145,16 @@ def contrast(moco, optimizer, split, mean_std):
     return train_epoch
 
 
-def neighbours_top1(model, splits, rows, mean_std):
-    """`knn_top1` of a model's outputs: the images `rows` of the training split are the bank, the test images
-    the queries.   splits: {"train", "test"}"""
+def neighbours_top1(model: nn.Module, splits: dict[str, Split], rows: Tensor, mean_std: Tensor) -> float:
+    """`knn_top1` of a model: the bank is `rows` of splits["train"], the queries are splits["test"]."""
     bank = outputs(model, splits["train"], rows, mean_std)
     queries = outputs(model, splits["test"], torch.arange(len(splits["test"])), mean_std)
     return knn_top1(*bank, *queries, len(splits["train"].classes))
 
 
 @torch.inference_mode()
-def outputs(model, split, rows, mean_std):
-    """What the model in eval mode gives for the images `rows` [n] of a split, never augmented, and their
-    labels."""
+def outputs(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor) -> list[Tensor]:
+    """What the model in eval mode gives for images `rows` [n] of a split, unaugmented, and their labels."""
     model.eval()
     found = [(model(normalize(send(images, mean_std.device), *mean_std)), send(labels, mean_std.device))
              for images, labels in split.batches(rows.split(500))]
@@ -160,7 +162,8 @@ def outputs(model, split, rows, mean_std):
 
 
 @torch.inference_mode()
-def knn_top1(bank, bank_labels, queries, labels, classes, k=200, temperature=0.1, chunk=512):
+def knn_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int, k: int = 200,
+             temperature: float = 0.1, chunk: int = 512) -> float:
     """Top-1 in % of queries [M, D] by a vote of the k nearest of bank [N, D] in cosine similarity, each with
     the weight exp(similarity / temperature)."""
     bank, queries, correct = F.normalize(bank), F.normalize(queries), 0
@@ -184,23 +187,23 @@ class Probe(nn.Module):
         self.features, self.linear = model.requires_grad_(False), nn.Linear(old.in_features,
                                                                             classes).to(old.weight)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "Probe":
         super().train(mode)
         self.features.eval()
         return self
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             features = self.features(images)
         return self.linear(features)
 
-    def classifier(self):
+    def classifier(self) -> nn.Module:
         """The model with the trained layer in it, an ordinary one again."""
         self.features.set_submodule(self.name, self.linear)
         return self.features
 
 
-def check_contrast(args):
+def check_contrast(args: argparse.Namespace) -> None:
     """Stop where squeeze.py cannot train MoCo by these arguments, whatever the data."""
     if args.weights:
         fail("--objective moco trains the weights; leave out --weights, or use --objective probe")
@@ -222,7 +225,7 @@ def check_contrast(args):
                      "name others")
 
 
-def check_contrasted(split, count, batch_size):
+def check_contrasted(split: Split, count: int, batch_size: int) -> None:
     """The same for `count` of the training images."""
     if split.streamed:
         fail(f"--objective moco is for images of at most 64 pixels, not {split.image_size}; use a smaller "

@@ -1,22 +1,23 @@
 """How the passes of recover.py share a GPU: several image batches in one, and each as one launch."""
 import math
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
 
+from utils.checkpoint import Checkpoint
 from utils.processes import barrier, rank, world_size
 from utils.train import Graphed
 
 FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 81 batches of 50 at 32x32; an estimate
 
 
-def make_groups(checkpoint, asked, kinds, gradient, match, image_size, device):
+def make_groups(checkpoint: Checkpoint, asked: int | str, kinds: list[tuple], gradient: Callable,
+                match: Callable, image_size: int, device: torch.device) -> list[list[int]]:
     """Numbers of the batches that share a pass, neighbours of one kind; kept with the unfinished work, so
-    that all processes have the same.   -> list of lists
-
+    that all processes have the same.
     asked: how many, or auto: as many as fill a GPU; kinds: (number of images, anything) of each batch;
-    gradient: `recover.matching_gradient`; match: function(labels [1, B]) -> matchers
-    """
+    gradient: `recover.matching_gradient`; match: function(labels [1, B]) -> matchers"""
     if rank() == 0 and (checkpoint.read("passes") or {}).get("asked") != asked:
         groups = []
         for kind, alike in groupby(range(len(kinds)), key=lambda number: kinds[number]):
@@ -31,7 +32,8 @@ def make_groups(checkpoint, asked, kinds, gradient, match, image_size, device):
     return checkpoint.read("passes")["groups"]
 
 
-def fitting_groups(gradient, matchers, batch_size, image_size, device):
+def fitting_groups(gradient: Callable, matchers: list, batch_size: int, image_size: int,
+                   device: torch.device) -> int:
     """How many batches fill a GPU and fit into its memory, measured on one of them; 1 on a CPU, which has no
     use for more. gradient: `recover.matching_gradient`"""
     if device.type != "cuda":
@@ -49,10 +51,9 @@ def fitting_groups(gradient, matchers, batch_size, image_size, device):
                       FILLING // pixels[0, :, 0].numel()))
 
 
-def graphed(gradient):
-    """`recover.matching_gradient`, replayed as one CUDA graph for each matcher. For one call of
-    recover_batch: the labels are those of the first iteration. Layers are dropped by the mask `kept`
-    alone."""
+def graphed(gradient: Callable) -> Callable:
+    """`recover.matching_gradient`, replayed as a CUDA graph for each matcher, for one call of recover_batch:
+    the labels are those of the first iteration. Layers are dropped by the mask `kept` alone."""
     pool, graphs = torch.cuda.graph_pool_handle(), {}
 
     def replayed(matcher, labels, ce_weight, pixels, view, kept, state, dropped=()):

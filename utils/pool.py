@@ -1,6 +1,10 @@
 """Teddy's pool of weak teachers (arXiv:2410.07579): weights of early epochs, <backbone>@<epoch>, and trained
 ones without random channels that are fine-tuned a little, <backbone>@pruned<i> (supplement Sec. D.1)."""
+import argparse
+from pathlib import Path
+
 import torch
+from torch import nn
 
 from models import build_model
 from models.pruning import coupled, random_channels, shrink, widths
@@ -14,19 +18,19 @@ from utils.train import Training
 SHARE, LAST_EPOCHS = 0.66, 2    # parameters that a pruned teacher keeps; epochs of the last one's fine-tuning
 
 
-def saved_epochs(text):
+def saved_epochs(text: str) -> range:
     """The epochs of first:last:step, the last among them; none of "none"."""
     first, last, step = map(int, (text if text != "none" else "1:0:1").split(":"))
     return range(first, last + 1, step)
 
 
-def teachers_of(name, save_epochs, pruned):
+def teachers_of(name: str, save_epochs: str, pruned: int) -> list[str]:
     """The names of a backbone and of the weak teachers made with it."""
     return [name, *(f"{name}@{epoch}" for epoch in saved_epochs(save_epochs)),
             *(f"{name}@pruned{i + 1}" for i in range(pruned))]
 
 
-def prune_teacher(name, model, folder, seed):
+def prune_teacher(name: str, model: nn.Module, folder: Path, seed: int) -> dict[str, int]:
     """Make the model the trained backbone of a name without random channels, in place.
     -> {convolution: channels left}"""
     barrier()                                                        # until its backbone is written
@@ -39,15 +43,15 @@ def prune_teacher(name, model, folder, seed):
     return widths(shrink(model, chosen), chosen)
 
 
-def fine_tuning(name, count, **more):
+def fine_tuning(name: str, count: int, **more) -> Training:
     """How one of `count` pruned teachers is trained: 0 to LAST_EPOCHS epochs, more from one to the next, at a
-    rate of 0.1 that is 0.001 in the last.   -> Training"""
+    rate of 0.1 that is 0.001 in the last."""
     epochs = (int(name.partition("@pruned")[2]) - 1) * (LAST_EPOCHS + 1) // count
     return Training("squeeze", epochs, 32, 0.1, 1e-4, schedule="step", step_epochs=1,
                     step_factor=0.01 ** (1 / max(1, epochs - 1)), remedy="leave out --pruned", **more)
 
 
-def check_pool(args):
+def check_pool(args: argparse.Namespace) -> None:
     """Stop where squeeze.py cannot make the weak teachers of its flags, whatever the data."""
     saved = saved_epochs(args.save_epochs)
     if saved and args.pretrained:

@@ -261,10 +261,10 @@ SELECTIONS = "random", "herding", "kcenter", "forgetting"                       
 UNMATCHED = (*SELECTIONS, "dm", "bilp")  # take no statistics of the backbones
 
 
-def preset_values(preset, column, phase, ipc=None, method="gvbsm", own=None):
-    """{flag: value} that a preset sets in a phase for a column of the table.   own: (training images,
-    classes) of a folder of one's own of up to 64 pixels, whose FOLDER overrides the preset, and is overridden
-    by `best` and by the method"""
+def preset_values(preset: str, column: str, phase: str, ipc: int | None = None, method: str = "gvbsm",
+                  own: tuple[int, int] | None = None) -> dict:
+    """{flag: value} that a preset sets in a phase for a column.   own: (training images, classes) of a folder
+    of up to 64 pixels, whose FOLDER overrides the preset; `best` and the method override both"""
     def exception(key):
         places = AT_IPC.get((key, column, ipc), {})
         return places.get("*", {}) | places.get(phase, {})
@@ -281,7 +281,7 @@ def preset_values(preset, column, phase, ipc=None, method="gvbsm", own=None):
     return of_phase(PRESETS[preset], column, phase) | at_ipc | method_values | exception(method)
 
 
-def folder_epochs(phase, train, classes, ipc):
+def folder_epochs(phase: str, train: int, classes: int, ipc: int) -> int:
     """Epochs of squeeze, or of relabel and train_eval, on a folder of so many training images and classes."""
     if phase == "squeeze":
         kind, images, batch = "squeeze", train, FOLDER["squeeze", "batch_size"]
@@ -293,7 +293,7 @@ def folder_epochs(phase, train, classes, ipc):
     return min(most, max(fewest, steps * batch // images))
 
 
-def of_phase(tables, column, phase):
+def of_phase(tables: list[dict], column: str, phase: str) -> dict:
     """{flag: value} of the rows of a phase, which override those of every phase."""
     i = COLUMNS.index(column)
     return {flag: row[i] for wanted in ("*", phase) for table in tables

@@ -2,6 +2,7 @@
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -12,11 +13,11 @@ import torch.distributed as dist
 signals = SimpleNamespace(stopped_by=None, stopped_at=0, checkpoints=0)
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     """Number of processes, 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -26,7 +27,7 @@ def shard(work):
     return work[rank()::world_size()]
 
 
-def barrier():
+def barrier() -> None:
     """Wait until every process of torchrun has come here."""
     if world_size() > 1:
         arrived = dist.all_reduce(torch.zeros(1), async_op=True)
@@ -41,7 +42,7 @@ def barrier():
 
 
 @contextmanager
-def rank0_first():
+def rank0_first() -> Iterator[None]:
     """Process 0 runs the block, and may write files in it, before the others do."""
     if rank():
         barrier()
@@ -50,22 +51,21 @@ def rank0_first():
         barrier()
 
 
-def print_rank0(*words):
+def print_rank0(*words: str) -> None:
     """Print, once for all processes."""
     if rank() == 0:
         print(*words, flush=True)
 
 
-def warn(message):
+def warn(message: str) -> None:
     """One line on stderr, once for all processes."""
     if rank() == 0:
         sys.stderr.write(f"warning: {' '.join(message.split())}\n")
 
 
-def stop(number, frame):
+def stop(number: int, frame) -> None:
     """Handler of SIGINT and SIGTERM. An open `Checkpoint` ends the process once it has saved; without one, or
-    at a second signal, the process ends at once. Launchers and terminals may send the first one twice within
-    a second."""
+    at a second signal, it ends at once. Launchers and terminals may send the first twice within a second."""
     second = signals.stopped_by and world_size() == 1 and time.monotonic() > signals.stopped_at + 1
     if not signals.checkpoints or second:
         signal.signal(number, signal.SIG_IGN)

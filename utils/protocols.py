@@ -1,9 +1,13 @@
 """Protocols of train_eval.py: one training on all images, class-incremental learning, data-free pruning."""
+import argparse
 import statistics
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor, nn
 
 from models.pruning import channel_scales, largest_scales, shrink
 from utils import fail
@@ -12,7 +16,7 @@ from utils.provenance import AGAIN, check_inputs, check_same, relevant
 from utils.run import generator
 
 
-def trainings(args, train_data):
+def trainings(args: argparse.Namespace, train_data: dict) -> dict[str, tuple[int, Callable]]:
     """What --protocol trains each student on.   train_data: of all images (train_eval.py)
     -> {piece of work: (student seed, function() -> train_data of this piece)}"""
     if args.protocol != "continual":
@@ -30,7 +34,7 @@ def trainings(args, train_data):
             for i, order in enumerate(orders) for j, step in enumerate(order)}
 
 
-def metrics(args, runs):
+def metrics(args: argparse.Namespace, runs: list[dict]) -> dict:
     """What a RESULT tells of what the pieces of `trainings` gave, in their order; the last epochs count."""
     more = {}
     if args.protocol == "continual":
@@ -52,7 +56,7 @@ def metrics(args, runs):
             "seeds": args.student_seeds, "top1_per_seed": last, "top1_by_epoch": by_epoch, **more}
 
 
-def earlier_seeds(path, args, hashes):
+def earlier_seeds(path: Path, args: argparse.Namespace, hashes: dict) -> dict:
     """Of a finished result of some of the --student-seeds, all else the same: what each piece of `trainings`
     gave, and "seconds"; {} where there is none."""
     result = load_json(path, AGAIN, ("args", "made_from")) if path.exists() and not args.overwrite else {}
@@ -68,17 +72,16 @@ def earlier_seeds(path, args, hashes):
         for seed, top1, classes in zip(seeds, result["top1_by_epoch"], by_class)}
 
 
-def classes_so_far(count, steps, generator):
+def classes_so_far(count: int, steps: int, generator: torch.Generator) -> list[Tensor]:
     """Class-incremental learning, as in DM (arXiv:2110.04181): `count` classes arrive in random order, over
-    steps as equal as possible.   -> for each step a sorted LongTensor of the classes up to it. ValueError if
-    there are more steps than classes"""
+    steps as equal as possible.   -> the sorted classes up to each. ValueError for more steps than classes"""
     if steps > count:
         raise ValueError(f"{steps} steps for {count} classes; use at most one for each")
     arriving = torch.randperm(count, generator=generator).tensor_split(steps)
     return [torch.cat(arriving[:step + 1]).sort().values for step in range(steps)]
 
 
-def incremental_step(seen, images, classes, labels, test, data, **more):
+def incremental_step(seen: Tensor, images: Tensor, classes: Tensor, labels, test, data: dict, **more) -> dict:
     """What a student is trained and tested on when it has met the classes `seen`: their distilled and test
     images, of the train_data given.   -> train_data whose classes are numbered as in `seen`"""
     number = torch.full((len(data["classes"]),), -1).index_put((seen,), torch.arange(len(seen)))
@@ -92,7 +95,8 @@ def incremental_step(seen, images, classes, labels, test, data, **more):
             "data": data | {"classes": [data["classes"][i] for i in seen.tolist()]}, **more}
 
 
-def prune(model, train, test, sparsity, l1, sparse=None, keep=lambda weights: None):
+def prune(model: nn.Module, train: Callable, test: Callable, sparsity: float, l1: float,
+          sparse: dict[str, Tensor] | None = None, keep: Callable = lambda weights: None) -> dict:
     """Data-free pruning by network slimming (Liu et al., arXiv:1708.06519), in place: training with `l1`
     times the sum of the |BatchNorm scales| of `channel_scales`, the channels of `largest_scales` stay,
     training again.

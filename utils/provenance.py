@@ -1,4 +1,5 @@
 """What a result comes from: fingerprints of files, the arguments that decide it, and what may meet what."""
+import argparse
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ ASSUMED = {"objective": "supervised", "weights": None, "flip": True}
 AGAIN = "start again with --overwrite"
 
 
-def fingerprint(*parts):
+def fingerprint(*parts) -> str:
     """sha256 of files (paths), texts and arrays, one after another."""
     digest = hashlib.sha256()
     for part in parts:
@@ -29,24 +30,24 @@ def fingerprint(*parts):
     return digest.hexdigest()
 
 
-def image_set(folder, files):
+def image_set(folder: str | Path, files: list[str]) -> str:
     """Fingerprint of the images of a folder, by their names in it."""
     folder = Path(folder).expanduser()
     return fingerprint(*(part for name in sorted(files) for part in (name, folder / name)))
 
 
-def fingerprints(records):
+def fingerprints(records: dict[str, dict]) -> dict[str, dict[str, str]]:
     """Hashes of checkpoints of `load_teachers`, for `check_inputs`."""
     return {"weights": {name: record["fingerprint"] for name, record in records.items()}}
 
 
-def with_data(inputs, args):
+def with_data(inputs: dict, args: argparse.Namespace) -> dict:
     """What a result is made from, with the fingerprint of its data set."""
     known = getattr(args, "data_set", {}).get("fingerprint")
     return inputs | ({"data": known} if known else {})
 
 
-def check_data(then, args, path):
+def check_data(then: str | None, args: argparse.Namespace, path: Path) -> None:
     """Stop where what lies at `path` was made of other data.   then: a hash, or None"""
     now = getattr(args, "data_set", {}).get("fingerprint")
     if then and now and then != now:
@@ -54,18 +55,16 @@ def check_data(then, args, path):
              "from squeeze.py on with --overwrite, or name another --run-dir")
 
 
-def relevant(args):
+def relevant(args: argparse.Namespace) -> dict:
     """The arguments that decide the result, as plain values."""
     decisive = {key: value for key, value in vars(args).items() if key not in NEUTRAL}
     return json.loads(json.dumps(decisive, default=str))
 
 
-def check_same(stored, settings, path, begun=(), typed=()):
+def check_same(stored: dict, settings: dict, path: Path, begun=(), typed=()) -> None:
     """Stop when the result or the unfinished work at `path` has other settings.
-
     stored, settings: {argument: value}; begun, typed: words of the command that began unfinished work, and of
-    this one, () for a result
-    """
+    this one, () for a result"""
     stored = {key: ASSUMED[key] for key in ASSUMED.keys() & settings.keys()} | stored
     changed = [key for key in settings if key in stored and stored[key] != settings[key] and not (
         key == "image_size" and None in (stored[key], settings[key]) or        # None: found out
@@ -81,13 +80,12 @@ def check_same(stored, settings, path, begun=(), typed=()):
     fail(f"{path} was made with {told}; choose another {other}, or {AGAIN}")
 
 
-def flag_name(key):
+def flag_name(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def check_inputs(stored, now, path, remedy=AGAIN):
-    """Stop when the result at `path` was made from other files.   stored, now: {kind: hash or {name:
-    hash}}"""
+def check_inputs(stored: dict, now: dict, path: Path, remedy: str = AGAIN) -> None:
+    """Stop where `path` was made from other files.   stored, now: {kind: hash or {name: hash}}"""
     for kind, found in now.items():
         if kind == "data" and kind not in stored:                    # older than fingerprints of data sets
             continue
@@ -102,7 +100,7 @@ def check_inputs(stored, now, path, remedy=AGAIN):
             fail(f"{path} was made from other {kind}{names} than the present ones; {remedy}")
 
 
-def check_classes(found, expected, where, other):
+def check_classes(found: list[str], expected: list[str], where: str | Path, other: str | Path) -> None:
     """Stop unless two files or folders have the same classes in the same order."""
     if list(found) != list(expected):
         pair = next(((a, b) for a, b in zip(found, expected) if a != b), None)
@@ -112,7 +110,7 @@ def check_classes(found, expected, where, other):
         fail(f"{where} and {other} differ in their classes ({what}); use the same data set for both")
 
 
-def check_trained(split, records, paths):
+def check_trained(split, records: dict[str, dict], paths) -> None:
     """Stop where a teacher was trained on a data set of another size."""
     for name, record in records.items():
         if record.get("trained", len(split)) != len(split):

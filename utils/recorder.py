@@ -1,15 +1,18 @@
 """What one sees of images while recover.py makes them: log.jsonl, grid.png, progress and their files."""
 import json
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.utils import save_image
 
 from utils import fail
 from utils.augment import to_uint8
 from utils.checkpoint import whole_file, writable
-from utils.data import folder_name, read_images
+from utils.data import Split, folder_name, read_images
 from utils.processes import barrier, rank, world_size
 from utils.provenance import image_set, relevant
 from utils.train import NonFinite
@@ -35,10 +38,10 @@ class Recorder:
         self.log = Log(folder, {"args": relevant(run.args)}) if log else None
         self.grid = Grid(folder / "grid.png", len(data["classes"]), ipc, data["image_size"])
 
-    def file(self, label, index):
+    def file(self, label: int, index: int) -> Path:
         return self.images / folder_name(self.data["classes"][label]) / f"{index:05d}.png"
 
-    def existing(self, batches):
+    def existing(self, batches: list[list[tuple[int, int]]]) -> bool:
         """Whether all these images exist; those that do are in the picture."""
         files = {image: self.file(*image) for batch in batches for image in batch}
         found = {image: path for image, path in files.items() if path.exists()}
@@ -47,9 +50,9 @@ class Recorder:
                 self.grid.add([image], read_images([path], *2 * [self.data["image_size"]], workers=0))
         return len(found) == len(files)
 
-    def begin(self, numbers, batches, iterations, backbones=None):
-        """numbers: of the batches that are optimised together; backbones: names by iteration
-        -> the saved state of the same batches, or None"""
+    def begin(self, numbers: list[int], batches: list[list[tuple[int, int]]], iterations: int,
+              backbones: list[str] | None = None) -> dict | None:
+        """numbers: of the batches optimised together; backbones: by iteration   -> saved state, or None"""
         self.numbers, self.iterations, self.backbones = numbers, iterations, backbones
         self.members = [image for batch in batches for image in batch]
         self.piece, self.nonfinite = f"batch{numbers[0]}", None
@@ -59,9 +62,8 @@ class Recorder:
         self.run.progress.skip(len(numbers) * state["iterations"] if state else 0)
         return state
 
-    def step(self, t, losses, images, state):
-        """Iteration t: losses {name: scalar tensor, sum over the batches}; images [G, B, 3, S, S]; state():
-        to resume from."""
+    def step(self, t: int, losses: dict[str, Tensor], images: Tensor, state: Callable) -> None:
+        """Iteration t: losses, sums over the batches; images [G, B, 3, S, S]; state(): to resume from."""
         finite = [name for name in losses if name not in ("gradient", "kept")]
         self.nonfinite = self.nonfinite or NonFinite([*finite, "pixel"], images.device)
         self.nonfinite.update(t, *(losses[name] for name in finite), images.detach().sum())
@@ -78,31 +80,31 @@ class Recorder:
                       f"{first} {losses[first].item() / len(self.numbers):.3f}", lambda: self.checked(state),
                       self.piece, len(self.numbers))
 
-    def check(self):
+    def check(self) -> None:
         if found := self.nonfinite.first():
             t, term = found
             backbone = f" backbone {self.backbones[t]}," if self.backbones else ""
             fail(f"{term} is not finite in iteration {t},{backbone} batches {self.numbers}; use a smaller "
                  "--lr")
 
-    def checked(self, state):
+    def checked(self, state: Callable) -> dict:
         self.check()
         return state() | {"numbers": self.numbers}
 
-    def show(self, images):
+    def show(self, images: Tensor) -> Tensor:
         """Bring images [G, B, 3, S, S] into the picture.   -> uint8 [G*B, 3, S, S]"""
         images = to_uint8(images.flatten(0, 1), self.data["mean"], self.data["std"])
         self.grid.add(self.members, images)
         self.grid.save()
         return images
 
-    def write(self, images):
+    def write(self, images: Tensor) -> None:
         """Save the finished images [G, B, 3, S, S]; their state is not needed any more."""
         for member, image in zip(self.members, self.show(images)):
             save_png(self.file(*member), image)
         self.run.checkpoint.drop(self.piece)
 
-    def copy(self, split, chosen):
+    def copy(self, split: Split, chosen: list[Tensor]) -> None:
         """Write the chosen real images of a split, class by class.   chosen: [LongTensor [ipc]]"""
         self.run.start(len(chosen), "classes")
         for label, rows in enumerate(chosen):
@@ -112,7 +114,7 @@ class Recorder:
             self.grid.add(members, images)
             self.run.step(self.data["classes"][label], dict)         # no state: choosing again is quick
 
-    def close(self, batches):
+    def close(self, batches: list[list[tuple[int, int]]]) -> None:
         """When all processes are done: one log, and one picture with the images of all `batches`."""
         barrier()
         if rank() == 0:
@@ -121,7 +123,7 @@ class Recorder:
                 self.existing(batches)
             self.grid.save()
 
-    def finish(self, records, statistics):
+    def finish(self, records: dict[str, dict], statistics: dict[str, dict]) -> dict | None:
         """The last act of recover.py, of process 0.   records, statistics: {backbone: what is stored}"""
         if rank():
             return None
@@ -138,7 +140,7 @@ class Recorder:
         return self.run.finish(metrics, summary, upstream)
 
 
-def save_png(path, image):
+def save_png(path: Path, image: Tensor) -> None:
     """image: uint8 [3, S, S]."""
     with whole_file(path) as temporary:
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, format="png")
@@ -152,17 +154,17 @@ class Grid:
         self.rows = [i * num_classes // min(num_classes, 20) for i in range(min(num_classes, 20))]
         self.images = torch.full((len(self.rows), self.columns, 3, size, size), 0.5)
 
-    def place(self, label, index):
+    def place(self, label: int, index: int) -> tuple[int, int] | None:
         """Row and column of an image, None where it is not shown."""
         return (self.rows.index(label), index) if label in self.rows and index < self.columns else None
 
-    def add(self, batch, images):
+    def add(self, batch: list[tuple[int, int]], images: Tensor) -> None:
         """batch: list of (class, index), images uint8 [B, 3, S, S]."""
         for member, image in zip(batch, images):
             if place := self.place(*member):
                 self.images[place] = image.cpu().float() / 255
 
-    def save(self):
+    def save(self) -> None:
         if rank() == 0:
             with whole_file(self.path) as temporary:
                 save_image(self.images.flatten(0, 1), temporary, nrow=self.columns, format="png")
@@ -178,12 +180,12 @@ class Log:
         self.written = self._entries("log*.jsonl")
         self._write_whole(self._entries(self.path.name))
 
-    def write(self, entry):
+    def write(self, entry: dict) -> None:
         if (entry["batches"][0], entry["iteration"]) not in self.written:
             with writable(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def merge(self):
+    def merge(self) -> None:
         self._write_whole(self._entries("log*.jsonl"))
         for path in self.run.glob("log-*.jsonl"):
             path.unlink()

@@ -86,9 +86,8 @@ LOST = "no better than random real images: take those, or --method herding, with
 SOFT = ("loss", "gamma", "temperature", "logit_norm", "seed")                  # of soft labels alone
 
 
-def read_results(folder, runs="*"):
-    """{(ipc, student, labels, method, tag): result} of all evaluations below runs/<dataset>, of the runs of
-    this pattern."""
+def read_results(folder: Path, runs: str = "*") -> dict[tuple, dict]:
+    """{(ipc, student, labels, method, tag): result} of the evaluations of runs/<dataset>/<pattern>."""
     results = {}
     for path in sorted(folder.glob(f"{runs}/eval/*.json")):
         remedy = "remove it and run train_eval.py again"
@@ -103,17 +102,16 @@ def read_results(folder, runs="*"):
 
 
 @cache
-def parser_of(phase):
+def parser_of(phase: str) -> Parser:
     return import_module(phase).get_parser()
 
 
-def setting(phase, args, flag):
-    """What a phase ran with. A result older than a flag ran with the parser's default, whatever a preset says
-    now."""
+def setting(phase: str, args: dict, flag: str):
+    """What a phase ran with; of a result older than a flag the parser's default, whatever presets say."""
     return args.get(flag, parser_of(phase).get_default(flag))
 
 
-def recipe(result):
+def recipe(result: dict) -> dict:
     """What decides an accuracy but for the images.
     -> {(phase, flag): value} of labels and training, and the hashes of the labelling teachers"""
     flags = RECIPE + SOFT * (result["labels"] != "hard")
@@ -122,21 +120,20 @@ def recipe(result):
         ("", "teachers"): result["made_from"].get("weights")}
 
 
-def random_results(result, results):
+def random_results(result: dict, results: dict[tuple, dict]) -> list[dict]:
     """Results of random images for the same IPC, student and labels, that of the same tag first."""
     ipc, student, labels, tag = (result[key] for key in ("ipc", "student", "labels", "tag"))
     found = [other for key, other in results.items() if key[:4] == (ipc, student, labels, "random")]
     return sorted(found, key=lambda other: other["tag"] != tag)
 
 
-def random_beside(result, results):
+def random_beside(result: dict, results: dict[tuple, dict]) -> dict | None:
     """The result of random images under the same recipe, of the same tag if there is one; or None."""
     return next((other for other in random_results(result, results) if recipe(other) == recipe(result)), None)
 
 
-def beside(result, folder):
-    """What an accuracy compares with: chance, and random real images under the same recipe where they were
-    run. folder: runs/<dataset>"""
+def beside(result: dict, folder: Path) -> str:
+    """What an accuracy compares with: chance, random images of the same recipe.   folder: runs/<dataset>"""
     chance = f"chance {100 / len(result['classes']):.1f} %"
     if result["method"] == "random" or result["args"].get("protocol", "standard") != "standard":
         return chance
@@ -144,9 +141,8 @@ def beside(result, folder):
     return f"{chance}, random real images {accuracy(real)} %" if real else chance
 
 
-def why_alone(result, results):
-    """How the recipe of the nearest random images differs, such as `epochs 200, not 60`; "" where there are
-    none."""
+def why_alone(result: dict, results: dict[tuple, dict]) -> str:
+    """How the recipe of the nearest random images differs, such as `epochs 200, not 60`; "" without any."""
     mine = recipe(result)
 
     def differences(other):
@@ -157,7 +153,7 @@ def why_alone(result, results):
     return "; ".join(min(map(differences, random_results(result, results)), key=len, default=[]))
 
 
-def rows(dataset, results):
+def rows(dataset: str, results: dict[tuple, dict]) -> tuple[list[list[str]], list[str]]:
     """The table's rows and the notes below it.   -> [cells], [text]
 
     A row for each run and kind of labels. Random images are the comparison, and stand in a row of G-VBSM
@@ -189,7 +185,7 @@ def rows(dataset, results):
     return lines, [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + varied(results)
 
 
-def varied(results):
+def varied(results: dict[tuple, dict]) -> list[str]:
     """The flags that each run changes, a line for each run."""
     first, found = {}, {}
     for key, result in sorted(results.items(), key=lambda item: (*item[0][:4], item[0][4] or "")):
@@ -201,7 +197,7 @@ def varied(results):
     return [f"{name}: {', '.join(flags)}" for name, flags in found.items() if flags]
 
 
-def changes(base, result):
+def changes(base: dict, result: dict) -> list[str]:
     """The flags in which a run differs from its base, behind the phase they are for if it is one alone; of
     another method without those of recover.py and its statistics, which come with it.   -> [text]"""
     found, implied = {}, PHASES[1:3] if result["method"] != base["method"] else ()
@@ -220,9 +216,8 @@ def changes(base, result):
     return [words if len(phases) > 1 else f"{''.join(phases)}.py {words}" for words, phases in found.items()]
 
 
-def chain(result):
-    """What led to a RESULT of train_eval.py.   -> [(phase, arguments)]; backbones that were made alike share
-    an entry"""
+def chain(result: dict) -> list[tuple[str, dict]]:
+    """What led to a RESULT of train_eval.py: (phase, arguments); backbones made alike share an entry."""
     steps = []
     for phase in PHASES[:2]:
         made = [(name.partition("@")[0] if phase == "squeeze" else name, args)
@@ -238,7 +233,7 @@ def chain(result):
     return [*steps, ("train_eval", result["args"])]
 
 
-def differing(phase, args, others):
+def differing(phase: str, args: dict, others: dict) -> list[list[str]]:
     """The flags of a phase whose arguments are other than others'.   -> [[--flag, values]]"""
     words = []
     for action in parser_of(phase)._actions:
@@ -250,7 +245,7 @@ def differing(phase, args, others):
     return words
 
 
-def shown_runs(results):
+def shown_runs(results: dict[tuple, dict]) -> set[tuple]:
     """(ipc, student, method, tag) of all runs but those of random images, which stand beside G-VBSM's where
     there is none to compare."""
     runs = {(ipc, student, method, tag) for ipc, student, _, method, tag in results if method != "random"}
@@ -259,23 +254,23 @@ def shown_runs(results):
                    tag in results if (ipc, student) not in compared}
 
 
-def run_name(method, tag):
+def run_name(method: str, tag: str | None) -> str:
     """Of a run, without its IPC."""
     return method + (f"-{tag}" if tag else "")
 
 
-def is_variant(dataset, tag):
+def is_variant(dataset: str, tag: str | None) -> bool:
     """Whether a run belongs to a comparison: its tag is one of BASES, or that and a dash and a word."""
     return dataset.endswith("-holdout") or (tag or "").partition("-")[0] in BASES
 
 
-def accuracy(result):
+def accuracy(result: dict | None) -> str:
     if result is None:
         return "not run"
     return f"{result['top1']:.1f}" + (f" ± {result['top1_std']:.1f}" if len(result["seeds"]) > 1 else "")
 
 
-def table(header, lines):
+def table(header: tuple[str, ...], lines: list[list[str]]) -> str:
     """A Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(header, *lines)]
     lines = [header, ["-" * width for width in widths], *lines]

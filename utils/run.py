@@ -1,4 +1,5 @@
 """A phase's device, seeds and folders, its progress and its result."""
+import argparse
 import ctypes
 import hashlib
 import json
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +32,7 @@ from utils.provenance import AGAIN, ASSUMED, relevant, with_data
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 
 
-def begin(args):
+def begin(args: argparse.Namespace) -> tuple[torch.device, SimpleNamespace]:
     """The first act of a phase: from here on SIGINT and SIGTERM end it after the current step (`Checkpoint`),
     and torchrun's processes know each other.   -> device, folders (`run_paths`)"""
     signals.stopped_by = None
@@ -57,7 +59,7 @@ def begin(args):
     return device, run_paths(args)
 
 
-def busy_cores():
+def busy_cores() -> str | None:
     """A line for people where more processes are running than there are cores, since threads that wait for
     each other then cost more than they give; None with one thread, or where the system does not say."""
     if torch.get_num_threads() == 1 or not hasattr(os, "sched_getaffinity"):
@@ -67,16 +69,15 @@ def busy_cores():
             if load + 0.5 > cores else None)
 
 
-def script(main):
-    """Run a phase from the command line. What the system refuses, such as a folder without permission, ends
-    in one line of text."""
+def script(main: Callable) -> None:
+    """Run a phase; what the system refuses, such as a folder without permission, ends in one line of text."""
     try:
         main()
     except OSError as error:
         fail(f"{error.filename or 'the output'}: {error.strerror or error}; make it usable or name another")
 
 
-def pick_device(name, precision="tf32"):
+def pick_device(name: str, precision: str = "tf32") -> torch.device:
     """torch.device of --device; auto: cuda where there is one, else cpu. precision other than fp32: matrix
     products and convolutions in float32 use TF32 (10 bits of mantissa) on a GPU"""
     available = ["cuda"] * torch.cuda.is_available() + ["cpu"]
@@ -94,7 +95,7 @@ def pick_device(name, precision="tf32"):
     return device
 
 
-def faster_in_bf16(device):
+def faster_in_bf16(device: torch.device) -> bool:
     """Whether bfloat16 saves time: the device multiplies it in hardware, and on a CPU a training step of a
     convolution takes at most 0.8 of the time in float32. avx512_bf16 alone does not tell: of two processors
     that have it, one took a third of the time and the other a third more. Rank 0 decides for all."""
@@ -111,7 +112,7 @@ def faster_in_bf16(device):
     return bool(faster)
 
 
-def conv_step_seconds(narrow):
+def conv_step_seconds(narrow: bool) -> float:
     """Seconds of a 3x3 convolution forward and backward, in bfloat16 or float32; draws no random number."""
     images = torch.ones(64, 64, 16, 16).to(memory_format=torch.channels_last)
     weight = torch.ones(64, 64, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
@@ -122,7 +123,7 @@ def conv_step_seconds(narrow):
     return time.perf_counter() - started
 
 
-def send(value, device):
+def send(value, device: torch.device):
     """A tensor, or dicts, lists and tuples of tensors and numbers, on the device; a GPU fetches it while the
     host goes on."""
     if isinstance(value, dict):
@@ -136,7 +137,7 @@ def send(value, device):
     return value.to(device, non_blocking=True)
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one: handing pages back and faulting them in again took
     half of the CPU time of a training step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -145,13 +146,13 @@ def keep_freed_memory():
         mallopt(-1, 1 << 30)                                         # M_TRIM_THRESHOLD
 
 
-def generator(*key):
+def generator(*key: str | int) -> torch.Generator:
     """A torch.Generator whose numbers depend on the key alone, words and non-negative integers."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def run_paths(args):
+def run_paths(args: argparse.Namespace) -> SimpleNamespace:
     """The folders of a run: runs/<dataset>/teachers/<teachers> and runs/<dataset>/<method>-ipc<k>[-<tag>]."""
     root = run_folder(args)
     run = root / f"{args.method}-ipc{args.ipc}{f'-{args.tag}' if args.tag else ''}"
@@ -180,12 +181,12 @@ class Run:
         self.inputs = with_data(inputs or {}, args)
         self.checkpoint = self.progress = None
 
-    def finished(self):
+    def finished(self) -> bool:
         """Whether the result exists; repeats its RESULT line."""
         stored = load_finished(self.result, self.args, self.inputs)
         return stored is not None and self._repeat(stored)
 
-    def unchanged(self, settings, **metrics):
+    def unchanged(self, settings: dict, **metrics) -> bool:
         """`finished` for a summary of several files, which is written again if settings or metrics differ."""
         stored = load_json(self.result, AGAIN) if self.result.exists() else {"args": {}}
         same = all((ASSUMED | stored["args"]).get(key) == settings[key] for key in settings)
@@ -197,28 +198,29 @@ class Run:
         return True
 
     @contextmanager
-    def work(self, data=None, outputs=(), extends=False):
+    def work(self, data: dict | None = None, outputs: Iterable[Path] = (),
+             extends: bool = False) -> Iterator[Checkpoint]:
         """Yields the `Checkpoint` of this result.   data: more hashes that unfinished work is compared by"""
         inputs = self.inputs | (data or {})
         with Checkpoint(self.result, self.args, inputs, None, outputs, extends) as self.checkpoint:
             yield self.checkpoint
 
-    def start(self, total, unit):
+    def start(self, total: int, unit: str) -> None:
         """Show a progress line of `total` units."""
         self.progress = Progress(self.phase, total, unit)
 
-    def step(self, text="", state=None, piece="state", count=1):
+    def step(self, text: str | Callable = "", state: Callable | None = None, piece: str = "state",
+             count: int = 1) -> None:
         """`count` more units are done: show that, and save state() as that of `piece` if it is due."""
         self.progress.step(text, count)
         if state:
             self.checkpoint.save_if_due(state, piece)
 
-    def finish(self, metrics, summary="", upstream=None, seconds=None):
+    def finish(self, metrics: dict, summary: str | Callable = "", upstream: dict | None = None,
+               seconds: float | None = None) -> dict | None:
         """Process 0 writes the result file, and prints three lines for people and a short RESULT for scripts.
-
         summary: what came out, a line or a function of the result; upstream: {phase: arguments}; seconds: by
-        default those of the work
-        """
+        default those of the work"""
         if rank():
             return None
         args, folder = self.args, self.result.absolute().parent
@@ -238,7 +240,7 @@ class Run:
         return result
 
 
-def short_result(result, path):
+def short_result(result: dict, path: Path) -> dict:
     """What scripts read of a result on one line, numbers rounded; the file has everything."""
     keys = ("phase", "dataset", "ipc", "method", "tag", "student", "labels", "images", "top1", "top1_std",
             "seconds")
@@ -247,7 +249,7 @@ def short_result(result, path):
     return short | {"file": str(Path(path).absolute())}
 
 
-def next_command(run):
+def next_command(run: Run) -> str:
     """What to type after a phase."""
     following = dict(zip(PHASES, PHASES[1:])).get(run.phase)
     if not following:
@@ -256,7 +258,7 @@ def next_command(run):
     return call(f"{following}.py", run.args, **theirs)
 
 
-def peak_memory():
+def peak_memory() -> dict[str, int]:
     """Of this process so far, in MiB."""
     unit = 1 << 20 if sys.platform == "darwin" else 1024             # bytes there, KiB elsewhere
     memory = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
@@ -265,7 +267,7 @@ def peak_memory():
     return memory
 
 
-def hardware():
+def hardware() -> str:
     """Name of the GPU that was used, or of the CPU and the threads on it."""
     if torch.cuda.is_initialized():
         return torch.cuda.get_device_name()
@@ -286,11 +288,11 @@ class Progress:
         self.every = math.inf if rank() else 0.2 if self.terminal else every
         self.started = self.shown = time.time()
 
-    def skip(self, count):
+    def skip(self, count: int) -> None:
         """An earlier process has done `count` units."""
         self.done, self.before = self.done + count, self.before + count
 
-    def step(self, text="", count=1):
+    def step(self, text: str | Callable = "", count: int = 1) -> None:
         self.done += count
         now = time.time()
         if now - self.shown < self.every and (self.done < self.total or rank()):
@@ -301,7 +303,7 @@ class Progress:
         end = "\n" if self.done >= self.total or not self.terminal else ""
         print(f"\r{line:<{width}}" if self.terminal else line, end=end, flush=True)
 
-    def line(self, spent, text, width=None):
+    def line(self, spent: float, text: str, width: int | None = None) -> str:
         """The longest of four forms that fits the width; cut if none does."""
         left = clock(spent / max(self.done - self.before, 1e-9) * (self.total - self.done))
         count = f"{self.done:.10g}/{self.total:.10g} {self.unit}"
@@ -311,5 +313,5 @@ class Progress:
         return next((form for form in forms if width is None or len(form) <= width), forms[-1][:width])
 
 
-def clock(seconds):
+def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"

@@ -1,16 +1,20 @@
 """BiLP's preemptive pruning (arXiv:2305.18381, supplement Sec. 6.4): the training images of largest loss are
 left out.
 """
+import argparse
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from models import build_model
 from utils import fail
 from utils.augment import normalize
 from utils.checkpoint import Checkpoint, load_finished, save_torch
+from utils.data import Split
 from utils.processes import barrier, print_rank0, rank, shard, world_size
 from utils.provenance import AGAIN, relevant
 from utils.run import generator, send
@@ -21,7 +25,8 @@ from utils.train import Record, fit, learning_rates, make_step, shuffled
 SCORES = ["score_trials", "score_epochs", "score_lr", "score_batch_size"]
 
 
-def kept_rows(split, mean_std, args, path, hashes, later):
+def kept_rows(split: Split, mean_std: Tensor, args: argparse.Namespace, path: Path, hashes: dict,
+              later: list[Path]) -> Tensor:
     """Which training images squeeze.py trains on: of every class all but the --prune-ratio of largest losses,
     stored at `path`.   hashes: of the data; later: files that are made from these images   -> sorted [n]"""
     if not args.prune_ratio:
@@ -42,14 +47,12 @@ def kept_rows(split, mean_std, args, path, hashes, later):
     return kept
 
 
-def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, checkpoint):
+def score_images(split: Split, mean_std: Tensor, *, trials: int, epochs: int, lr: float, batch_size: int,
+                 seed: int, checkpoint: Checkpoint) -> Tensor:
     """The loss of every training image for a small ConvNet, smoothed along the epochs of a training
     (`last_epoch_weights`); the mean over `trials` trainings, which the processes of torchrun share.   -> [N]
     The paper does not say: SGD with momentum 0.9, no augmentation, and an image's loss is the one it is
-    trained with.
-
-    mean_std [2, 3] on the device; checkpoint: holds the unfinished work (utils/checkpoint.py)
-    """
+    trained with.   mean_std [2, 3] on the device"""
     device, mine, piece = mean_std.device, shard(list(range(trials))), f"{rank()} of {world_size()}"
     record = Record(device, trial=0, scores=torch.zeros(len(split), device=device))
     resume = checkpoint.load(piece)
@@ -74,16 +77,15 @@ def score_images(split, mean_std, *, trials, epochs, lr, batch_size, seed, check
     return total.cpu() / trials
 
 
-def score_network(num_classes, image_size):
-    """A ConvNet of 128 channels and three blocks whose last map is averaged to 128 numbers (BiLP, supplement
-    Sec. 6.2)."""
+def score_network(num_classes: int, image_size: int) -> nn.Module:
+    """A ConvNet of 128 channels and three blocks, its last map averaged to 128 numbers (BiLP, Suppl. 6.2)."""
     *blocks, _, _ = build_model("convnet_w128", num_classes, image_size)  # without flatten and linear layer
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes))
 
 
-def add_losses(model, optimizer, record, split, mean_std, weights):
-    """-> train_epoch of `fit`: cross-entropy; record["scores"] [N] gains weights[epoch] times the loss of
-    each image."""
+def add_losses(model: nn.Module, optimizer: torch.optim.Optimizer, record: Record, split: Split,
+               mean_std: Tensor, weights: Tensor) -> Callable:
+    """-> train_epoch of `fit`: cross-entropy; record["scores"] [N] gains weights[epoch] times each loss."""
     def loss_of(images, labels):
         losses = F.cross_entropy(model(normalize(images, *mean_std)), labels, reduction="none")
         return losses.mean(), losses.detach()

@@ -3,16 +3,17 @@
 recover.py calls `real_images`. Functions look at the images of one class, but for `count_forgetting` and
 `drop_largest`.
 """
+import argparse
 import json
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from utils import fail
 from utils.augment import apply_resized_crop, draw_resized_crop, normalize
-from utils.data import load_split
+from utils.data import Split, load_split
 from utils.presets import SELECTIONS, UNMATCHED
 from utils.provenance import check_classes, check_trained, fingerprint
 from utils.run import generator, send
@@ -23,12 +24,11 @@ def _require(count, images):
         raise ValueError(f"cannot select {count} of {images} images")
 
 
-def herding(features, count):
+def herding(features: Tensor, count: int) -> Tensor:
     """Herding (Welling, ICML 2009): greedily the image that brings the mean of the chosen closest to the mean
     of all, argmin || mu - (sum of the chosen + f) / (k + 1) ||_2; of equals the first.
 
-    features [n, d] -> distinct indices [count], in the order of choice. ValueError unless 0 < count <= n, as
-    below.
+    features [n, d] -> distinct indices [count], in the order of choice. ValueError unless 0 < count <= n.
     """
     _require(count, len(features))
     mean, total, chosen = features.mean(0), torch.zeros_like(features[0]), []
@@ -40,10 +40,9 @@ def herding(features, count):
     return torch.tensor(chosen, device=features.device)
 
 
-def k_center(features, count):
+def k_center(features: Tensor, count: int) -> Tensor:
     """Greedy k-center (Sener & Savarese, ICLR 2018): first the image nearest to the mean, then always the one
-    farthest from its nearest chosen; of equals the first.   features [n, d] -> distinct indices [count], in
-    the order of choice"""
+    farthest from its nearest chosen; of equals the first.   features [n, d] -> distinct indices as chosen"""
     _require(count, len(features))
     chosen = [int(torch.linalg.vector_norm(features - features.mean(0), dim=1).argmin())]
     distance = torch.full_like(features[:, 0], torch.inf)
@@ -54,23 +53,21 @@ def k_center(features, count):
     return torch.tensor(chosen, device=features.device)
 
 
-def count_forgetting(events, learned, before, right):
+def count_forgetting(events: Tensor, learned: Tensor, before: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """One epoch of forgetting events (Toneva et al., ICLR 2019): an image right the last time and wrong now.
-
     events [N] integers, learned [N] whether the image was ever right; before, right [N]: right the last time,
-    now. All start from 0 and False.   -> new events, new learned
-    """
+    now. All start from 0 and False.   -> new events, new learned"""
     return events + (before & ~right), learned | right
 
 
-def most_forgotten(events, learned, count):
+def most_forgotten(events: Tensor, learned: Tensor, count: int) -> Tensor:
     """The most events first, an image that was never learned before all others, as if forgotten infinitely
     often; of equals the first.   events, learned [n], see `count_forgetting` -> indices [count]"""
     _require(count, len(events))
     return torch.where(learned, events, events.max() + 1).argsort(descending=True, stable=True)[:count]
 
 
-def last_epoch_weights(epochs, sigma=3.0):
+def last_epoch_weights(epochs: int, sigma: float = 3.0) -> Tensor:
     """BiLP (arXiv:2305.18381), Suppl. 6.4: weights [epochs], float64, such that (weights * losses).sum() is
     the last value of the loss curve smoothed by a Gaussian of `sigma` epochs. The filter ends at 4 sigma and
     the curve goes on mirrored (d c b a | a b c d | d c b a), scipy's defaults. With sigma 3 the last 8 epochs
@@ -82,7 +79,7 @@ def last_epoch_weights(epochs, sigma=3.0):
     return kernel.new_zeros(epochs).index_add_(0, epoch.minimum(2 * epochs - 1 - epoch), kernel)
 
 
-def drop_largest(scores, labels, ratio):
+def drop_largest(scores: Tensor, labels: Tensor, ratio: float) -> Tensor:
     """BiLP's preemptive pruning: of every class of n images the int(ratio * n) of largest score are dropped;
     of equals the lower index first.   scores, labels [N] -> sorted indices of the kept"""
     kept = []
@@ -93,7 +90,7 @@ def drop_largest(scores, labels, ratio):
     return torch.cat(kept).sort().values
 
 
-def mosaic(images, factor):
+def mosaic(images: Tensor, factor: int) -> Tensor:
     """RDED (arXiv:2312.03526): factor² images, each as small as 1/factor, are the tiles of one; tile k, row
     by row, of image n is images[k N + n].   images [factor² N, 3, S, S], S a multiple of factor -> [N, 3, S,
     S]"""
@@ -102,7 +99,7 @@ def mosaic(images, factor):
     return tiles.permute(2, 3, 0, 4, 1, 5).reshape(-1, 3, factor * size, factor * size)
 
 
-def lowest_loss_crops(losses, count):
+def lowest_loss_crops(losses: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """RDED (arXiv:2312.03526): of each image its crop of least loss, and of these the `count` of least loss,
     in ascending order; of equals the first.   losses [images, crops] -> images [count], crops [count]"""
     _require(count, len(losses))
@@ -111,9 +108,8 @@ def lowest_loss_crops(losses, count):
     return images, crop[images]
 
 
-def class_indices(split, kept, classes, ipc, tiles=1):
-    """The images `kept` of each class of a split.   -> [LongTensor]   Stops where a class has too few for ipc
-    * tiles."""
+def class_indices(split: Split, kept: Tensor, classes: list[str], ipc: int, tiles: int = 1) -> list[Tensor]:
+    """The images `kept` of each class of a split. Stops where a class has too few for ipc * tiles."""
     labels = split.labels.cpu()
     members = [kept[labels[kept] == label] for label in range(len(classes))]
     fewest = min(range(len(classes)), key=lambda label: len(members[label]))
@@ -124,7 +120,8 @@ def class_indices(split, kept, classes, ipc, tiles=1):
     return members
 
 
-def real_images(args, paths, data, models, records, device):
+def real_images(args: argparse.Namespace, paths: SimpleNamespace, data: dict, models: dict[str, nn.Module],
+                records: dict[str, dict], device: torch.device) -> "RealImages | SimpleNamespace":
     """`RealImages` for a method or an --init that takes some, else an object that starts from noise."""
     if args.mosaic > 1 and args.init == "noise":
         fail(f"--mosaic {args.mosaic} is of real images; name an --init")
@@ -161,9 +158,8 @@ class RealImages:
         starts = not selects and args.init != "noise"
         self.starts = self.select_starts(args.init, args.ipc, tiles) if starts else {}
 
-    def select(self, method, count):
-        """Which `count` images of each class a method takes: random, herding, kcenter, forgetting.
-        -> [LongTensor [count]]"""
+    def select(self, method: str, count: int) -> list[Tensor]:
+        """Which `count` images of each class a method takes: random, herding, kcenter, forgetting."""
         if method == "random":
             return [pool[torch.randperm(len(pool), generator=generator("random", self.seed, label))[:count]]
                     for label, pool in enumerate(self.members)]
@@ -176,7 +172,7 @@ class RealImages:
         known, choose = self.features(), {"herding": herding, "kcenter": k_center}[method]
         return [pool[choose(known[pool], count)] for pool in self.members]
 
-    def features(self):
+    def features(self) -> Tensor:
         """What the last linear layer of the first backbone is given for every training image.   -> [N, d]"""
         linear, found = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)], []
         if not linear:
@@ -190,7 +186,8 @@ class RealImages:
         return torch.cat(found)
 
     @torch.no_grad()
-    def select_starts(self, init, ipc, tiles, looked_at=300):
+    def select_starts(self, init: str, ipc: int, tiles: int,
+                      looked_at: int = 300) -> dict[tuple[int, int], Tensor]:
         """init real, herding, kcenter: training images of each class, random or chosen. crops (RDED,
         arXiv:2312.03526): of `looked_at` random ones (more where more are needed) the crop of least loss of
         five random square ones each, of these those of least loss. tiles: images in each start, see `mosaic`.
@@ -210,7 +207,8 @@ class RealImages:
         return starts
 
 
-def best_crops(model, images, label, count, rng, crops=5):
+def best_crops(model: nn.Module, images: Tensor, label: int, count: int, rng: torch.Generator,
+               crops: int = 5) -> Tensor:
     """Of each image [n, 3, S, S] of a class the random square crop of least loss, and of these the `count` of
     least loss.   -> [count, 3, S, S]"""
     boxes = draw_resized_crop(len(images) * crops, images.shape[-1], rng, ratio=(1.0, 1.0))

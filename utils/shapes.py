@@ -16,7 +16,7 @@ SHAPES = {
 }
 
 
-def draw_shape(outline, count, rng):
+def draw_shape(outline, count: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [count, 32, 32, 3]: one bright shape, turned, moved, scaled, on stripes, among strokes, blobs and
     noise."""
     row, column = np.mgrid[-15.5:16, -15.5:16].astype(np.float32)
@@ -47,9 +47,8 @@ def draw_shape(outline, count, rng):
     return np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
 
 
-def draw_shapes(split):
-    """The data set `shapes`, always the same: 500 images a class to train, 100 to test.   -> images,
-    labels"""
+def draw_shapes(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The data set `shapes`, always the same: 500 training, 100 test images a class.   -> images, labels"""
     # a hundred at a time: so they stay in the cache
     hundreds = {"train": range(5), "test": range(5, 6)}[split]
     images = [draw_shape(outline, 100, np.random.default_rng((label, hundred)))

@@ -4,20 +4,21 @@ Eq. 9: `statistics_of`. Eq. 6 and Eq. 10: `Matching`, by autograd; utils/closed_
 graph. Needs torch alone. A batch may hold `groups` independent batches, one after the other: x is [groups*B,
 C, H, W], and each group has statistics of its own.
 """
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
-def channel_stats(x, groups=1):
+def channel_stats(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     """x [groups*B, C, H, W] -> mean, biased variance over (B, H, W), each [groups, C], at least float32."""
     var, mean = torch.var_mean(_float32(x).unflatten(0, (groups, -1)), dim=(1, 3, 4), correction=0)
     return mean, var
 
 
-def patch_stats(x, patch, groups=1):
+def patch_stats(x: Tensor, patch: int, groups: int = 1) -> tuple[Tensor, Tensor]:
     """x [groups*B, C, H, W] -> mean, biased variance over (B, C, h, w) of each cell of a grid of patch*patch
     pixels, each [groups, ceil(H/patch)*ceil(W/patch)], row-major, in float32 at least."""
     x = _float32(whole_patches(x, patch)).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
@@ -25,7 +26,7 @@ def patch_stats(x, patch, groups=1):
     return mean.flatten(1), var.flatten(1)
 
 
-def whole_patches(x, patch):
+def whole_patches(x: Tensor, patch: int) -> Tensor:
     """x [N, C, H, W], resized bilinearly up to the next multiple of patch where H or W is not one (the
     paper only writes ceil; this is the release's reading of it)."""
     size = [-(-side // patch) * patch for side in x.shape[-2:]]
@@ -38,20 +39,21 @@ def _float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))        # widens what autocast narrowed, no more
 
 
-def mixed_moments(mean, var, share):
+def mixed_moments(mean: Tensor, var: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Moments of mixtures of classes, from the classes' own: the law of total variance.
     mean, var [classes, n], share [groups, classes], whose rows sum to 1 -> mean, var, each [groups, n]"""
     mixed = share @ mean
     return mixed, share @ (var + mean.square()) - mixed.square()
 
 
-def matched_layers(model):
+def matched_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{name: module} of every Conv2d and BatchNorm2d of the model, in its order."""
     return {name: layer for name, layer in model.named_modules()
             if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))}
 
 
-def layer_weights(model, bn_weight, conv_weight, first_multiplier):
+def layer_weights(model: nn.Module, bn_weight: float, conv_weight: float,
+                  first_multiplier: float) -> dict[str, float]:
     """{layer name: weight of its statistics}; the first of weight > 0 counts first_multiplier times: the
     convolution whose input is the image, as in the release, or at conv_weight 0 the first BatchNorm, as in
     SRe2L."""
@@ -63,7 +65,7 @@ def layer_weights(model, bn_weight, conv_weight, first_multiplier):
 
 
 @contextmanager
-def layer_inputs(model, names=None, wrap=None):
+def layer_inputs(model: nn.Module, names=None, wrap: Callable | None = None) -> Iterator[dict[str, Tensor]]:
     """Within the context a forward pass of the model fills the yielded dict with {layer name: input tensor},
     for the Conv2d and BatchNorm2d layers, or those of `names`; `wrap(tensor)` may replace what a layer is
     given, once for each distinct tensor. No hook outlives the context. Of a layer called twice in one pass
@@ -88,7 +90,7 @@ def layer_inputs(model, names=None, wrap=None):
             handle.remove()
 
 
-def require_eval(model):
+def require_eval(model: nn.Module) -> None:
     """ValueError for a model in train mode, whose BatchNorms would move and depend on the batch."""
     if training := [name for name, layer in model.named_modules() if layer.training]:
         raise ValueError(f"the model is in train mode (layer {training[0] or type(model).__name__!r}); call "
@@ -96,14 +98,12 @@ def require_eval(model):
 
 
 @torch.no_grad()
-def statistics_of(model, batches, patch=4):
+def statistics_of(model: nn.Module, batches: Iterable[Tensor], patch: int = 4) -> dict[str, list[Tensor]]:
     """Eq. 9: mean and variance of each channel and of each patch at the input of every Conv2d, averaged over
     batches by their size. What Eq. 10 matches.
-
-    model: in eval mode; batches: an iterable of normalised images [B, 3, S, S]; patch: pixels a side
+    model: in eval mode; batches: of normalised images [B, 3, S, S]; patch: pixels a side
     -> {layer name: [channel_mean, channel_var, patch_mean, patch_var]}, float32.   ValueError in train mode
-    or without images
-    """
+    or without images"""
     require_eval(model)
     sums, count = {}, 0
     convolutions = [name for name, layer in matched_layers(model).items() if isinstance(layer, nn.Conv2d)]
@@ -120,10 +120,10 @@ def statistics_of(model, batches, patch=4):
     return {name: [(total / count).float() for total in vectors] for name, vectors in sums.items()}
 
 
-def checked_targets(model, targets, weights):
-    """The targets of every layer that has a weight, a BatchNorm2d's own running statistics where none are
-    given.   -> {layer name: tuple of 2 vectors (BatchNorm2d) or 4 (Conv2d)}.   ValueError names what is
-    missing or of another shape."""
+def checked_targets(model: nn.Module, targets: dict,
+                    weights: dict[str, float]) -> dict[str, tuple[Tensor, ...]]:
+    """The targets of every layer that has a weight; where none are given, a BatchNorm2d's running statistics.
+    -> {layer: 2 vectors (BatchNorm2d) or 4 (Conv2d)}.   ValueError names what is missing or misshapen."""
     require_eval(model)
     layers, found = matched_layers(model), {}
     if lacking := layers.keys() - weights.keys():
@@ -145,7 +145,7 @@ def checked_targets(model, targets, weights):
     return found
 
 
-def check_input(name, x, target, patch, groups):
+def check_input(name: str, x: Tensor, target: tuple[Tensor, ...], patch: int, groups: int) -> None:
     """ValueError where a layer's input x [groups*B, C, H, W] does not fit its targets."""
     height, width = x.shape[2:]
     cells = -(-height // patch) * -(-width // patch)
@@ -177,15 +177,16 @@ class Matching:
         self.model, self.weights, self.alpha, self.patch = model, weights, alpha, patch
         self.targets = checked_targets(model, targets, weights)
 
-    def start(self, groups):
+    def start(self, groups: int) -> dict:
         """The state before the first iteration: no moving averages."""
         return {"groups": groups}
 
-    def hooks(self, dropped=()):
+    def hooks(self, dropped: Iterable[str] = ()):
         """A context that collects the layers' inputs of a forward pass."""
         return layer_inputs(self.model, self.targets.keys() - set(dropped))
 
-    def inject(self, inputs, state, kept=None):
+    def inject(self, inputs: dict[str, Tensor], state: dict,
+               kept: Tensor | None = None) -> tuple[Tensor, Tensor, dict]:
         """kept: unused, `hooks` left the dropped layers out.   -> L'_BN, L'_Conv, new state"""
         groups, state = state["groups"], dict(state)
         bn = conv = next(self.model.parameters()).new_zeros(())

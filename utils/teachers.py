@@ -1,10 +1,12 @@
 """Squeezed backbones: loading and checking them, and what matches their statistics."""
 import argparse
 import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from models import build_model
 from utils import fail
@@ -20,7 +22,7 @@ from utils.train import with_precision
 TEACHER = ("weights", "backbone", "data", "top1", "tested", "args")            # what squeeze.py stores
 
 
-def need_files(args, folder, suffix, script):
+def need_files(args: argparse.Namespace, folder: Path, suffix: str, script: str) -> str:
     """Stop with the command to run where a backbone of --backbones has no file; else return that command."""
     recipe = {"method": args.recipe, "recipe": None} if args.recipe else {}
     command = "run: " + call(script, args, **recipe, teachers=args.teachers, backbones=None)
@@ -35,7 +37,8 @@ def need_files(args, folder, suffix, script):
     fail(f"{path} is {absent(path)}; {command} --backbones {' '.join(names)}{more}")
 
 
-def load_teachers(args, folder, build_model, device):
+def load_teachers(args: argparse.Namespace, folder: Path, build_model: Callable,
+                  device: torch.device) -> tuple[dict[str, nn.Module], dict[str, dict], dict]:
     """The backbones of --backbones, frozen and in eval mode, and what their checkpoints agree on. -> {name:
     model}, {name: checkpoint without weights, plus its "fingerprint"}, {"classes", "image_size", ...}"""
     models, records = {}, {}
@@ -58,7 +61,7 @@ def load_teachers(args, folder, build_model, device):
     return models, records, data
 
 
-def check_alike(records, name, other, folder):
+def check_alike(records: dict[str, dict], name: str, other: str, folder: Path) -> None:
     """Stop unless two teachers were trained on the same data and the same images of it."""
     path, one, two = folder / f"{name}.pt", records[name], records[other]
     if key := next((key for key in two["data"] if one["data"].get(key) != two["data"][key]), None):
@@ -68,7 +71,8 @@ def check_alike(records, name, other, folder):
              "or name those that were")
 
 
-def load_statistics(args, folder, models, records):
+def load_statistics(args: argparse.Namespace, folder: Path, models: dict[str, nn.Module],
+                    records: dict[str, dict]) -> dict[str, dict]:
     """The files of Eq. 9, each checked to belong to its backbone's weights; none where only BatchNorms act.
     -> {backbone: file's dict, "fingerprint"}"""
     if not (args.conv_weight or args.class_statistics):
@@ -94,10 +98,9 @@ def load_statistics(args, folder, models, records):
     return stored
 
 
-def load_backbones(args, folder, device):
-    """The backbones that a --method of recover.py matches, or the first one where it chooses real images, or
-    none.   -> models, records, statistics, each {backbone: ...}, data of `load_teachers` or None,
-    fingerprints"""
+def load_backbones(args: argparse.Namespace, folder: Path, device: torch.device) -> tuple:
+    """The backbones that a --method of recover.py matches, the first where it chooses real images, or none.
+    -> models, records, statistics, each {backbone: ...}, data of `load_teachers` or None, fingerprints"""
     first, nothing = args.backbones[0], ({}, {}, {}, None, {})
     optional = args.method == "dm" and args.init in ("noise", "real")   # only for the images that it keeps
     if args.method == "random" or optional and not (folder / f"{first}.pt").exists():
@@ -116,7 +119,9 @@ def load_backbones(args, folder, device):
     return models, records, {}, data, {"first backbone": fingerprints(records)["weights"]}
 
 
-def make_matchers(models, statistics, labels, *, plain=False, class_statistics=False, alpha=0.8, **weights):
+def make_matchers(models: dict[str, nn.Module], statistics: dict[str, dict], labels: Tensor, *,
+                  plain: bool = False, class_statistics: bool = False, alpha: float = 0.8,
+                  **weights: float) -> list[ClosedFormMatching | Matching]:
     """A `ClosedFormMatching`, or with `plain` a `Matching`, of each backbone, for batches of labels [G, B].
     statistics: {backbone: file of collect_stats.py}; class_statistics: a batch's targets are those of the
     mixture of its classes; weights: of `layer_weights`"""
@@ -136,13 +141,13 @@ def make_matchers(models, statistics, labels, *, plain=False, class_statistics=F
     return matchers
 
 
-def at_chance(top1, classes, tested):
+def at_chance(top1: float, classes: int, tested: int) -> bool:
     """Whether an accuracy in % on `tested` images is at most two standard errors above chance."""
     chance = 100 / classes
     return top1 <= chance + 2 * math.sqrt(chance * (100 - chance) / tested)
 
 
-def warn_of_backbones(records, num_classes):
+def warn_of_backbones(records: dict[str, dict], num_classes: int) -> None:
     """Say which backbones know nothing, within two standard errors of a guess."""
     for name, record in records.items():
         if at_chance(record["top1"], num_classes, record["tested"]):
@@ -151,20 +156,19 @@ def warn_of_backbones(records, num_classes):
                  "--overwrite and more --epochs or another --lr")
 
 
-def warn_of_unmatched(models, bn_weight, conv_weight):
+def warn_of_unmatched(models: dict[str, nn.Module], bn_weight: float, conv_weight: float) -> None:
     """Say which backbones have nothing that is matched, although something is to be."""
     for name, model in models.items():
         if bn_weight and not any(layer_weights(model, bn_weight, conv_weight, 1).values()):
             warn(f"{name} has no BatchNorm, and --conv-weight is 0: its statistics are not matched")
 
 
-def costs(path):
-    """{backbone: its seconds and peak_memory} of the result file of squeeze.py or collect_stats.py, {}
-    without one."""
+def costs(path: Path) -> dict[str, dict]:
+    """{backbone: seconds and peak_memory} of the result of squeeze.py or collect_stats.py, {} without one."""
     return load_json(path, AGAIN).get("costs", {}) if path.exists() else {}
 
 
-def first_bn_variance(name, weights):
+def first_bn_variance(name: str, weights: dict[str, Tensor]) -> float | None:
     """Variance over the channels of the first BatchNorm's running means (SC-DD, Table 2: the larger, the more
     a squeezed backbone tells), of a state_dict; None without BatchNorm. Also printed."""
     means = next((value for key, value in weights.items() if key.endswith("running_mean")), None)
@@ -175,7 +179,8 @@ def first_bn_variance(name, weights):
     return variance
 
 
-def check_models(flag, names, build_model, num_classes=10, image_size=224):
+def check_models(flag: str, names: Iterable[str], build_model: Callable, num_classes: int = 10,
+                 image_size: int = 224) -> None:
     """Stop unless every name is a network's and the network takes such images. Nothing is allocated."""
     for name in names:
         try:

@@ -1,13 +1,14 @@
 """One training loop for backbones, weak teachers, score networks, MoCo, probes and students; accuracy."""
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from utils import fail
@@ -16,8 +17,9 @@ from utils.processes import shard, world_size
 from utils.run import Progress, generator, send
 
 
-def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=None,
-        remedy="use a smaller --lr"):
+def fit(trained: tuple, draw_batches: Callable, train_epoch: Callable, *, epochs: int, name: str,
+        resume: dict | None = None, save: Callable | None = None,
+        remedy: str = "use a smaller --lr") -> Iterator[int]:
     """Train; yields the number of each epoch done, from 1, and the caller may then test, save or print.
 
     trained       (model, optimizer, schedule of the learning rate by epoch, ...): all that changes
@@ -62,7 +64,7 @@ def fit(trained, draw_batches, train_epoch, *, epochs, name, resume=None, save=N
         yield epoch + 1
 
 
-def normalisable(train_epoch, name):
+def normalisable(train_epoch: Callable, name: str) -> Callable:
     """train_epoch, but a batch of one value a channel, which BatchNorm cannot normalise, ends the phase."""
     def checked(*args):
         try:
@@ -75,7 +77,7 @@ def normalisable(train_epoch, name):
     return checked
 
 
-def shuffled(rows, batch_size, *key, drop_last=False):
+def shuffled(rows: Tensor, batch_size: int, *key: str | int, drop_last: bool = False) -> Callable:
     """-> draw_batches of `fit`: rows [N] in an order drawn from generator(*key, epoch). A last batch of one
     image, which BatchNorm cannot normalise, joins the batch before; drop_last: only whole batches."""
     def draw_batches(epoch):
@@ -84,7 +86,7 @@ def shuffled(rows, batch_size, *key, drop_last=False):
     return draw_batches
 
 
-def split_batches(rows, batch_size, drop_last=False):
+def split_batches(rows: Tensor, batch_size: int, drop_last: bool = False) -> list[Tensor]:
     """rows [N] -> batches of batch_size, as in `shuffled`."""
     batches = list(rows.split(batch_size))
     if drop_last and len(batches[-1]) < batch_size:
@@ -94,12 +96,12 @@ def split_batches(rows, batch_size, drop_last=False):
     return batches
 
 
-def full_batch(count, whole_up_to, batch_size):
+def full_batch(count: int, whole_up_to: int, batch_size: int) -> int:
     """Size of a batch: all of `count` images where they are at most whole_up_to."""
     return count if count <= whole_up_to else batch_size
 
 
-def make_step(optimizer, loss_of, cuda_graphs=False):
+def make_step(optimizer: torch.optim.Optimizer, loss_of: Callable, cuda_graphs: bool = False) -> Callable:
     """-> step(*inputs), which takes a step down the loss of loss_of(*inputs) -> (loss, *others), and returns
     them, the loss detached.   cuda_graphs: both passes are replayed, a graph for each size of a batch"""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -129,10 +131,10 @@ class Record(dict):
         super().__init__(values)
         self.device = device
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return dict(self)
 
-    def load_state_dict(self, saved):
+    def load_state_dict(self, saved: dict) -> None:
         self.update(send(saved, self.device))
 
 
@@ -153,7 +155,7 @@ class Training(NamedTuple):
     cuda_graphs: bool = False
     remedy: str = "use a smaller --lr"      # see `fit`
 
-    def optimizer(self, model):
+    def optimizer(self, model: nn.Module) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
         """-> optimizer, the schedule of its learning rate"""
         sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum,
                               weight_decay=self.weight_decay, fused=next(model.parameters()).is_cuda)
@@ -161,7 +163,8 @@ class Training(NamedTuple):
                                    step_epochs=self.step_epochs, step_factor=self.step_factor)
 
 
-def learning_rates(optimizer, schedule, epochs, *, warmup_epochs=0, step_epochs=30, step_factor=0.1):
+def learning_rates(optimizer: torch.optim.Optimizer, schedule: str, epochs: float, *, warmup_epochs: int = 0,
+                   step_epochs: int = 30, step_factor: float = 0.1) -> lr_scheduler.LRScheduler:
     """The schedule per epoch: constant, cosine to 0, or step (times step_factor after every step_epochs),
     after warmup_epochs in which the rate rises from a hundredth."""
     rest = epochs - warmup_epochs
@@ -174,13 +177,13 @@ def learning_rates(optimizer, schedule, epochs, *, warmup_epochs=0, step_epochs=
     return lr_scheduler.SequentialLR(optimizer, [warmup, rates], [warmup_epochs])
 
 
-def split_accuracy(model, split, mean_std, *, jointly=False):
+def split_accuracy(model: nn.Module, split, mean_std: Tensor, *, jointly: bool = False) -> float:
     """Top-1 in % of a model on the images of a split (utils/data.py); mean_std [2, 3] on the model's device.
     jointly: each process of torchrun tests a share of the images"""
     return accuracy(model, network_inputs(split, mean_std, jointly), jointly)
 
 
-def network_inputs(split, mean_std, jointly=False):
+def network_inputs(split, mean_std: Tensor, jointly: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (normalised images, labels) of a split; jointly: this process's share of them."""
     index = shard(torch.arange(len(split)).split(500)) if jointly else 500
     return ((normalize(send(images, mean_std.device), *mean_std), labels)
@@ -188,7 +191,7 @@ def network_inputs(split, mean_std, jointly=False):
 
 
 @torch.inference_mode()
-def accuracy(model, batches, jointly=False):
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], jointly: bool = False) -> float:
     """Top-1 in % over batches of (network input, labels); jointly: over those of all processes."""
     model.eval()
     correct = total = 0
@@ -202,7 +205,8 @@ def accuracy(model, batches, jointly=False):
 
 
 @torch.inference_mode()
-def class_accuracies(model, batches, num_classes):
+def class_accuracies(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
+                     num_classes: int) -> list[float | None]:
     """Top-1 in % of each class, over batches of (network input, labels); None for a class without images."""
     model.eval()
     counts = torch.zeros(2, num_classes, dtype=torch.long)
@@ -213,14 +217,14 @@ def class_accuracies(model, batches, num_classes):
     return [round(100 * hits / total, 2) if total else None for hits, total in counts.T.tolist()]
 
 
-def floating(model):
+def floating(model: nn.Module) -> list[Tensor]:
     """The model's floating-point weights and buffers, themselves, not copies."""
     return [value for value in model.state_dict().values() if value.is_floating_point()]
 
 
 @contextmanager
 @torch.no_grad()
-def swapped(weights, others):
+def swapped(weights: list[Tensor], others: list[Tensor]) -> Iterator[None]:
     """Inside the block the tensors `weights` have the values of others."""
     own = [value.clone() for value in weights]
     for one, other in zip(weights, others):
@@ -230,7 +234,7 @@ def swapped(weights, others):
         one.copy_(value)
 
 
-def with_precision(model, device, precision):
+def with_precision(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
     """The model; at bf16 its layers run under autocast, and its outputs are float32 again."""
     if precision == "bf16":
         forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
@@ -238,7 +242,7 @@ def with_precision(model, device, precision):
     return model
 
 
-def channels_last(model):
+def channels_last(model: nn.Module) -> nn.Module:
     """The model in the layout that convolutions are fastest in, unless it has GroupNorms, which lose more."""
     if not any(isinstance(layer, nn.GroupNorm) for layer in model.modules()):
         model.to(memory_format=torch.channels_last)
@@ -274,17 +278,17 @@ class NonFinite:
     def __init__(self, names, device):
         self.names, self.steps = list(names), torch.full((len(names),), sys.maxsize, device=device)
 
-    def update(self, step, *values):
+    def update(self, step: int, *values: Tensor) -> None:
         self.steps = torch.where(torch.stack(values).isfinite(), self.steps, self.steps.clamp(max=step))
 
-    def first(self):
+    def first(self) -> tuple[int, str] | None:
         """-> (step, names), or None"""
         steps = self.steps.tolist()
         return None if min(steps) == sys.maxsize else (
             min(steps), " and ".join(name for name, step in zip(self.names, steps) if step == min(steps)))
 
 
-def check_finite(nonfinite, model, name, remedy):
+def check_finite(nonfinite: NonFinite, model: nn.Module, name: str, remedy: str) -> None:
     """Stop when a loss was not finite (`NonFinite`), or a weight is not."""
     if found := nonfinite.first():
         fail(f"{name}: the loss is not finite in step {found[0]}; {remedy}")

@@ -1,9 +1,10 @@
-"""What the five scripts share; a room each, and no room imports another."""
+"""What the five scripts share. Scripts meet through files and never import each other."""
 import os
 import sys
+from typing import NoReturn
 
 
-def fail(message: str | Exception):
+def fail(message: str | Exception) -> NoReturn:
     """End on a user's mistake: one line on stderr, exit code 2."""
     rank = os.environ.get("RANK", "0")                               # of torchrun
     told = " ".join(str(message).split())

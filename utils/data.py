@@ -28,8 +28,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from utils import fail
 from utils.folders import (UnreadableImage, class_folders, fit_image, list_images, opened, read_images,
-                           rgb_image, same_letters,
-                           sampled, stamp, survey, unreadable_fails, walk, white_levels)
+                           rgb_image, same_letters, sampled, stamp, survey, unreadable_fails, walk,
+                           white_levels)
 from utils.shapes import SHAPES, draw_shapes
 
 # mean and std of the training pixels on the 0..1 scale; patch: side of the patches of Eq. 9, in pixels
@@ -132,8 +132,8 @@ class Split:
             return fit_image(image, self.shorter, self.image_size)
         # torchvision's transforms draw from torch's global CPU generator
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(np.random.SeedSequence((crop_seed,
-                                                                            i)).generate_state(1)[0]))
+            seed = np.random.SeedSequence((crop_seed, i)).generate_state(1)
+            torch.default_generator.manual_seed(int(seed[0]))
             return TF.pil_to_tensor(self.random_crop(image))
 
 
@@ -203,9 +203,8 @@ def list_split(root: Path, split: str) -> tuple[list[str], list[int], list[str],
         return list_annotated(folder, tables[0], classes)
     if not there and (loose := walk(folder)[0]):
         fail(f"{folder} holds {len(loose)} images, such as {Path(loose[0]).name}, and no folder for each "
-             f"class; sort them into "
-             f"{folder.name}/<class>/, or write lines of a file's name and its class to "
-             f"{root / folder.name}.txt")
+             f"class; sort them into {folder.name}/<class>/, or write lines of a file's name and its class "
+             f"to {root / folder.name}.txt")
     if differing := set(map(same_letters, classes)) ^ set(map(same_letters, there)):
         fail(f"{root}: class {min(differing)} is in only one of train/ and {folder.name}/: add or remove it")
     return list_images(folder, classes)
@@ -217,16 +216,15 @@ def list_annotated(folder: Path, table: Path, classes: list[str]) -> tuple:
     rows = devkit_rows(folder, table) if table.suffix == ".bin" else [
         re.split(r"\t" if "\t" in line else r"\s+", line.strip())[:2]
         for line in table.read_text().splitlines() if line.strip()]
-    number = {str(i): i for i in range(len(classes))} | {same_letters(name): i for i,
-                                                         name in enumerate(classes)}
+    number = {str(i): i for i in range(len(classes))}
+    number |= {same_letters(name): i for i, name in enumerate(classes)}
     if short := [row for row in rows if len(row) < 2]:
         fail(f"{table}: {short[0][0]!r} does not name a file and a class: mend or remove it")
     named = {same_letters(name) for _, name in rows}
     if differing := named - number.keys() or set(range(len(classes))) - {number[name] for name in named}:
         name = next(iter(differing))
         fail(f"{table}: class {name if isinstance(name, str) else classes[name]} is in only one of train/ "
-             f"and {folder.name}/: "
-             "add or remove it")
+             f"and {folder.name}/: add or remove it")
     rows.sort(key=lambda row: (number[same_letters(row[1])], row[0]))
     place = folder / "images" if (folder / "images").is_dir() else folder
     files, (images, other, hidden) = [str(place / file) for file, _ in rows], walk(place)
@@ -244,8 +242,8 @@ def devkit_rows(folder: Path, table: Path) -> list[list[str]]:
         return [list(row) for row in zip(files, wnids, strict=True)]
     except Exception as error:                                       # a damaged pickle may raise anything
         fail(f"{table} does not give the classes of the {len(files)} images in {folder} "
-             f"({type(error).__name__}); remove it, and write "
-             f"lines of a file's name and its class to {folder}.txt")
+             f"({type(error).__name__}); remove it, and write lines of a file's name and its class to "
+             f"{folder}.txt")
 
 
 def fitting_size(sizes: list[tuple[int, int]]) -> int:
@@ -267,15 +265,15 @@ def look(dataset: str, data_dir: str, known: Iterable[dict] = ()) -> dict:
     root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
     if named and not (root / "train").is_dir():
         return nothing | dict(classes=named["num_classes"], image_size=named["image_size"])
-    (files, _, classes, passed), (tests, _, _, others) = (list_split(root, split)
-                                                          for split in ("train", "test"))
+    files, _, classes, passed = list_split(root, "train")
+    tests, _, _, others = list_split(root, "test")
     mark = stamp(files + tests, root)
     for one in known:
         if one.get("stamp") == mark:
             return one | dict(path=str(root.resolve()), image_size=one.get("fits", one["image_size"]))
     sizes, fingerprint = survey(files + tests, root)
-    sides, passed = [side for size in sizes for side in size], {kind: passed[kind] + others[kind]
-                                                                for kind in passed}
+    sides = [side for size in sizes for side in size]
+    passed = {kind: passed[kind] + others[kind] for kind in passed}
     trained = sizes[:len(files) if len(sizes) > len(files) else None]
     fits = named["image_size"] if named else fitting_size(trained)
     return dict(path=str(root.resolve()), fingerprint=fingerprint, train=len(files), test=len(tests),

@@ -23,9 +23,9 @@ from utils import fail
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information",
                "Thumbs.db", "desktop.ini"}
 Image.init()
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
 EXTENSIONS = tuple(extension for extension, name in Image.registered_extensions().items()
-                   if name in Image.OPEN and name not in {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF",
-                                                          "WMF"})
+                   if name in Image.OPEN and name not in NO_PICTURES)
 WHITES = 255, 1023, 4095, 16383, 65535          # of 8, 10, 12, 14 and 16 bits
 MANY_FILES, MANY_BYTES = 100_000, 2 << 30       # up to both, every file is read once by `survey`
 SAMPLE = 1000                                   # images looked at where not all are
@@ -66,8 +66,8 @@ def rgb_image(source, white: dict[str, int] | None = None) -> Image.Image:
         image, mode = ImageOps.exif_transpose(image), image.mode[0]
         if mode in "IF":                # PIL would clip at 255
             pixels, level = np.asarray(image), (white or {}).get(mode, {"I": 65535, "F": 1}[mode])
-            pixels = pixels.clip(0, level) // 257 if level == 65535 else (pixels.clip(0, level)
-                                                                          * (255 / level)).round()
+            pixels = pixels.clip(0, level)
+            pixels = pixels // 257 if level == 65535 else (pixels * (255 / level)).round()
             image = Image.fromarray(pixels.astype(np.uint8))
         elif "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -107,8 +107,8 @@ def white_levels(files: list[str]) -> dict[str, int]:
         with suppress(UnreadableImage), opened(file) as image:       # whoever needs its pixels tells
             if (mode := image.mode[0]) in "IF":
                 low, high = image.getextrema()
-                fitting = [level for level in ((1, 255) if mode == "F" else WHITES) if high <= level and low
-                           >= 0]
+                levels = (1, 255) if mode == "F" else WHITES
+                fitting = [level for level in levels if 0 <= low and high <= level]
                 if not fitting:
                     fail(f"{file} has pixels of {low:g} .. {high:g}; write them as floats of 0 .. 1, or as "
                          f"integers of 8 to 16 bits")
@@ -158,8 +158,8 @@ def list_images(folder: Path,
                  f"{len(other)} files, none of them an image")
         fail(f"{folder} is not laid out as <class>/<image>: it holds {found}; make a folder for each class")
     if len(set(map(same_letters, names))) < len(names):
-        twice = next(name for name in names if [same_letters(one) for one in names].count(same_letters(name))
-                     > 1)
+        letters = list(map(same_letters, names))
+        twice = next(name for name in names if letters.count(same_letters(name)) > 1)
         fail(f"{folder} has two folders that both read {twice!r}, with accents composed and not; join them")
     beside = sorted(entry.path for entry in os.scandir(folder) if not entry.is_dir()
                     or not visible(entry.name))
@@ -171,9 +171,9 @@ def list_images(folder: Path,
         images, other, hidden = walk(os.path.join(folder, name))
         passed["other"], passed["hidden"] = passed["other"] + other, passed["hidden"] + hidden
         if not images:
-            fail(f"{os.path.join(folder, name)} holds no "
-                 f"image{f' ({len(other)} other files)' * bool(other)}; "
-                 f"fill or remove it, or use one of: {' '.join(sorted(EXTENSIONS))}")
+            others = f" ({len(other)} other files)" * bool(other)
+            fail(f"{os.path.join(folder, name)} holds no image{others}; fill or remove it, or use one of: "
+                 f"{' '.join(sorted(EXTENSIONS))}")
         rows.append((number[same_letters(name)], images))
     rows.sort(key=lambda row: row[0])
     return ([file for _, images in rows for file in images],
@@ -183,8 +183,8 @@ def list_images(folder: Path,
 def damaged_end(path: str, content: bytes) -> bool:
     """Whether a file seems cut short, so that only decoding it tells."""
     kind, end = os.path.splitext(path)[1].lower(), content[-64:]
-    return not (b"\xff\xd9" in end if kind in (".jpg", ".jpeg", ".jfif") else b"IEND" in end if kind
-                == ".png" else False)
+    mark = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".jfif": b"\xff\xd9", ".png": b"IEND"}.get(kind)
+    return mark is None or mark not in end
 
 
 def look_at(path: str, whole: bool) -> tuple[tuple[int, int], bytes]:

@@ -169,8 +169,8 @@ def knn_top1(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor,
     bank, queries, correct = F.normalize(bank), F.normalize(queries), 0
     for rows, truth in zip(queries.split(chunk), labels.split(chunk)):
         similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)))
-        votes = rows.new_zeros(len(rows), classes).scatter_add_(1, bank_labels[nearest],
-                                                                (similarity / temperature).exp())
+        votes = rows.new_zeros(len(rows), classes)
+        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
         correct += (votes.argmax(1) == truth).sum()
     return 100 * correct.item() / len(labels)
 
@@ -184,8 +184,8 @@ class Probe(nn.Module):
         self.name = last_linear(model)
         old = model.get_submodule(self.name)
         model.set_submodule(self.name, nn.Identity())
-        self.features, self.linear = model.requires_grad_(False), nn.Linear(old.in_features,
-                                                                            classes).to(old.weight)
+        self.features = model.requires_grad_(False)
+        self.linear = nn.Linear(old.in_features, classes).to(old.weight)
 
     def train(self, mode: bool = True) -> "Probe":
         super().train(mode)

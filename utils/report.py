@@ -93,8 +93,8 @@ def read_results(folder: Path, runs: str = "*") -> dict[tuple, dict]:
         remedy = "remove it and run train_eval.py again"
         result = load_json(path, remedy, (*IDENTITY, "top1", "top1_std", "seeds", "args", "upstream",
                                           "made_from"))
-        if result["method"] not in METHODS or result["labels"] not in LABELS or not isinstance(result["ipc"],
-                                                                                               int):
+        known = result["method"] in METHODS and result["labels"] in LABELS
+        if not (known and isinstance(result["ipc"], int)):
             fail(f"{path} is no result of train_eval.py; {remedy}")
         if result["args"].get("protocol", "standard") == "standard":
             results[tuple(result[key] for key in IDENTITY)] = result

@@ -5,8 +5,11 @@ Each row is one process of a phase on noise, with networks so small that what is
 twice, with few and with many steps (iterations of recover, epochs of the others): their difference is the
 time of an image in a step, the rest is spent before and after. Processor seconds of one thread, so that other
 processes count little.
+
+    python -m tests.bench scale > scale.txt && python -m tests.scale scale.txt scale.png        # a picture
 """
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +83,29 @@ def bench_scale(rounds, quick, device):
                 yield f"{phase}, {images} images, {classes} classes, {size} pixels", {
                     "ms_image": 1e3 * each / images, "around_s": first - few * each, "few_mb": less,
                     "many_mb": more}
+
+
+def plot(text, path):
+    """Time of an image by the number of images and of pixels, of the lines of `bench_scale`."""
+    from matplotlib.figure import Figure
+    found = re.findall(r"^(\w+), (\d+) images, (\d+) classes, (\d+) pixels +ms_image ([\d.]+)", text, re.M)
+    rows = [(phase, *map(int, numbers), float(ms)) for phase, *numbers, ms in found]
+    figure = Figure((8, 3.2), layout="constrained", dpi=120)
+    by_images, by_pixels = figure.subplots(1, 2, sharey=True)
+    for phase in dict.fromkeys(row[0] for row in rows):
+        ours = [row[1:] for row in rows if row[0] == phase]
+        at_32 = [(images, ms) for images, classes, size, ms in ours if (classes, size) == (10, 32)]
+        at_100 = [(size, ms) for images, classes, size, ms in ours if (images, classes) == (100, 10)]
+        by_images.plot(*zip(*at_32), marker="o", label=f"{phase}.py")
+        by_pixels.plot(*zip(*at_100), marker="o", label=f"{phase}.py")
+    by_pixels.plot((32, 224), (2, 2 * 49), ":", color="0.5", label="as the area")
+    by_images.set(xscale="log", xlabel="distilled images (32 pixels)", ylabel="ms of an image in a step")
+    by_pixels.set(xscale="log", yscale="log", xlabel="pixels of a side (100 images)")
+    by_pixels.set_xticks([32, 64, 224], ["32", "64", "224"])
+    by_pixels.minorticks_off()
+    by_pixels.legend(frameon=False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    plot(Path(sys.argv[1]).read_text(), sys.argv[2])

@@ -133,8 +133,8 @@ class Project:
     def mistake(self, phase, *flags):
         """main() ends with code 2, one line on stderr, and all files as they were.   -> that line"""
         before, err = self.files(), io.StringIO()
-        with warnings.catch_warnings(record=True) as warned, pytest.raises(SystemExit) as end, own_handlers(), \
-                redirect_stderr(err), redirect_stdout(io.StringIO()):
+        with (warnings.catch_warnings(record=True) as warned, pytest.raises(SystemExit) as end,
+              own_handlers(), redirect_stderr(err), redirect_stdout(io.StringIO())):
             import_module(phase).main(self.arguments(phase, *flags))
         assert end.value.code == 2 and not warned
         assert err.getvalue().count("\n") == 1 and err.getvalue().endswith("\n")

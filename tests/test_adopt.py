@@ -130,7 +130,8 @@ def test_pretrained_weights_of_other_classes_name_what_to_do(tmp_path, monkeypat
     with pytest.raises(SystemExit):
         load_pretrained("shufflenetv2_05", build_model("shufflenetv2_05", 3, 224), download=False)
     error = capsys.readouterr().err
-    assert "are of 1000 classes, the data has 3; use --no-pretrained, or --weights FILE with --objective probe" in error
+    assert ("are of 1000 classes, the data has 3; use --no-pretrained, or --weights FILE with "
+            "--objective probe") in error
 
 
 class Harmful:

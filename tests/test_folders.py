@@ -161,7 +161,7 @@ def test_a_folder_does_not_share_results_with_the_data_set_it_is_named_as(tmp_pa
 
 @pytest.fixture
 def remembered(tmp_path):
-    """Flags of a folder of 8 pixels, and squeeze.json of --teachers small, which chose 16 pixels, one backbone."""
+    """Flags of a folder of 8 pixels; squeeze.json of --teachers small chose 16 pixels and one backbone."""
     data, teachers = make_folder(tmp_path / "mine"), tmp_path / "runs/mine/teachers/small"
     teachers.mkdir(parents=True)
     chosen = look(str(data), "x") | {"image_size": 16, "backbones": ["wrn10_1"]}
@@ -176,7 +176,8 @@ def test_what_squeeze_chose_is_the_default_of_later_phases_with_its_teachers(rem
         return args.image_size, args.backbones
 
     assert found("--teachers", "small") == (16, ["wrn10_1"])
-    assert found("--teachers", "small", "--image-size", "16", "--backbones", "convnet_w8") == (16, ["convnet_w8"])
+    flags = "--teachers", "small", "--image-size", "16", "--backbones", "convnet_w8"
+    assert found(*flags) == (16, ["convnet_w8"])
     assert found() == (8, FOLDER["*", "backbones"])                       # other teachers: chosen anew
 
 

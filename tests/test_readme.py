@@ -33,7 +33,8 @@ def blocks():
     """Each block of commands and each command within a line, of all pages."""
     found = []
     for name, page in PAGES.items():
-        marks = [pytest.mark.slow] * (name == "tests/evidence/README.md")     # parsed by test_evidence.py, too
+        # parsed by test_evidence.py, too
+        marks = [pytest.mark.slow] * (name == "tests/evidence/README.md")
         for block in BLOCK.findall(page):
             found.append(pytest.param(block, id=f"{name}-" + re.sub(r"\W+", "-", block)[:40], marks=marks))
         for whole, script in INLINE.findall(page):
@@ -210,7 +211,8 @@ def test_every_result_of_the_readme_is_that_of_its_file(row):
                                 ()) if tag is not None else {"distilled": {}, "real": {}}
         sides = [cell[side].get("stored") for side in ("distilled", "real")]
         for result in sides:
-            two = preset == "best" and result and len(result["args"]["backbones"]) == 2 and dataset != "shapes"
+            two = preset == "best" and result and len(result["args"]["backbones"]) == 2
+            two = two and dataset != "shapes"
             expected.append((report.accuracy(result) + " ¹" * two) if result else "–")
         for result in filter(None, sides):
             assert result["args"]["preset"] == preset

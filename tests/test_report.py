@@ -102,7 +102,8 @@ def test_a_note_says_where_distilling_does_not_pay(write, tmp_path, capsys):
     table, _, notes = capsys.readouterr().out.partition("\n\n")
     margins = {line.split("|")[4].strip(): line.split("|")[7].strip() for line in table.splitlines()[2:6]}
     assert margins == {"gvbsm": "+0.0 [1]", "sre2l": "-0.1 [1]", "cda": "+0.1", "herding": "-10.0"}
-    assert notes.startswith("[1] no better than random real images: take those, or --method herding, with the same")
+    assert notes.startswith("[1] no better than random real images: take those, or --method herding, "
+                            "with the same")
 
 
 def test_the_flags_that_a_run_changes_stand_below_the_table(write, tmp_path, capsys):

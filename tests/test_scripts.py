@@ -1030,7 +1030,8 @@ def test_each_student_has_its_learning_rate_and_the_cosine_ends_at_zero(flags, n
     made, kind = [], getattr(torch.optim, name)
     monkeypatch.setattr(torch.optim, name, lambda *args,
                         **kwargs: made.append(kind(*args, **kwargs)) or made[-1])
-    students = "--students convnet_w8 convnet_w16 wrn10_1 --lr 0.1 convnet_w8=0.2 wrn10_1=0.3 --weight-decay 0.01"
+    students = ("--students convnet_w8 convnet_w16 wrn10_1 --lr 0.1 convnet_w8=0.2 wrn10_1=0.3 "
+                "--weight-decay 0.01")
     for schedule, last in ("cosine", 0.0), ("constant", 1.0):
         relabelled.call("train_eval", flags, students, f"--schedule {schedule} --overwrite")
         for optimizer, lr in zip(made[-3:], (0.2, 0.1, 0.3), strict=True):

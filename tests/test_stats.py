@@ -11,8 +11,8 @@ from torch.autograd import gradcheck
 
 from tests.helpers import assert_near, counted_reductions, gradient
 from models import build_model
-from utils.closed_form import (ClosedFormMatching, FrozenNorm, Inject, affine_terms, bn_stats, conv_stats, freeze,
-                               segment_norms)
+from utils.closed_form import (ClosedFormMatching, FrozenNorm, Inject, affine_terms, bn_stats, conv_stats,
+                               freeze, segment_norms)
 from utils.stats import (Matching, channel_stats, layer_inputs, matched_layers, patch_stats, statistics_of,
                          whole_patches)
 

@@ -413,7 +413,8 @@ def class_numbers(found: list[str], classes: list[str], folder: Path,
     parts = [re.fullmatch(r"(\D*)(\d+)", name, re.ASCII) for name in found]
     numbers = [int(part[2]) for part in parts] if all(parts) and len({part[1] for part in parts}) == 1 else []
     if numbers and sorted(numbers) == list(range(len(classes))):
-        print(f"{folder}: folder {found[0]} holds class {classes[numbers[0]]}, and so on by number", flush=True)
+        print(f"{folder}: folder {found[0]} holds class {classes[numbers[0]]}, and so on by number",
+              flush=True)
         return numbers
     expected = list(map(folder_name, classes))
     extra, missing = ([name for name in names if name not in set(others)]

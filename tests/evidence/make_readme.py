@@ -1,8 +1,8 @@
 """Write README.md beside this file from the result files: results, comparisons, costs, and the commands
 behind each row.
 
-    python -m tests.evidence.make_readme                       # after a result file was added or removed
-    python -m tests.evidence.make_readme runs/cifar10 ...      # first write a file for each result of these folders
+    python -m tests.evidence.make_readme                    # after a result file was added or removed
+    python -m tests.evidence.make_readme runs/cifar10 ...   # first write a file for each of these results
 
 A result file (a "cell") holds a run's results with one student and those of random real images beside it:
 RESULT objects of train_eval.py with the arguments of every phase, and what each phase cost. A file whose tag

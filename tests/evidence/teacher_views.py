@@ -24,7 +24,7 @@ VIEWS = 5000                                    # of each set, several of an ima
 
 @torch.inference_mode()
 def knowledge(images, labels, mean_std, models, seed=0, batch_size=100):
-    """images: uint8 [N, 3, S, S]; labels: [N]   -> {name: % of views recognised}, with "mean" and "entropy" """
+    """images: uint8 [N, 3, S, S]; labels: [N]   -> {name: % of views recognised, "mean", "entropy"}"""
     hits, entropy, count = dict.fromkeys([*models, "mean"], 0), 0.0, 0
     for epoch in range(max(1, VIEWS // len(images))):
         draw = draw_epoch(len(images), images.shape[-1], batch_size, "none", generator("views", seed, epoch))
@@ -43,7 +43,8 @@ def knowledge(images, labels, mean_std, models, seed=0, batch_size=100):
 def main(argv=None):
     parser = relabel.get_parser()
     parser.description = __doc__
-    parser.add_argument("--folders", type=Path, nargs="*", default=[], help="distilled images, <class>/<file>")
+    parser.add_argument("--folders", type=Path, nargs="*", default=[],
+                        help="distilled images, <class>/<file>")
     args = parse_args(parser, "relabel", argv)
     device, paths = begin(args)
     models, _, data = load_teachers(args, paths.teachers, build_model, device)

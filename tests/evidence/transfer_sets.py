@@ -1,7 +1,7 @@
 """Eight data sets of ten classes each, made of CIFAR-100: five to choose settings by, three to test them on
 once.
 
-python -m tests.evidence.transfer_sets --data-dir data      # writes data/cifar100-a ... cifar100-h, ignored by git
+python -m tests.evidence.transfer_sets --data-dir data      # writes data/cifar100-a ... -h, ignored by git
 
 Classes are dealt at random with a fixed seed and are disjoint. Each set has 500 training and 100 test images
 a class. Choose by a to e, with --holdout; f, g and h are for the end.

@@ -166,10 +166,12 @@ def family_table(cells):
             "; ".join(f"{number} ({LABELS[labels]})" for labels in ("stored", "hard")
                       if (number := paper(cell, labels))),
             " ".join(made.get("backbones") or []) + "".join(f", `{words}`" for words in flags)]))
-    reals = {tuple(pair(cell, labels)[1] for labels in ("stored", "hard")): cell["real"].get("stored")
-             for cell in cells}
-    lines += [(result, ["random real", soft, "", hard, "", "", "", ""]) for (soft, hard),
-              result in reals.items()]
+    reals = {}  # some cells have random images beside them under one kind of labels alone
+    for cell in cells:
+        soft, hard = (pair(cell, labels)[1] for labels in ("stored", "hard"))
+        if soft not in reals or "hard" in cell["real"]:
+            reals[soft] = cell["real"].get("stored"), ["random real", soft, "", hard, "", "", "", ""]
+    lines += reals.values()
     lines.sort(key=lambda line: -line[0]["top1"] if line[0] else 0)
     return table(("run", "soft labels", "margin", "hard labels", "margin, hard", "seconds of recover",
                   "paper (labels)", "backbones of recover"), [line for _, line in lines])

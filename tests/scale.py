@@ -18,6 +18,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
+from utils.figures import draw
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = "--ipc {ipc} --image-size {size} --backbones wrn10_1 --device cpu --workers 0"
 PHASES = {   # flags, and the flag of the steps
@@ -85,13 +87,11 @@ def bench_scale(rounds, quick, device):
                     "many_mb": more}
 
 
-def plot(text, path):
+def draw_scale(text, figure):
     """Time of an image by the number of images and of pixels, of the lines of `bench_scale`."""
-    from matplotlib.figure import Figure
     found = re.findall(r"^(\w+), (\d+) images, (\d+) classes, (\d+) pixels +ms_image ([\d.]+)", text, re.M)
     rows = [(phase, *map(int, numbers), float(ms)) for phase, *numbers, ms in found]
-    figure = Figure((8, 3.2), layout="constrained", dpi=120)
-    by_images, by_pixels = figure.subplots(1, 2, sharey=True)
+    by_images, by_pixels = figure(8, 3.2).subplots(1, 2, sharey=True)
     for phase in dict.fromkeys(row[0] for row in rows):
         ours = [row[1:] for row in rows if row[0] == phase]
         at_32 = [(images, ms) for images, classes, size, ms in ours if (classes, size) == (10, 32)]
@@ -103,9 +103,8 @@ def plot(text, path):
     by_pixels.set(xscale="log", yscale="log", xlabel="pixels of a side (100 images)")
     by_pixels.set_xticks([32, 64, 224], ["32", "64", "224"])
     by_pixels.minorticks_off()
-    by_pixels.legend(frameon=False)
-    figure.savefig(path)
+    by_pixels.legend()
 
 
 if __name__ == "__main__":
-    plot(Path(sys.argv[1]).read_text(), sys.argv[2])
+    draw(draw_scale, Path(sys.argv[1]).read_text(), Path(sys.argv[2]))

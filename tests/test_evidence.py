@@ -51,6 +51,10 @@ def test_the_page_is_made_of_the_files():
     assert (make_readme.FOLDER / "README.md").read_text() == make_readme.page(CELLS)
 
 
+def test_result_files_tell_no_path_of_a_machine():
+    assert [name for name in CELLS if '"/' in (make_readme.FOLDER / f"{name}.json").read_text()] == []
+
+
 def test_result_files_are_never_lost():
     assert len(CELLS) >= 92
 

@@ -559,10 +559,11 @@ def main(argv=None):
         fail(f"--out {args.out} is no PNG; name a file that ends in .png")
     args.folders = [folder.absolute() for folder in args.folders]
     dataset = [args.folders[0], *args.folders[0].parents][where.count("/") - 1]
-    draw(chosen.figure, args, args.out or dataset / f"{chosen.figure}.png")
+    draw(FIGURES[chosen.figure], args, args.out or dataset / f"{chosen.figure}.png")
 
 
-def draw(name: str, args: argparse.Namespace, path: Path) -> None:
+def draw(painter: Callable, args, path: Path) -> None:
+    """Write the picture that painter(args, figure) makes, `draw_*`, as a PNG file."""
     need("matplotlib", "matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -574,7 +575,7 @@ def draw(name: str, args: argparse.Namespace, path: Path) -> None:
         return figures[-1]
 
     with rc_context(STYLE):
-        FIGURES[name](args, figure)
+        painter(args, figure)
         figures[0].savefig(buffer, format="png", bbox_inches="tight")
     picture, buffer = Image.open(buffer).convert("RGB"), io.BytesIO()     # 256 colours: a third of the bytes
     picture.quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)

@@ -20,6 +20,7 @@ from statistics import fmean, pstdev
 from utils import fail
 from utils.cli import Parser, parse_args
 from utils.data import DATASETS, look
+from utils.hub import without_paths
 from utils.presets import METHODS, UNMATCHED
 from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, is_variant,
                           random_beside, read_results, run_name, shown_runs, table)
@@ -65,13 +66,13 @@ def keep(folder, results, out):
                  spent(images.parent / "result.json"), spent(run / "labels" / "result.json"),
                  {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first),
                   "hardware": first["hardware"]}]
-        save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", {
+        save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", without_paths({
             "dataset": folder.resolve().name, "ipc": ipc, "student": student, "method": method, "tag": tag,
             "costs": dict(zip(PHASES, costs)),
             "bytes": {"images": size(images.glob("*/*")), "labels": size(run.glob("labels/*.npy")),
                       "teachers": size(teachers / f"{name}.pt" for name in names),
                       "statistics": size(teachers / f"{name}.stats.pt" for name in matched)},
-            "distilled": ours, "real": real})
+            "distilled": ours, "real": real}))
 
 
 def spent(path, backbones=()):

@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 from importlib import import_module
-from itertools import dropwhile
+from itertools import dropwhile, product
 from pathlib import Path
 
 import pytest
@@ -61,10 +61,10 @@ class Understood(Exception):
 @pytest.mark.parametrize("block", blocks())
 def test_every_command_of_the_pages_is_understood(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for split in "train", "val":
-        for label in "ant", "bee":
-            (tmp_path / "path/to/folder" / split / label).mkdir(parents=True)
-            Image.new("RGB", (32, 32)).save(tmp_path / "path/to/folder" / split / label / "1.png")
+    folders = "path/to/folder", *set(re.findall("data/cifar100-[a-h]", block))     # of transfer_sets.py
+    for folder, split, label in product(folders, ("train", "val"), ("ant", "bee")):
+        (tmp_path / folder / split / label).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / folder / split / label / "1.png")
     calls = [list(dropwhile(lambda word: word.startswith("--"), call)) for call in commands(block, tmp_path)]
     assert calls or block == FUNCTIONS
     for first, *words in calls:

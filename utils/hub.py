@@ -11,13 +11,9 @@ from utils.data import list_folder, opened, unreadable_fails
 
 
 def load_result(path: Path) -> dict:
-    """A result file without paths of this machine."""
-    return without_paths(load_json(path, "make it again with --overwrite"))
-
-
-def without_paths(result: dict) -> dict:
-    """A result whose absolute paths are cut to their last name, which tells nothing of this machine."""
-    return json.loads(re.sub(r'"/[^"]*?([^"/]*)/*"', r'"\1"', json.dumps(result)))
+    """A result file whose absolute paths are cut to their last name, which tells nothing of this machine."""
+    text = json.dumps(load_json(path, "make it again with --overwrite"))
+    return json.loads(re.sub(r'"/[^"]*?([^"/]*)/*"', r'"\1"', text))
 
 
 def fill_card(result: dict, labelled: dict, size: str) -> str:

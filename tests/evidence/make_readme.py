@@ -20,7 +20,6 @@ from statistics import fmean, pstdev
 from utils import fail
 from utils.cli import Parser, parse_args
 from utils.data import DATASETS, look
-from utils.hub import without_paths
 from utils.presets import METHODS, UNMATCHED
 from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, is_variant,
                           random_beside, read_results, run_name, shown_runs, table)
@@ -54,6 +53,7 @@ def keep(folder, results, out):
         alone = {labels: results.get((ipc, student, labels, "random", tag)) for labels in LABELS}
         real = alone | {labels: random_beside(result, results) for labels, result in ours.items()}
         real = {labels: result for labels, result in real.items() if result}
+        ours, real = ({labels: nowhere(result) for labels, result in side.items()} for side in (ours, real))
         first, stem = next(iter((ours or real).values())), f"{method}-ipc{ipc}" + (f"-{tag}" if tag else "")
         run, teachers = folder / stem, folder / "teachers" / first["args"]["teachers"]
         names = first["args"]["backbones"]
@@ -66,13 +66,19 @@ def keep(folder, results, out):
                  spent(images.parent / "result.json"), spent(run / "labels" / "result.json"),
                  {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first),
                   "hardware": first["hardware"]}]
-        save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", without_paths({
+        save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", {
             "dataset": folder.resolve().name, "ipc": ipc, "student": student, "method": method, "tag": tag,
             "costs": dict(zip(PHASES, costs)),
             "bytes": {"images": size(images.glob("*/*")), "labels": size(run.glob("labels/*.npy")),
                       "teachers": size(teachers / f"{name}.pt" for name in names),
                       "statistics": size(teachers / f"{name}.stats.pt" for name in matched)},
-            "distilled": ours, "real": real}))
+            "distilled": ours, "real": real})
+
+
+def nowhere(result):
+    """A result without the place of its data on this machine."""
+    known = result.get("data_set") or {}
+    return result | ({"data_set": known | {"path": Path(known["path"]).name}} if known.get("path") else {})
 
 
 def spent(path, backbones=()):

@@ -131,9 +131,8 @@ def test_a_cell_holds_the_results_the_costs_and_the_bytes_of_its_run(project, ev
                                                        cell["tag"]) == ("beasts", 2, None)
     assert cell["distilled"].keys() == cell["real"].keys() == {"stored", "hard"}
     stored = json.loads((project.run() / "eval/convnet_w8.json").read_text())
-    assert cell["distilled"]["stored"] == make_readme.nowhere(stored)
-    assert make_readme.nowhere(stored)["data_set"]["path"] == "beasts"
-    assert cell["real"]["hard"]["method"] == "random"
+    stored["data_set"]["path"] = "beasts"                            # a page tells no path of a machine
+    assert cell["distilled"]["stored"] == stored and cell["real"]["hard"]["method"] == "random"
     squeezed = json.loads((project.teachers / "squeeze.json").read_text())
     assert cell["costs"]["squeeze"]["seconds"] == pytest.approx(sum(squeezed["costs"][b]["seconds"]
                                                                     for b in ("convnet_w8", "wrn10_1")))

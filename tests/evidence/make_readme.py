@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from statistics import fmean, pstdev
 
+from tests.evidence.transfer_sets import CHOOSE, TEST
 from utils import fail
 from utils.cli import Parser, parse_args
 from utils.data import DATASETS, look
@@ -28,7 +29,7 @@ from utils.provenance import relevant
 
 FOLDER = Path(__file__).resolve().parent
 NO_RUNS = ["--run-dir", os.devnull]  # so that the page does not depend on the runs that are here
-TRANSFER = r"cifar100-[a-h](-holdout)?"  # the data sets of transfer_sets.py
+TRANSFER = rf"cifar100-[{CHOOSE}{TEST}](-holdout)?"
 FAMILY = "family"  # the tag of the base that compares methods; the others change one thing
 INTRODUCTION = """# Every result
 

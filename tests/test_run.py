@@ -325,8 +325,12 @@ def test_a_learning_rate_beyond_all_presets_is_noted():
     assert [line.split(" is ")[0] for line in cli.high_rates(args)] == ["note: --lr convnet_w8=1e9"]
 
 
-@pytest.mark.parametrize("threads, load, noted", [(1, 9.0, False), (2, 1.2, False), (2, 2.9, True)])
-def test_busy_cores_are_noted_where_threads_would_wait(threads, load, noted, monkeypatch):
+@pytest.mark.parametrize("threads, load, now, noted", [
+    (1, 9.0, 9, False), (2, 1.2, 9, False), (2, 2.9, 3, True),
+    (2, 2.9, 1, False)])                                             # the load is that of the phase before
+def test_busy_cores_are_noted_where_threads_would_wait(threads, load, now, noted, monkeypatch):
+    assert run.running_now() >= 1
+    monkeypatch.setattr(run, "running_now", lambda: now)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setattr(run.os, "getloadavg", lambda: (load, 0, 0))

@@ -66,7 +66,15 @@ def busy_cores() -> str | None:
         return None
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     return (f"note: {load:.0f} processes run on {cores} cores; OMP_NUM_THREADS=1 may be several times faster"
-            if load + 0.5 > cores else None)
+            if min(load + 0.5, running_now()) > cores else None)
+
+
+def running_now() -> float:
+    """Threads that run at this moment, this one among them; the load average goes on counting the phase
+    before. Infinity where the system does not say."""
+    with suppress(OSError):
+        return float((Path("/proc") / "loadavg").read_text().split()[3].partition("/")[0])
+    return math.inf
 
 
 def script(main: Callable) -> None:

@@ -31,9 +31,10 @@ from models import build_model
 from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.checkpoint import Checkpoint, load_finished, save_torch
-from utils.cli import Parser, crop_name, identity_flags, number, parse_args
+from utils.cli import identity_flags, parse_args
 from utils.closed_form import conv_stats
 from utils.data import Split, load_split
+from utils.parser import Parser, crop_name, number
 from utils.processes import barrier, rank, shard, world_size
 from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, relevant
 from utils.run import Progress, Run, begin, generator, peak_memory, script, send

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from utils import fail, one_of
 from utils.augment import apply_view, draw_view, pixel_bounds
-from utils.cli import Parser, crop_name, identity_flags, number, number_or_auto, parse_args
+from utils.cli import identity_flags, parse_args
 from utils.data import describe
 from utils.dm import match_features
 from utils.losses import class_members, data_densification, densification_closed_form
+from utils.parser import Parser, crop_name, number, number_or_auto
 from utils.passes import graphed, make_groups
 from utils.presets import SELECTIONS, UNMATCHED
 from utils.processes import barrier, rank, shard

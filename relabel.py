@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from models import build_model
 from utils import fail
 from utils.augment import apply_epoch
-from utils.cli import Parser, identity_flags, number, parse_args
+from utils.cli import identity_flags, parse_args
 from utils.distilled import check_recovered, earlier_result, images_hash, load_images
 from utils.labels import LabelWriter, drawing
 from utils.losses import ensemble_logits
+from utils.parser import Parser, number
 from utils.processes import barrier, rank, shard, warn
 from utils.provenance import fingerprints
 from utils.run import Run, begin, script, send

@@ -32,10 +32,11 @@ from utils import fail
 from utils.adopt import adopt, check_weights, has_large_stem, load_pretrained
 from utils.augment import apply_view, draw_view, normalize
 from utils.checkpoint import Checkpoint, load_finished, save_torch
-from utils.cli import Parser, crop_name, epoch_range, identity_flags, number, parse_args
+from utils.cli import identity_flags, parse_args
 from utils.data import Split, describe, load_split
 from utils.ddp import gathered, in_parallel, share, share_weight
 from utils.moco import Probe, check_contrast, check_contrasted, train_moco
+from utils.parser import Parser, crop_name, epoch_range, number
 from utils.pool import check_pool, fine_tuning, prune_teacher, saved_epochs, teachers_of
 from utils.processes import print_rank0, rank, rank0_first, world_size
 from utils.provenance import AGAIN, check_classes, check_data, fingerprint, relevant

@@ -31,9 +31,10 @@ from models import build_model
 from utils import fail
 from utils.augment import apply_epoch
 from utils.checkpoint import Checkpoint
-from utils.cli import Parser, for_student, identity_flags, number, parse_args
+from utils.cli import for_student, identity_flags, parse_args
 from utils.distilled import load_sources, load_train_data
 from utils.losses import kl_loss, mse_gt_loss
+from utils.parser import Parser, number
 from utils.processes import barrier, rank, shard, warn, world_size
 from utils.protocols import earlier_seeds, metrics, prune, trainings
 from utils.report import beside

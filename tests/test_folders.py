@@ -11,7 +11,7 @@ from PIL import Image
 from tests.own_folders import METHODS, run_cell
 from tests.test_data import assert_fails, make_folder, noise, save
 from tests.test_presets import PHASES, parsed
-from utils import cli, figures
+from utils import cli, figures, parser
 from utils.data import (check_count, class_numbers, describe, find_split, list_folder, load_folder, load_split,
                         look)
 from utils.folders import list_images, white_levels
@@ -143,7 +143,7 @@ def test_one_folder_by_two_spellings_is_one_and_changed_files_are_told(tmp_path,
 
 def test_two_data_sets_of_one_name_do_not_share_a_folder(tmp_path, capsys):
     flags = ["--dataset", str(tmp_path / "a/mine"), "--run-dir", str(tmp_path)]
-    args = cli.identity_flags(cli.Parser("")).parse_args(flags)
+    args = cli.identity_flags(parser.Parser("")).parse_args(flags)
     one, other = ({"path": path, "fingerprint": path} for path in ("a/mine", "b/mine"))
     cli.check_data_set(args, one, {"x": {"data_set": one}})
     assert_fails(capsys, ["a/mine", "b/mine", "--run-dir"], cli.check_data_set, args, one,
@@ -154,7 +154,7 @@ def test_a_folder_does_not_share_results_with_the_data_set_it_is_named_as(tmp_pa
     folder, path = str(tmp_path / "shapes"), str(tmp_path / "elsewhere")
     found = {"shapes": {"path": None, "fingerprint": None}, folder: {"path": path, "fingerprint": "x"}}
     for now, before in ("shapes", folder), (folder, "shapes"):
-        args = cli.identity_flags(cli.Parser("")).parse_args(["--dataset", now])
+        args = cli.identity_flags(parser.Parser("")).parse_args(["--dataset", now])
         earlier = {"x": {"data_set": found[before], "args": {"dataset": before}}}
         assert_fails(capsys, [before, "--run-dir"], cli.check_data_set, args, found[now], earlier)
 
@@ -206,7 +206,7 @@ def test_a_folder_of_three_classes_trains_by_the_defaults(tmp_path):
 def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     flags = ["--run-dir=~/runs", "--data-dir", "~/data", "--dataset=~/mine"]
-    args = cli.identity_flags(cli.Parser("")).parse_args(flags)
+    args = cli.identity_flags(parser.Parser("")).parse_args(flags)
     assert (args.run_dir, args.data_dir, args.dataset) == tuple(
         str(tmp_path / name) for name in ("runs", "data", "mine"))
     assert figures.get_parser("losses").parse_args(["~/a", "x"]).folders == [tmp_path / "a", Path("x")]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import checkpoint, cli, fail, provenance, run, teachers, train
+from utils import checkpoint, cli, fail, files, parser, provenance, run, teachers, train
 
 ROOT = Path(run.__file__).parents[1]
 
@@ -36,7 +36,7 @@ def test_a_file_that_was_not_written_to_the_end_leaves_the_old_one(error, old, t
     if old:
         path.write_text(old)
     with pytest.raises(SystemExit if isinstance(error, OSError) else type(error)):
-        with checkpoint.whole_file(path) as temporary:
+        with files.whole_file(path) as temporary:
             temporary.write_text("ne")
             assert path.exists() == bool(old)
             raise error
@@ -50,12 +50,12 @@ def test_a_file_that_was_not_written_to_the_end_leaves_the_old_one(error, old, t
 def test_a_whole_file_appears_in_new_folders_and_replaces_the_old_one(tmp_path):
     path = tmp_path / "a" / "b" / "result.json"
     for text in "old", "new":
-        with checkpoint.whole_file(path) as temporary:
+        with files.whole_file(path) as temporary:
             temporary.write_text(text)
         assert path.read_text() == text and list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("save", [checkpoint.save_json, checkpoint.save_torch])
+@pytest.mark.parametrize("save", [files.save_json, checkpoint.save_torch])
 def test_a_place_that_cannot_be_written_is_told_in_one_line(save, tmp_path, capsys):
     for name in ".result.tmp", f".result.{os.getpid()}.tmp":
         (tmp_path / name).mkdir()                   # in the way: not even root can open a file there
@@ -71,7 +71,7 @@ def test_a_process_that_is_killed_while_writing_leaves_no_half_file(tmp_path):
     child = os.fork()
     if not child:
         try:
-            with checkpoint.whole_file(tmp_path / "result.json") as temporary:
+            with files.whole_file(tmp_path / "result.json") as temporary:
                 temporary.write_text("ne")
                 os.kill(os.getpid(), signal.SIGKILL)
         finally:
@@ -320,7 +320,7 @@ def test_progress_counts_what_an_earlier_process_did_but_not_for_the_time_left(c
 
 
 def test_a_learning_rate_beyond_all_presets_is_noted():
-    args = cli.Parser("").parse_args([])
+    args = parser.Parser("").parse_args([])
     args.lr, args.probe_lr = ["0.1", "convnet_w8=1e9", "word"], 30.0
     assert [line.split(" is ")[0] for line in cli.high_rates(args)] == ["note: --lr convnet_w8=1e9"]
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from models import pretrained_weights
 from utils import fail
-from utils.checkpoint import load_torch, reason
+from utils.checkpoint import load_torch
+from utils.files import reason
 
 # keys under which others store a state dict
 WRAPPERS = "state_dict", "model", "teacher", "model_state_dict", "network"

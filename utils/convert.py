@@ -27,10 +27,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from utils import fail
 from utils.augment import normalize
-from utils.checkpoint import load_json, whole_file
-from utils.cli import Parser
 from utils.data import describe, folder_name, list_folder, rgb_image, unreadable_fails
+from utils.files import load_json, whole_file
 from utils.hub import write_hub, write_zip
+from utils.parser import Parser
 from utils.run import script
 
 CIFAR = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

@@ -11,9 +11,9 @@ from torch import Tensor
 from models import build_model
 from models.pruning import channel_scales
 from utils import fail
-from utils.checkpoint import load_json
 from utils.cli import call
 from utils.data import check_count, describe, list_folder, load_folder, load_split, read_class_map
+from utils.files import load_json
 from utils.labels import OnlineLabels, StoredLabels, drawing
 from utils.processes import rank0_first
 from utils.provenance import check_classes, check_data, check_inputs, fingerprint, fingerprints, image_set

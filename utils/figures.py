@@ -16,7 +16,6 @@ above `draw_*`, which need neither package.
 import argparse
 import io
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -32,13 +31,14 @@ from torch import Tensor, nn
 from models import build_model
 from utils import fail
 from utils.augment import normalize
-from utils.cli import Parser, number, plain_name
+from utils.checkpoint import load_torch
 from utils.data import (DATASETS, describe, folder_name, list_folder, load_split, opened, read_images,
                         unreadable_fails)
+from utils.files import load_json
 from utils.losses import pooled_rows
-from utils.report import BASES, LABELS, read_results, run_name
-from utils.checkpoint import load_json, load_torch
+from utils.parser import Parser, number, plain_name
 from utils.provenance import check_classes
+from utils.report import BASES, LABELS, read_results, run_name
 from utils.run import pick_device, script
 from utils.teachers import load_teachers
 

@@ -6,8 +6,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from utils.checkpoint import load_json, whole_file
 from utils.data import list_folder, opened, unreadable_fails
+from utils.files import load_json, whole_file
 
 
 def load_result(path: Path) -> dict:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from utils import fail
 from utils.augment import apply_epoch, draw_epoch
-from utils.checkpoint import whole_file, writable
 from utils.data import load_folder, read_class_map
+from utils.files import whole_file, writable
 from utils.losses import ensemble_logits
 from utils.provenance import image_set
 from utils.run import generator, send

@@ -9,7 +9,8 @@ from torch import nn
 from models import build_model
 from models.pruning import coupled, random_channels, shrink, widths
 from utils import fail
-from utils.checkpoint import load_torch, reason
+from utils.checkpoint import load_torch
+from utils.files import reason
 from utils.processes import barrier
 from utils.provenance import AGAIN
 from utils.run import generator

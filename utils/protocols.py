@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.pruning import channel_scales, largest_scales, shrink
 from utils import fail
-from utils.checkpoint import load_json
+from utils.files import load_json
 from utils.provenance import AGAIN, check_inputs, check_same, relevant
 from utils.run import generator
 

@@ -11,8 +11,8 @@ from torchvision.utils import save_image
 
 from utils import fail
 from utils.augment import to_uint8
-from utils.checkpoint import whole_file, writable
 from utils.data import Split, folder_name, read_images
+from utils.files import whole_file, writable
 from utils.processes import barrier, rank, world_size
 from utils.provenance import image_set, relevant
 from utils.train import NonFinite

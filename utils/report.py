@@ -14,9 +14,9 @@ from importlib import import_module
 from pathlib import Path
 
 from utils import fail
-from utils.cli import Parser
+from utils.files import load_json
+from utils.parser import Parser
 from utils.presets import METHODS, SELECTIONS
-from utils.checkpoint import load_json
 from utils.provenance import NEUTRAL
 
 R18, R50, R101, CONVNET = "resnet18", "resnet50", "resnet101", "convnet_w128"
@@ -108,7 +108,7 @@ def parser_of(phase: str) -> Parser:
 
 def setting(phase: str, args: dict, flag: str):
     """What a phase ran with; of a result older than a flag the parser's default, whatever presets say."""
-    return args.get(flag, parser_of(phase).get_default(flag))
+    return args[flag] if flag in args else parser_of(phase).get_default(flag)
 
 
 def recipe(result: dict) -> dict:

@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from utils import fail
-from utils.checkpoint import Checkpoint, load_finished, load_json, save_json
+from utils.checkpoint import Checkpoint, load_finished
 from utils.cli import call, describe_choice, run_folder
+from utils.files import load_json, save_json
 from utils.processes import print_rank0, rank, signals, stop, world_size
 from utils.provenance import AGAIN, ASSUMED, relevant, with_data
 

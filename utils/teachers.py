@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from models import build_model
 from utils import fail
-from utils.checkpoint import absent, load_json, load_torch, reason
+from utils.checkpoint import load_torch
 from utils.cli import call
 from utils.closed_form import ClosedFormMatching, freeze
+from utils.files import absent, load_json, reason
 from utils.presets import UNMATCHED
 from utils.processes import print_rank0, warn
 from utils.provenance import AGAIN, check_classes, check_data, fingerprint, fingerprints

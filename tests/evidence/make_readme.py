@@ -19,13 +19,14 @@ from statistics import fmean, pstdev
 
 from tests.evidence.transfer_sets import CHOOSE, TEST
 from utils import fail
-from utils.cli import Parser, parse_args
+from utils.cli import parse_args
 from utils.data import DATASETS, look
+from utils.files import load_json, save_json
+from utils.parser import Parser
 from utils.presets import METHODS, UNMATCHED
+from utils.provenance import relevant
 from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, is_variant,
                           random_beside, read_results, run_name, shown_runs, table)
-from utils.checkpoint import load_json, save_json
-from utils.provenance import relevant
 
 FOLDER = Path(__file__).resolve().parent
 NO_RUNS = ["--run-dir", os.devnull]  # so that the page does not depend on the runs that are here

@@ -179,11 +179,12 @@ def test_best_is_paper_but_for_what_cifar10_showed_of_which_cifar100_and_shapes_
                                                                             else set())
     teachers = {("*", "teachers"), ("squeeze", "schedule")}
     precision = {place for place in BEST if place[1] == "precision"}
-    batches = {place for place in BEST if place[1] in ("batch_size", "whole_up_to")}  # PAPER has those of shapes
+    batches = {place for place in BEST if place[1] in ("batch_size", "whole_up_to")}  # of shapes in `paper` too
     assert all(row[2] is row[3] is None for place, row in BEST.items() if place not in precision)
     assert all(row[0] == row[4] for place, row in BEST.items() if place not in teachers | precision | batches)
-    for place in batches:
-        assert BEST[place][0] == PAPER[place][4] and BEST[place][4] is None
+    for phase, flag in batches:
+        assert BEST[phase, flag][0] == preset_values("paper", "shapes", phase)[flag]
+        assert BEST[phase, flag][4] is None
     assert all(row[:5] == (*["auto"] * 4, None) for place, row in BEST.items() if place in precision)
     assert all(row[0] and not any(row[1:5]) for place, row in BEST.items() if place in teachers)
     for phase in "recover", "relabel", "train_eval":

@@ -1,7 +1,7 @@
 """Recover: synthesise the distilled images (phase 3 of 5).   G-VBSM, arXiv:2311.17950, Eq. 2, 5-7, 10.
 
-Pixels start as noise and are all that is optimised. An iteration augments the batch, draws one backbone (Eq.
-7), and takes an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; Eq. 2 has CE and L_BN alone).
+Only the pixels are optimised; they start as noise (or --init). An iteration augments the batch, draws one
+backbone (Eq. 7), and takes an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; Eq. 2: CE + L_BN).
 --method sre2l, cda, scdd and teddy are other settings of the same. dm and bilp match the mean features of the
 training images in random networks (utils/dm.py); random, herding, kcenter and forgetting write real images
 (utils/selection.py).
@@ -19,7 +19,7 @@ python recover.py --dataset shapes                                         # smo
 import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial, reduce
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,10 @@ from utils import fail, one_of
 from utils.augment import apply_view, draw_view, pixel_bounds
 from utils.cli import identity_flags, parse_args
 from utils.data import describe
-from utils.dm import match_features
+from utils.dm import run_dm
 from utils.losses import class_members, data_densification, densification_closed_form
 from utils.parser import Parser, crop_name, number, number_or_auto
-from utils.passes import graphed, make_groups
+from utils.passes import graphed, make_passes
 from utils.presets import SELECTIONS, UNMATCHED
 from utils.processes import barrier, rank, shard
 from utils.recorder import Recorder
@@ -62,13 +62,8 @@ def noise(label: int, index: int, size: int, seed: int) -> Tensor:
 
 def first_images(batches: list[list[tuple]], starts: dict[tuple, Tensor], size: int, seed: int) -> Tensor:
     """What batches of (class, index) begin with: starts [3, S, S], or noise if {}.   -> [G, B, 3, S, S]"""
-    return torch.stack([torch.stack([starts[at] if starts else noise(*at, size, seed) for at in batch])
+    return torch.stack([torch.stack([starts[key] if starts else noise(*key, size, seed) for key in batch])
                         for batch in batches])
-
-
-def draw_subset(count: int, size: int, *, seed: int, slot: int) -> tuple[int, ...]:
-    """Teddy: `size` of `count` backbones, drawn by (seed, slot); all act on the slot's images."""
-    return tuple(sorted(torch.randperm(count, generator=generator("subset", seed, slot))[:size].tolist()))
 
 
 def draw_iterations(iterations: int, matchers: list, image_size: int, *, seed: int,
@@ -85,11 +80,13 @@ def draw_iterations(iterations: int, matchers: list, image_size: int, *, seed: i
     one_of("choice", choice, "uniform", "cycle")
     if subset > K:
         raise ValueError(f"a subset of {subset} is more than the {K} matchers")
-    uniform = torch.randint(K, (T,), generator=rng)                  # Eq. 7; cycle draws too: same `chance`
+    uniform = torch.randint(K, (T,), generator=rng)                  # Eq. 7; cycle too: drops the same layers
     backbones = [(k,) for k in (uniform if choice == "uniform" else torch.arange(T) % K).tolist()]
-    if subset:
-        backbones = T * [draw_subset(K, subset, seed=seed, slot=slot)]
-    chance, kept = torch.rand(T, max(len(matcher.targets) for matcher in matchers), generator=rng), []
+    if subset:                                                       # Teddy: the same in each iteration
+        drawn = torch.randperm(K, generator=generator("subset", seed, slot))[:subset]
+        backbones = T * [tuple(sorted(drawn.tolist()))]
+    chance = torch.rand(T, max(len(matcher.targets) for matcher in matchers), generator=rng)
+    kept = []
     for matcher in matchers:
         is_bn = torch.tensor([len(target) == 2 for target in matcher.targets.values()], dtype=torch.bool)
         kept.append((chance[:, :len(is_bn)] >= drop_rate) | is_bn)
@@ -101,15 +98,15 @@ def draw_iterations(iterations: int, matchers: list, image_size: int, *, seed: i
 
 
 def apply_views(pixels: Tensor, view: dict[str, Tensor]) -> Tensor:
-    """A view of each batch of pixels [G, B, 3, S, S].   -> [G*B, 3, S, S]"""
+    """A view of each batch of pixels [G, B, 3, S, S], as of an image of 3*B channels.   -> [G*B, 3, S, S]"""
     return apply_view(pixels.flatten(1, 2), view).view(-1, *pixels.shape[2:])
 
 
 def matching_gradient(matcher, labels: Tensor, ce_weight: float, pixels: Tensor, view: dict[str, Tensor],
                       kept: Tensor, state, dropped: Iterable[str] = ()) -> tuple:
-    """Eq. 2 without densification, for pixels [G, B, 3, S, S] under a view of each batch. kept, dropped: the
-    layers that act, as a mask, and those that do not, by name; state: the moving averages of Eq. 6, Eq. 10.
-    -> gradient at the pixels, losses (classification, BatchNorm, convolutions) summed over batches, state"""
+    """Gradient of CE + w (L'_BN + L'_Conv) at pixels [G, B, 3, S, S] under a view of each batch. dropped: the
+    layers left out, kept: the others, as a mask for CUDA graphs; state: moving averages of Eq. 6, Eq. 10.
+    -> gradient, losses (classification, BatchNorm, convolutions) summed over batches, new state"""
     pixels = pixels.detach().requires_grad_()
     views = apply_views(pixels, view)
     with matcher.hooks(dropped) as inputs:
@@ -126,12 +123,12 @@ def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[di
                   tau: float = 4.0, dd_scale: str = "sum", dd_on: str = "pixels", dd_autograd: bool = False,
                   unit_gradients: bool = False, averages: list | None = None,
                   gradient: Callable = matching_gradient, resume: dict | None = None) -> Iterator[tuple]:
-    """Eq. 2 with Eq. 5-7 and Eq. 10: optimise G batches at once; each moves as if alone, up to rounding.
-    images [G, B, 3, S, S] in normalised units, changed in place; labels [G, B]; matchers:
-    `ClosedFormMatching` or `Matching` of each backbone; draws: of `draw_iterations`; bounds: low, high
-    [3, 1, 1] of valid pixels. dd_on: pixels, or the view the backbones see; dd_autograd: Eq. 5 by autograd;
-    unit_gradients: scale each backbone's gradient of a batch to norm 1, so that none sets the size of Adam's
-    steps; averages: to start from, such as state()["averages"] of the batch before; resume: a state.
+    """Minimise Eq. 2, CE + L'_BN (Eq. 6) + L'_Conv (Eq. 10) + L_DD (Eq. 5), by a backbone at a time (Eq. 7).
+    images [G, B, 3, S, S] in normalised units, changed in place: G batches, each as if alone, up to rounding;
+    labels [G, B]; matchers: `ClosedFormMatching` or `Matching` of each backbone; draws: of `draw_iterations`;
+    bounds: low, high [3, 1, 1] of valid pixels. dd_on: pixels, or the view the backbones see; dd_autograd:
+    Eq. 5 by autograd; unit_gradients: scale each backbone's gradient of a batch to norm 1, so that none sets
+    the size of Adam's steps; averages: those to start from, of another state(); resume: a state().
     Yields after every Adam step: t, losses {ce, bn, conv, dd, gradient: its norm}, summed over batches, and
     state, a function that gives what to resume from. ValueError where shapes do not fit."""
     if labels.dim() != 2 or images.dim() != 5 or images.shape[:2] != labels.shape:
@@ -143,7 +140,7 @@ def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[di
     if any(len(rows) != G for draw in draws[:1] for rows in draw["view"].values()):
         raise ValueError(f"draws of other batches than the {G} groups of images; give draw_iterations "
                          f"batches=range({G})")
-    shifts = (labels.max() + 1) * torch.arange(G, device=device)[:, None]      # no class spans two batches
+    shifts = (labels.max() + 1) * torch.arange(G, device=device)[:, None]      # L_DD of each batch alone
     members = class_members((labels + shifts).flatten())
     pixels = images.detach().requires_grad_()                        # in the memory of images
     optimizer = torch.optim.Adam([pixels], lr, (0.5, 0.9), weight_decay=weight_decay, fused=pixels.is_cuda)
@@ -159,23 +156,24 @@ def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[di
 
     for t in range(first, len(draws)):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * t / len(draws))) / 2
-        view, terms = send(draws[t]["view"], device), []
+        view, total = send(draws[t]["view"], device), None
         for k in draws[t]["backbones"]:                              # Eq. 7: one; Teddy: a subset
             kept = draws[t]["kept"][k]
             dropped = [name for name, keep in zip(matchers[k].targets, kept.tolist()) if not keep]
-            slope, losses, averages[k] = gradient(matchers[k], labels, ce_weight, pixels, view,
-                                                  send(kept, device), averages[k], dropped)  # Eq. 6, Eq. 10
-            norms = torch.linalg.vector_norm(slope, dim=(1, 2, 3, 4), keepdim=True)          # of each batch
+            pixel_grad, losses, averages[k] = gradient(matchers[k], labels, ce_weight, pixels, view,
+                                                       send(kept, device), averages[k], dropped)
+            norms = torch.linalg.vector_norm(pixel_grad, dim=(1, 2, 3, 4), keepdim=True)     # of each batch
             if unit_gradients:
-                slope = slope / norms.clamp(min=1e-12)
-            terms.append((slope, *losses, norms.sum()))
-        pixels.grad, ce, bn, conv, norm = (reduce(torch.add, term) for term in zip(*terms))
+                pixel_grad = pixel_grad / norms.clamp(min=1e-12)
+            terms = pixel_grad, *losses, norms.sum()
+            total = terms if total is None else tuple(map(torch.add, total, terms))
+        pixels.grad, ce, bn, conv, norm = total
         dd = pixels.new_zeros(())
         if dd_weight and members:                                                            # Eq. 5
-            seen = pixels if dd_on == "pixels" else apply_views(pixels, view).view(pixels.shape)
-            dd = dd_weight * (sum(data_densification(x, y, tau, dd_scale) for x, y in zip(seen, labels))
+            densified = pixels if dd_on == "pixels" else apply_views(pixels, view).view(pixels.shape)
+            dd = dd_weight * (sum(data_densification(x, y, tau, dd_scale) for x, y in zip(densified, labels))
                               if dd_autograd else
-                              densification_closed_form(seen.flatten(0, 1), members, tau, dd_scale))
+                              densification_closed_form(densified.flatten(0, 1), members, tau, dd_scale))
             dd.backward()                                            # adds to the gradient
         optimizer.step()
         with torch.no_grad():
@@ -186,43 +184,46 @@ def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[di
 def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: dict[str, nn.Module],
                statistics: dict[str, dict], starts: dict[tuple, Tensor], device: torch.device) -> None:
     """Optimise all images by `recover_batch`; torchrun's processes share batches, not with --ema-carry."""
-    data = recorder.data
+    data, size = recorder.data, recorder.data["image_size"]
     batches = make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)
-    # a pass takes batches of one kind: the size, and with --subset the slot, an index or a batch's number
-    kinds = [(len(batch), args.subset and (batch[0][1] if args.loop == "original" else number))
-             for number, batch in enumerate(batches)]
+    # images of one slot share a subset of backbones: the i-th of all classes, or where reordered a batch
+    slots = [args.subset and (batch[0][1] if args.loop == "original" else i)
+             for i, batch in enumerate(batches)]
     match = partial(make_matchers, models, statistics, plain=args.statistics == "plain", alpha=args.alpha,
                     class_statistics=args.class_statistics, bn_weight=args.bn_weight,
                     conv_weight=args.conv_weight, first_multiplier=args.first_multiplier)
-    groups = make_groups(run.checkpoint, 1 if args.ema_carry else args.groups_per_step, kinds,
-                         matching_gradient, match, data["image_size"], device)
-    todo = [group for group in groups if not recorder.existing([batches[number] for number in group])]
+    passes = make_passes(run.checkpoint, 1 if args.ema_carry else args.groups_per_step,
+                         [(len(batch), slot) for batch, slot in zip(batches, slots)],
+                         matching_gradient, match, size, device)
+    todo = [numbers for numbers in passes if not recorder.load_existing([batches[i] for i in numbers])]
     barrier()                                                        # until all processes have looked
-    todo = todo * (rank() == 0) if args.ema_carry else shard(todo)
+    if args.ema_carry:                                               # process 0 goes from batch to batch
+        todo = [] if rank() else todo
+    else:
+        todo = shard(todo)
     run.start(args.iterations * sum(map(len, todo)), "iterations")
-    for group in todo:
-        together = [batches[number] for number in group]
-        images = first_images(together, starts, data["image_size"], args.seed).to(device)
+    for numbers in todo:
+        together = [batches[i] for i in numbers]
+        images = first_images(together, starts, size, args.seed).to(device)
         labels = torch.tensor([[label for label, _ in batch] for batch in together], device=device)
         matchers = match(labels)
-        draws = draw_iterations(args.iterations, matchers, data["image_size"], seed=args.seed, batches=group,
-                                choice=args.choice, subset=args.subset, slot=kinds[group[0]][1],
+        draws = draw_iterations(args.iterations, matchers, size, seed=args.seed, batches=numbers,
+                                choice=args.choice, subset=args.subset, slot=slots[numbers[0]],
                                 drop_rate=args.drop_rate, crop=args.crop, flip=args.flip, roll=args.roll)
         names = ["+".join(list(models)[k] for k in draw["backbones"]) for draw in draws]
-        gradient = graphed(matching_gradient) if args.cuda_graphs else matching_gradient
-        resume, state = recorder.begin(group, together, args.iterations, names), None
+        resume, state = recorder.begin(numbers, together, args.iterations, names), None
         for t, losses, state in recover_batch(
                 images, labels, matchers, draws, bounds=send(pixel_bounds(data["mean"], data["std"]), device),
                 lr=args.lr, weight_decay=args.weight_decay, dd_weight=args.dd_weight, dd_scale=args.dd_scale,
                 dd_on=args.dd_on, dd_autograd=args.statistics == "plain", unit_gradients=args.unit_gradients,
-                averages=run.checkpoint.read(f"averages{group[0] - 1}") if args.ema_carry else None,
-                gradient=gradient, resume=resume):
+                averages=run.checkpoint.read(f"averages{numbers[0] - 1}") if args.ema_carry else None,
+                gradient=graphed(matching_gradient) if args.cuda_graphs else matching_gradient,
+                resume=resume):
             recorder.step(t, losses, images, state)
         if args.ema_carry:
-            run.checkpoint.save((state() if state else resume)["averages"], f"averages{group[0]}")
-            run.checkpoint.drop(f"averages{group[0] - 2}")
+            run.checkpoint.save((state() if state else resume)["averages"], f"averages{numbers[0]}")
+            run.checkpoint.drop(f"averages{numbers[0] - 2}")
         recorder.write(images)
-    recorder.close(batches)
 
 
 def get_parser():
@@ -231,20 +232,20 @@ def get_parser():
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     add = parser.add_argument_group("method").add_argument
     add("--alpha", type=share, default=0.8, help="weight of the past in batch statistics, 0 = off [alpha]")
-    add("--ema-carry", **switch, help="carry these averages from one batch to the next, one after another")
+    add("--ema-carry", **switch, help="carry the averages of Eq. 6 from batch to batch, one after another")
     add("--drop-rate", type=share, default=0.4, help="chance to skip a convolution's statistics [beta_dr]")
     add("--bn-weight", type=weight, default=0.01, help="of BatchNorm statistics, 0 = off [L'_BN]")
     add("--conv-weight", type=weight, default=0.01, help="of convolution statistics, 0 = off [L'_Conv]")
     add("--first-multiplier", type=weight, default=10.0, help="of the first layer's statistics, 1 = off")
     add("--dd-weight", type=weight, default=1.0, help="of data densification, 0 = off [L_DD]")
-    add("--dd-scale", choices=["sum", "mean"], default="sum", help="Gram matrix; mean: by its dimension")
-    add("--dd-on", choices=["pixels", "view"], default="pixels", help="densified; view: augmented, Eq. 4")
+    add("--dd-scale", choices=["sum", "mean"], default="sum", help="Eq. 5; mean: Gram / row length")
+    add("--dd-on", choices=["pixels", "view"], default="pixels", help="Eq. 4; view: augmented")
     add("--loop", choices=["reorder", "original"], default="reorder", help="grouping of images, Fig. 4")
     add("--choice", choices=["uniform", "cycle"], default="uniform", help="of an iteration's backbone, Eq. 7")
     add("--unit-gradients", **switch, help="scale each backbone's gradient of a batch to norm 1, before L_DD")
-    add("--subset", type=count, default=0, help="backbones of a slot, all act [S_i of Teddy]; 0 = one, Eq. 7")
-    add("--class-statistics", **switch, help="match those of the mixture of classes in a batch [Teddy]")
-    add("--statistics", choices=["closed", "plain"], default="closed", help="Eq. 6, Eq. 10; plain: autograd")
+    add("--subset", type=count, default=0, help="backbones that act together [|S_i|, Teddy]; 0 = one, Eq. 7")
+    add("--class-statistics", **switch, help="targets: those of the classes in a batch, mixed [Teddy]")
+    add("--statistics", choices=["closed", "plain"], default="closed", help="Eqs. 5, 6, 10; plain: autograd")
     add("--adaptive-ratio", type=number(float, 0, 0.9), default=0.0, help="share of real images cut [BiLP]")
     add("--adaptive-period", type=number(int, 1), default=10, help="iterations from cut to cut [BiLP]")
     add = parser.add_argument_group("start and augmentation of the images").add_argument
@@ -257,12 +258,11 @@ def get_parser():
     add("--roll", type=count, default=0, help="augmentation: circular shift of up to so many pixels, 0 = off")
     add = parser.add_argument_group("optimization").add_argument
     add("--iterations", type=number(int, 1), default=4000, help="Adam steps for each batch; SGD steps of dm")
-    add("--batch-size", type=number(int, 1), default=50,
-        help="images optimised together; of dm and bilp: real images of a class in an iteration")
+    add("--batch-size", type=number(int, 1), default=50, help="images; of dm, bilp: real ones of a class")
     add("--lr", type=weight, default=0.05, help="Adam learning rate, cosine to 0; of dm constant")
     add("--weight-decay", type=weight, default=0.0, help="of Adam, 0 = off")
     add("--groups-per-step", type=number_or_auto(int, 1), default="auto",
-        help="batches in one pass, auto: as many as fill a GPU; the paper's 1 gives the same up to rounding")
+        help="batches in one pass, auto: as many as fill a GPU; the same up to rounding")
     add("--cuda-graphs", **switch, help="replay a pass as one launch; for GPUs that wait for the host")
     return parser
 
@@ -290,9 +290,8 @@ def main(argv=None):
         elif rank() == 0:                                            # dm and bilp
             by_class = make_batches(len(data["classes"]), args.ipc, args.ipc, "reorder")
             images = first_images(by_class, real.starts, data["image_size"], args.seed).to(device)
-            match_features(recorder, real, by_class, images, iterations=args.iterations, seed=args.seed,
-                           lr=args.lr, real_batch=args.batch_size, ratio=args.adaptive_ratio,
-                           period=args.adaptive_period)
+            run_dm(recorder, real, by_class, images, iterations=args.iterations, seed=args.seed, lr=args.lr,
+                   real_batch=args.batch_size, ratio=args.adaptive_ratio, period=args.adaptive_period)
         return recorder.finish(records, statistics)
 
 

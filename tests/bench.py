@@ -41,7 +41,7 @@ from utils.labels import LabelWriter, RowFile, StoredLabels
 from utils.losses import mse_gt_loss
 from utils.run import generator, pick_device
 from utils.stats import Matching, layer_inputs, layer_weights, matched_layers
-from utils.train import Graphed, NonFinite, Training, channels_last
+from utils.train import Graphed, NonFinite, Training, channels_last, with_precision
 
 UNITS = [[0.49, 0.48, 0.45], [0.25, 0.24, 0.26]]
 DATA = {"classes": [str(label) for label in range(10)], "image_size": 32, "mean": UNITS[0], "std": UNITS[1]}
@@ -309,6 +309,35 @@ def bench_squeeze(rounds, quick, device):
         yield f"{name}, {count} images by 64", {**ratio(times), "bare/channels_first": times[1] / times[2]}
 
 
+def bench_precision(rounds, quick, device):
+    """--precision bf16: how many times as fast as float32 are a training step of 64 images (squeeze.py) and
+    of 25 (train_eval.py), the labels of 100 (relabel.py) and a frozen network's pass of 50 (recover.py)."""
+    for name in ("convnet_w8", "wrn10_1") if quick else CIFAR:
+        functions = []
+        for precision in "fp32", "bf16":
+            trained = with_precision(network(name).to(device), device, precision)
+            fixed = frozen(name, device)[0]
+            matched, labelling = (with_precision(model, device, precision)
+                                  for model in (freeze(deepcopy(fixed)), channels_last(fixed)))
+            optimizer = torch.optim.SGD(trained.parameters(), lr=0.0)
+            large, small = (training_steps(trained, optimizer, [(torch.randn(count, 3, 32, 32, device=device),
+                            torch.arange(count, device=device) % 10)], F.cross_entropy) for count in (64, 25))
+            images = torch.randn(100, 3, 32, 32, device=device)
+
+            def label(model=labelling, images=images):
+                with torch.inference_mode():
+                    model(images)
+
+            def step(model=matched, images=images[:50]):
+                leaf = images.clone().requires_grad_()
+                F.cross_entropy(model(leaf), torch.arange(50, device=device) % 10).backward()
+
+            functions.append([large, small, label, step])
+        times = interleaved([function for pair in zip(*functions) for function in pair], rounds)
+        yield name, {what: times[2 * i] / times[2 * i + 1] for i, what
+                     in enumerate(("squeeze", "train_eval", "relabel", "recover"))}
+
+
 def bench_augment(rounds, quick, device):
     """Batched crops, flips and normalisation of utils/augment.py, draws included, against torchvision's on
     PIL images."""
@@ -394,9 +423,9 @@ def label(images, units, models, size, classes, epochs, folder):
 
 
 BENCHES = {"recover": bench_recover, "passes": bench_passes, "keeping": bench_keeping,
-           "relabel": bench_relabel,
-           "train_eval": bench_train_eval, "squeeze": bench_squeeze, "augment": bench_augment,
-           "labels": bench_labels, "scale": bench_scale}
+           "relabel": bench_relabel, "train_eval": bench_train_eval, "squeeze": bench_squeeze,
+           "precision": bench_precision, "augment": bench_augment, "labels": bench_labels,
+           "scale": bench_scale}
 
 
 def main(argv=None):

@@ -19,7 +19,7 @@ def threads():
 def test_a_bench_prints_a_ratio_for_each_case(name, capsys):
     bench.main([name, "--quick", "--rounds", "1", "--json"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    measured = {"recover": "drop 0", "scale": "few_mb"}.get(name, "ratio")
+    measured = {"recover": "drop 0", "scale": "few_mb", "precision": "squeeze"}.get(name, "ratio")
     assert rows and all(row["bench"] == name and row[measured] > 0 and row["torch"] == torch.__version__
                         for row in rows)
 

@@ -6,6 +6,7 @@ import math
 import shutil
 from argparse import Namespace
 from contextlib import redirect_stderr
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -305,13 +306,20 @@ def test_the_later_a_pruned_teacher_the_more_fine_tuning_it_has():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)  # in the last of its epochs
 
 
+def draw_subset(count, size, *, seed, slot):
+    matchers = count * [SimpleNamespace(targets={})]
+    draws = recover.draw_iterations(3, matchers, 32, seed=seed, subset=size, slot=slot)
+    assert len({draw["backbones"] for draw in draws}) == 1
+    return draws[0]["backbones"]
+
+
 def test_a_subset_of_the_pool_belongs_to_a_slot_and_all_slots_together_use_the_pool():
-    drawn, again = ([recover.draw_subset(8, 3, seed=0, slot=slot) for slot in range(50)] for _ in range(2))
+    drawn, again = ([draw_subset(8, 3, seed=0, slot=slot) for slot in range(50)] for _ in range(2))
     assert drawn == again and len(set(drawn)) > 20
     assert all(len(set(one)) == 3 and one == tuple(sorted(one)) for one in drawn)
     counts = np.bincount(np.concatenate(drawn), minlength=8)
     assert counts.min() > 8 and counts.max() < 32
-    assert [recover.draw_subset(8, 3, seed=1, slot=slot) for slot in range(2)] != drawn[:2]
+    assert [draw_subset(8, 3, seed=1, slot=slot) for slot in range(2)] != drawn[:2]
 
 
 def test_the_losses_of_a_subset_are_summed_in_every_iteration():
@@ -321,8 +329,8 @@ def test_the_losses_of_a_subset_are_summed_in_every_iteration():
                 for model in models]
     pixels, labels, seen = torch.randn(1, 4, 3, 16, 16), torch.arange(4)[None], []
     draws = recover.draw_iterations(2, matchers, 16, seed=0, subset=2, slot=5, crop="none")
-    chosen, settings = recover.draw_subset(3, 2, seed=0, slot=5), dict(bounds=2 * [torch.zeros(3, 1, 1)],
-                                                                       lr=0.1, dd_weight=0.0)
+    chosen = draw_subset(3, 2, seed=0, slot=5)
+    settings = dict(bounds=2 * [torch.zeros(3, 1, 1)], lr=0.1, dd_weight=0.0)
     settings["bounds"] = [bound + side for bound, side in zip(settings["bounds"], (-2, 2))]
     images = pixels.clone()
     for t, losses, _ in recover.recover_batch(images, labels, matchers, draws, **settings):

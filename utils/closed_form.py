@@ -14,16 +14,17 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.stats import _float32, check_input, checked_targets, layer_inputs, require_eval, whole_patches
+from utils.stats import (at_least_float32, check_input, checked_targets, layer_inputs, require_eval,
+                         whole_patches)
 
 
 def _batch_moments(x, groups):
     """x [groups*B, C, H, W] -> mean, biased variance over B of every pixel of every channel, each [groups, C,
     H, W]."""
-    order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2   # as x lies
+    order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2   # as in memory
     x = x.permute(order)
-    rows, shape = _float32(x).flatten(1), (groups, *x.shape[1:])
-    if x.device.type == "cpu":  # as many channels: a tenth of the time of var_mean
+    rows, shape = at_least_float32(x).flatten(1), (groups, *x.shape[1:])
+    if x.device.type == "cpu":  # each pixel as a BatchNorm's channel: a tenth of the time of var_mean
         moments = [torch.batch_norm_update_stats(group, None, None, 0.0) for group in rows.chunk(groups)]
         mean, var = map(torch.stack, zip(*moments)) if groups > 1 else moments[0]
     else:
@@ -60,7 +61,7 @@ def bn_stats(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
 class Inject(torch.autograd.Function):
     """Identity on x whose backward pass adds the gradient of the statistics at x. terms, a dict filled after
     the forward pass: `affine_terms` of the channels under 0, [2, groups, C], of the patches under 2, [2,
-    groups, patches]. ValueError while it is empty, or the gradient would lack them without a word."""
+    groups, patches]. ValueError while it is empty, as the gradient would lack them silently."""
 
     @staticmethod
     def forward(ctx, x: Tensor, terms: dict, patch: int) -> Tensor:
@@ -92,7 +93,7 @@ def _add_affine(grad, x, channels, patches, patch):
     B*C*patch*patch. channels, patches (or None): scale and shift, [2, groups, C] and [2, groups, number of
     patches]"""
     (C, H, W), groups = x.shape[1:], channels.shape[1]
-    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format              # as x lies
+    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
     spread = torch.empty(2 * groups, C, H, W, dtype=channels.dtype, device=x.device, memory_format=layout)
     both = spread.unflatten(0, (2, groups))
     if patches is None:
@@ -156,10 +157,10 @@ def freeze(model: nn.Module) -> nn.Module:
     """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding, and
     nothing in it is trainable any more. Every BatchNorm2d becomes a `FrozenNorm`, and a convolution takes it
     into its weights where torch.fx can tell that nobody else reads what the convolution gives, and where no
-    gain is so small that the norm's input could not be told from its output. Maps lie in memory with their
-    channels last, except between GroupNorms, whose backward pass is several times slower so. A frozen model
-    is returned as it is; its weights fit no other model, so state_dict() raises ValueError, as does train
-    mode."""
+    gain is so small that the norm's input could not be told from its output. The model is put into
+    channels_last layout, unless it has a GroupNorm, whose backward pass is several times slower in it. A
+    frozen model is returned as it is; its weights fit no other model, so state_dict() raises ValueError, as
+    does train mode."""
     require_eval(model)
     model.requires_grad_(False)
     layers = dict(model.named_modules())
@@ -210,8 +211,9 @@ class ClosedFormMatching:
     def __init__(self, model, targets, weights, *, alpha=0.8, patch=4):
         self.model, self.alpha, self.patch, self.terms = model, alpha, patch, {}
         layers, self.targets = dict(model.named_modules()), checked_targets(model, targets, weights)
-        # All statistics stand in a row, segment after segment, a layer's channels (kind 0) or its patches
-        # (kind 2); there is a row of means and one of variances.
+        # A row of means and one of variances, segment after segment, of a layer's channels (kind 0) or its
+        # patches (kind 2):   conv1 channels | conv1 patches | bn1 channels | ...
+        # segment[i]: the segment of entry i; owner[s]: the layer of segment s
         self.segments = [(name, kind) for name, target in self.targets.items()
                          for kind in range(0, len(target), 2)]
         pairs = [torch.stack(self.targets[name][kind:kind + 2]) for name, kind in self.segments]
@@ -227,8 +229,8 @@ class ClosedFormMatching:
         self.is_bn = torch.tensor([len(self.targets[name]) == 2 for name, _ in self.segments], device=device)
         # a folded norm's input comes mapped: (input - offset) * unit is what it was
         self.offset, self.unit = torch.zeros_like(self.target[:, :1]), torch.ones_like(self.target[:, :1])
-        views = (row.split(self.sizes, dim=2) for row in (self.offset, self.unit))
-        for (name, _), offset, unit in zip(self.segments, *views):
+        rows = (row.split(self.sizes, dim=2) for row in (self.offset, self.unit))
+        for (name, _), offset, unit in zip(self.segments, *rows):
             if getattr(layer := layers[name], "folded", False):
                 offset[0], unit[0], unit[1] = layer.offset, 1 / layer.gain, 1 / layer.gain ** 2
 
@@ -252,15 +254,16 @@ class ClosedFormMatching:
     def inject(self, inputs: dict[str, Tensor], state: tuple[Tensor, Tensor],
                kept: Tensor | None = None) -> tuple[Tensor, Tensor, tuple]:
         """Measure the inputs, move the averages, and hand each tensor the gradient of its terms.
-        kept: bool [layers], where a layer is dropped though its input is given; default: none is."""
-        ema, seen = state
+        kept: bool [layers], False for a layer that is left out though its input was collected, as a CUDA
+        graph must; default: every collected one counts."""
+        ema, started = state
         if not inputs:                                      # every layer dropped, or none has a weight
             return self.target.new_zeros(()), self.target.new_zeros(()), state
         if any(id(x) not in self.terms for x in inputs.values()):
             raise ValueError("the inputs are not those of hooks(); run the model within `with "
                              "matching.hooks() as inputs`")
         if kept is None:
-            kept = torch.tensor([name in inputs for name in self.targets], device=seen.device)
+            kept = torch.tensor([name in inputs for name in self.targets], device=started.device)
         groups = ema.shape[1]
         for name, x in inputs.items():
             check_input(name, x, self.targets[name], self.patch, groups)
@@ -270,8 +273,9 @@ class ClosedFormMatching:
         pairs = [statistics[id(inputs[name])][kind:kind + 2] if name in inputs else past  # dropped: as it was
                  for (name, kind), past in zip(self.segments, ema.split(self.sizes, dim=2))]
         measured = torch.stack([torch.cat(row, dim=1) for row in zip(*pairs)])
-        momentum = torch.where(kept, self.alpha * seen.to(ema), 1)[self.owner][self.segment]
-        ema = torch.lerp((measured - self.offset) * self.unit, ema, momentum)
+        # Eq. 13: the past has weight 0 at first, then alpha; 1 where a layer is dropped
+        past = torch.where(kept, self.alpha * started.to(ema), 1)[self.owner][self.segment]
+        ema = torch.lerp((measured - self.offset) * self.unit, ema, past)
         weight = self.weight * kept[self.owner]
         norms, slope = segment_norms((ema - self.target).flatten(0, 1), self.segment, len(self.sizes), weight)
         slope = slope.view_as(ema) * self.unit
@@ -283,7 +287,7 @@ class ClosedFormMatching:
         for shared in self.terms.values():
             shared["injected"] = True
         losses = (norms * weight).sum(0)
-        return (losses * self.is_bn).sum(), (losses * ~self.is_bn).sum(), (ema, seen | kept)
+        return (losses * self.is_bn).sum(), (losses * ~self.is_bn).sum(), (ema, started | kept)
 
 
 def segment_norms(difference: Tensor, segment: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,20 +26,20 @@ def dm_loss(real: Tensor, synthetic: Tensor) -> Tensor:
 
 
 def ite_norms(embed: Callable, synthetic: Tensor, features: Tensor, products: int = 16) -> Tensor:
-    """||ITE||_2 of the N real images of a class with these features [N, d], as BiLP defines it for the loss L
-    of `dm_loss`, with synthetic [n, 3, S, S] as D_s:
+    """||ITE||_2, the effect of one real image on the gradient, of the N real images of a class with these
+    features [N, d], as BiLP defines it for the loss L of `dm_loss`, with synthetic [n, 3, S, S] as D_s:
         ITE(x) = d L(D_r, D_s) / d D_s - d L(D_r without x, D_s) / d D_s,
     by a forward pass, a vector-Jacobian and a Jacobian-vector product of `products` copies of D_s, whatever N
     is.   -> [N]
 
     dL/dD_s = -2 J^T (m_r - m_s), J the Jacobian of m_s = mean embed(D_s), is linear in m_r, and leaving x_i
-    out moves m_r by
-    -a_i / (N - 1), a_i = f_i - m_r. So the Taylor form is exact (a factor (N - 1) / N where the samples'
-    weight 1 / N stays):
+    out moves m_r by -a_i / (N - 1), a_i = f_i - m_r. So the Taylor form is exact (a factor (N - 1) / N where
+    the samples' weight 1 / N stays):
         ITE_i = -2 / (N - 1) J^T a_i,      ||ITE_i||^2 = 4 / (N - 1)^2  a_i^T M a_i,      M = J J^T.
-    M is applied to the `products` leading principal directions B of the a_i, two power iterations from the
-    first of them. With a = B c + r, the terms c^T (B^T M B) c + 2 r^T (M B) c are exact; the last, r^T M r,
-    is taken for the least of the b^T M b times |r|^2. From N - 1 directions on r = 0, and all is exact.
+    M is applied to the leading principal directions B of the a_i, found by two power iterations that start at
+    the first `products` of the a_i. With a = B c + r, the terms c^T (B^T M B) c + 2 r^T (M B) c are exact;
+    the last, r^T M r, is approximated by (min over b of b^T M b) |r|^2. With N - 1 or more directions r = 0,
+    and all is exact.
     """
     N, n = len(features), len(synthetic)
     if N == 1:
@@ -48,17 +48,17 @@ def ite_norms(embed: Callable, synthetic: Tensor, features: Tensor, products: in
     basis = centred[:products].T
     for _ in range(2):
         basis = torch.linalg.qr(centred.T @ (centred @ basis)).Q     # [d, K]
-    image = []
+    mapped = []                                                      # M b of each direction b
     for directions in basis.T.split(max(1, COPIES // n)):
         copies = synthetic.detach().repeat(len(directions), 1, 1, 1).requires_grad_()
         cotangent = directions.repeat_interleave(n, 0).requires_grad_()
         pulled, = torch.autograd.grad(embed(copies), copies, cotangent / n, create_graph=True)       # J^T b
         pushed, = torch.autograd.grad(pulled, cotangent, pulled.detach())  # linear in b: J J^T b
-        image.append(pushed.unflatten(0, (-1, n)).sum(1))
-    image = torch.cat(image)  # M b, [K, d]
-    inner, along = image @ basis, centred @ basis
+        mapped.append(pushed.unflatten(0, (-1, n)).sum(1))
+    mapped = torch.cat(mapped)                                       # [K, d]
+    inner, along = mapped @ basis, centred @ basis
     rest = centred - along @ basis.T
-    squared = ((along @ inner) * along).sum(1) + 2 * (along * (rest @ image.T)).sum(1)
+    squared = ((along @ inner) * along).sum(1) + 2 * (along * (rest @ mapped.T)).sum(1)
     squared = squared + inner.diagonal().min() * rest.square().sum(1)
     return 2 / (N - 1) * squared.clamp(min=0).sqrt()
 
@@ -73,10 +73,9 @@ def new_pruning(num_classes: int, num_images: int) -> dict[str, Tensor]:
 
 def prune(state: dict[str, Tensor], label: int, index: Tensor, norms: Tensor, ratio: float,
           momentum: float = 0.1) -> Tensor:
-    """Take in ||ITE|| [N] of the real images index [N] of a class. Their running mean, and the running mean
-    of their squared distance from it, move by `momentum` (the first ones are set), and of these images those
-    are kept that lie between the quantiles ratio/2 and 1 - ratio/2 of the normal distribution with these
-    moments; all where that is none. Changes state.   -> bool [N]
+    """Update the class's running mean and variance by ||ITE|| [N] of its real images index [N], then keep the
+    images between the quantiles ratio/2 and 1 - ratio/2 of the normal distribution with these moments, or all
+    where none lies there. Changes state.   -> bool [N]
 
     The supplement does not say how the ratio is shared between the tails; halves are ours. So is the variance
     about the running mean: norms differ between networks as well as within a batch, and a batch's own
@@ -110,10 +109,10 @@ def match_distributions(images: Tensor, members: list[Tensor], split: Split, uni
     """DM for all classes: images [classes, ipc, 3, S, S] in normalised units, changed in place and, as in the
     original, not clamped. members: the real images of each class in `split`; units: (mean, std) of their
     normalisation. An iteration's network is a function of (seed, iteration), a class's real images and
-    augmentation of the class too. With a ratio, every `period` iterations the real images are drawn from all,
-    scored, and those that fall out are left out; otherwise they are drawn from those kept, so that none is
-    lost for ever. products: of `ite_norms`; 16 err by 6 % in rank, 32 by 3 %. Yields after every step of SGD
-    t, losses (dm, and the share of real images kept), and state() to resume from."""
+    augmentation of the class too. With a ratio, every `period` iterations the real images are drawn from all
+    and scored anew, so that none is lost for ever; in between only kept ones are drawn. products: of
+    `ite_norms`; 16 err by 6 % in rank, 32 by 3 %. Yields after every step of SGD t, losses (dm, and the share
+    of real images kept), and state() to resume from."""
     pixels = images.detach().requires_grad_()                        # the same memory
     optimizer = torch.optim.SGD([pixels], lr=lr, momentum=0.5)
     pixels.grad, pruning, first = torch.zeros_like(pixels), new_pruning(len(members), len(split)), 0
@@ -146,7 +145,7 @@ def match_distributions(images: Tensor, members: list[Tensor], split: Split, uni
             "iterations": t + 1, "pixels": pixels.detach(), "sgd": optimizer.state_dict(), "pruning": pruning}
 
 
-def match_features(recorder: Recorder, real: RealImages, by_class: list[list[tuple]], images: Tensor, *,
+def run_dm(recorder: Recorder, real: RealImages, by_class: list[list[tuple]], images: Tensor, *,
                    iterations: int, **settings) -> None:
     """`match_distributions` as recover.py runs it: logged, saved and written.
     by_class: [[(class, index), ...], ...] of images [classes, ipc, 3, S, S]"""

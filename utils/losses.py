@@ -12,7 +12,7 @@ def sds_match(current: torch.Tensor, target: torch.Tensor, ema: torch.Tensor | N
         ema' = alpha * ema + (1 - alpha) * current        (ema None, the first batch: ema' = current)
         loss = sum over groups of || current - target - sg(current - ema') ||_2
 
-    current [groups, n], target [n], ema like current or None. alpha = 0 is Eq. 1, no smoothing.
+    current [groups, n], target [n] or [groups, n], ema like current or None. alpha = 0 is Eq. 1.
     Returns the scalar loss and ema', detached. The loss has the value of || ema' - target ||_2; its gradient
     reaches `current` with weight 1, not 1 - alpha (Eq. 15), and is 0 where the norm is 0.
     """
@@ -37,7 +37,7 @@ def pooled_rows(images: torch.Tensor, scale: str = "sum") -> torch.Tensor:
 def data_densification(images: torch.Tensor, labels: torch.Tensor, tau: float = 4.0,
                        scale: str = "sum") -> torch.Tensor:
     """Eq. 5: sum over classes of KL( sg(softmax(lambda / tau)) || softmax(lambda) ), lambda the eigenvalues
-    of the Gram matrix of the class.   images [B, C, H, W], labels [B] -> scalar; exactly 0 for one a class"""
+    of the Gram matrix of the class.   images [B, C, H, W], labels [B] -> scalar; 0 with one image a class"""
     rows = pooled_rows(images, scale)
     loss = rows.new_zeros(())
     for label in labels.unique():

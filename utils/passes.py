@@ -9,25 +9,25 @@ from utils.checkpoint import Checkpoint
 from utils.processes import barrier, rank, world_size
 from utils.train import Graphed
 
-FILLING = 1 << 22       # pixels in a pass that leave no GPU idle, so 81 batches of 50 at 32x32; an estimate
+SATURATING_PIXELS = 1 << 22      # in a pass that leaves no GPU idle: 81 batches of 50 at 32x32; an estimate
 
 
-def make_groups(checkpoint: Checkpoint, asked: int | str, kinds: list[tuple], gradient: Callable,
+def make_passes(checkpoint: Checkpoint, asked: int | str, kinds: list[tuple], gradient: Callable,
                 match: Callable, image_size: int, device: torch.device) -> list[list[int]]:
-    """Numbers of the batches that share a pass, neighbours of one kind; kept with the unfinished work, so
-    that all processes have the same.
-    asked: how many, or auto: as many as fill a GPU; kinds: (number of images, anything) of each batch;
+    """Numbers of the batches that share a pass, neighbours of one kind; saved with the unfinished work, so
+    that every process and every restart has the same.
+    asked: how many, or auto: as many as fill a GPU; kinds: (number of images, slot) of each batch;
     gradient: `recover.matching_gradient`; match: function(labels [1, B]) -> matchers"""
     if rank() == 0 and (checkpoint.read("passes") or {}).get("asked") != asked:
-        groups = []
-        for kind, alike in groupby(range(len(kinds)), key=lambda number: kinds[number]):
+        passes = []
+        for kind, alike in groupby(range(len(kinds)), key=lambda i: kinds[i]):
             alike, size = list(alike), asked
             if asked == "auto":
                 matchers = match(torch.zeros(1, kind[0], dtype=torch.long, device=device))
                 size = min(fitting_groups(gradient, matchers, kind[0], image_size, device),
                            math.ceil(len(alike) / world_size()))
-            groups += [alike[first:first + size] for first in range(0, len(alike), size)]
-        checkpoint.save({"asked": asked, "groups": groups}, "passes")
+            passes += [alike[first:first + size] for first in range(0, len(alike), size)]
+        checkpoint.save({"asked": asked, "groups": passes}, "passes")
     barrier()
     return checkpoint.read("passes")["groups"]
 
@@ -48,7 +48,7 @@ def fitting_groups(gradient: Callable, matchers: list, batch_size: int, image_si
         needed = max(needed, torch.cuda.max_memory_allocated(device) - before)
     torch.cuda.empty_cache()
     return max(1, min(int(0.8 * torch.cuda.mem_get_info(device)[0] / needed),
-                      FILLING // pixels[0, :, 0].numel()))
+                      SATURATING_PIXELS // pixels[0, :, 0].numel()))
 
 
 def graphed(gradient: Callable) -> Callable:
@@ -57,14 +57,14 @@ def graphed(gradient: Callable) -> Callable:
     pool, graphs = torch.cuda.graph_pool_handle(), {}
 
     def replayed(matcher, labels, ce_weight, pixels, view, kept, state, dropped=()):
-        def flat(pixels, kept, ema, seen, *rows):
-            slope, losses, new = gradient(matcher, labels, ce_weight, pixels, dict(zip(view, rows)), kept,
-                                          (ema, seen))
-            return slope, *losses, *new
-
         if id(matcher) not in graphs:
+            def flat(pixels, kept, ema, started, *rows):
+                pixel_grad, losses, new = gradient(matcher, labels, ce_weight, pixels, dict(zip(view, rows)),
+                                                   kept, (ema, started))
+                return pixel_grad, *losses, *new
+
             graphs[id(matcher)] = Graphed(flat, pool)
-        slope, *losses, ema, seen = graphs[id(matcher)](pixels.detach(), kept, *state, *view.values())
-        return slope, tuple(losses), (ema, seen)
+        pixel_grad, *losses, ema, started = graphs[id(matcher)](pixels.detach(), kept, *state, *view.values())
+        return pixel_grad, tuple(losses), (ema, started)
 
     return replayed

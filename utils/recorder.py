@@ -28,7 +28,7 @@ class Recorder:
     for t, losses, state in recover_batch(..., resume=state):
         recorder.step(t, losses, images, state)                      # log, picture, progress, saved state
     recorder.write(images)                                           # the files
-    recorder.close(batches)
+    recorder.finish(records, statistics)                             # result.json
 
     run: a `Run` at work, with a progress line; batches: lists of (class, index)
     """
@@ -41,20 +41,20 @@ class Recorder:
     def file(self, label: int, index: int) -> Path:
         return self.images / folder_name(self.data["classes"][label]) / f"{index:05d}.png"
 
-    def existing(self, batches: list[list[tuple[int, int]]]) -> bool:
-        """Whether all these images exist; those that do are in the picture."""
-        files = {image: self.file(*image) for batch in batches for image in batch}
-        found = {image: path for image, path in files.items() if path.exists()}
-        for image, path in found.items():
-            if self.grid.place(*image):
-                self.grid.add([image], read_images([path], *2 * [self.data["image_size"]], workers=0))
+    def load_existing(self, batches: list[list[tuple[int, int]]]) -> bool:
+        """Whether all these images exist; brings those that do into the picture."""
+        files = {key: self.file(*key) for batch in batches for key in batch}
+        found = {key: path for key, path in files.items() if path.exists()}
+        for key, path in found.items():
+            if self.grid.place(*key):
+                self.grid.add([key], read_images([path], *2 * [self.data["image_size"]], workers=0))
         return len(found) == len(files)
 
     def begin(self, numbers: list[int], batches: list[list[tuple[int, int]]], iterations: int,
               backbones: list[str] | None = None) -> dict | None:
         """numbers: of the batches optimised together; backbones: by iteration   -> saved state, or None"""
         self.numbers, self.iterations, self.backbones = numbers, iterations, backbones
-        self.members = [image for batch in batches for image in batch]
+        self.keys = [key for batch in batches for key in batch]
         self.piece, self.nonfinite = f"batch{numbers[0]}", None
         state = self.run.checkpoint.read(self.piece)
         if state and state["numbers"] != numbers:                    # another --groups-per-step
@@ -64,7 +64,7 @@ class Recorder:
 
     def step(self, t: int, losses: dict[str, Tensor], images: Tensor, state: Callable) -> None:
         """Iteration t: losses, sums over the batches; images [G, B, 3, S, S]; state(): to resume from."""
-        finite = [name for name in losses if name not in ("gradient", "kept")]
+        finite = [name for name in losses if name not in ("gradient", "kept")]  # these follow from the rest
         self.nonfinite = self.nonfinite or NonFinite([*finite, "pixel"], images.device)
         self.nonfinite.update(t, *(losses[name] for name in finite), images.detach().sum())
         every = max(1, self.iterations // 100)
@@ -94,42 +94,39 @@ class Recorder:
     def show(self, images: Tensor) -> Tensor:
         """Bring images [G, B, 3, S, S] into the picture.   -> uint8 [G*B, 3, S, S]"""
         images = to_uint8(images.flatten(0, 1), self.data["mean"], self.data["std"])
-        self.grid.add(self.members, images)
+        self.grid.add(self.keys, images)
         self.grid.save()
         return images
 
     def write(self, images: Tensor) -> None:
         """Save the finished images [G, B, 3, S, S]; their state is not needed any more."""
-        for member, image in zip(self.members, self.show(images)):
-            save_png(self.file(*member), image)
+        for key, image in zip(self.keys, self.show(images)):
+            save_png(self.file(*key), image)
         self.run.checkpoint.drop(self.piece)
 
     def copy(self, split: Split, chosen: list[Tensor]) -> None:
         """Write the chosen real images of a split, class by class.   chosen: [LongTensor [ipc]]"""
         self.run.start(len(chosen), "classes")
         for label, rows in enumerate(chosen):
-            members, images = [(label, index) for index in range(len(rows))], split.read(rows)
-            for member, image in zip(members, images):
-                save_png(self.file(*member), image)
-            self.grid.add(members, images)
+            keys, images = [(label, index) for index in range(len(rows))], split.read(rows)
+            for key, image in zip(keys, images):
+                save_png(self.file(*key), image)
+            self.grid.add(keys, images)
             self.run.step(self.data["classes"][label], dict)         # no state: choosing again is quick
 
-    def close(self, batches: list[list[tuple[int, int]]]) -> None:
-        """When all processes are done: one log, and one picture with the images of all `batches`."""
-        barrier()
-        if rank() == 0:
-            self.log.merge()
-            if world_size() > 1:
-                self.existing(batches)
-            self.grid.save()
-
     def finish(self, records: dict[str, dict], statistics: dict[str, dict]) -> dict | None:
-        """The last act of recover.py, of process 0.   records, statistics: {backbone: what is stored}"""
+        """When all processes are done: one log, one picture of all their images, and the result file.
+        records, statistics: {backbone: what is stored}"""
+        barrier()
         if rank():
             return None
+        keys = [(label, index) for label in range(len(self.data["classes"])) for index in range(self.ipc)]
+        if self.log:
+            self.log.merge()
+        if world_size() > 1:
+            self.load_existing([keys])
         self.grid.save()
-        files = [self.file(label, index).relative_to(self.images).as_posix()
-                 for label in range(len(self.data["classes"])) for index in range(self.ipc)]
+        files = [self.file(*key).relative_to(self.images).as_posix() for key in keys]
         metrics = {"images": len(files), "classes": self.data["classes"],
                    "image_set": image_set(self.images, files)}
         if records:
@@ -160,8 +157,8 @@ class Grid:
 
     def add(self, batch: list[tuple[int, int]], images: Tensor) -> None:
         """batch: list of (class, index), images uint8 [B, 3, S, S]."""
-        for member, image in zip(batch, images):
-            if place := self.place(*member):
+        for key, image in zip(batch, images):
+            if place := self.place(*key):
                 self.images[place] = image.cpu().float() / 255
 
     def save(self) -> None:
@@ -172,8 +169,8 @@ class Grid:
 
 class Log:
     """log.jsonl in the folder of a run: `first`, and a line for each entry, which has "batches" and
-    "iteration"; none twice, whatever an earlier process wrote. Each process writes into a file of its own
-    until they are merged."""
+    "iteration"; what was logged before a restart is not logged again. Each process writes into a file of its
+    own until they are merged."""
 
     def __init__(self, run, first):
         self.run, self.first, self.path = run, first, run / f"log{f'-{rank()}' if rank() else ''}.jsonl"

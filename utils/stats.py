@@ -1,8 +1,8 @@
-"""Statistics of layer inputs, and matching them as the paper writes it.   G-VBSM, arXiv:2311.17950, Sec. 3.3.
+"""Statistics of layer inputs, and matching them as the paper does.   G-VBSM, arXiv:2311.17950, Sec. 3.1, 3.3.
 
 Eq. 9: `statistics_of`. Eq. 6 and Eq. 10: `Matching`, by autograd; utils/closed_form.py has the same without a
-graph. Needs torch alone. A batch may hold `groups` independent batches, one after the other: x is [groups*B,
-C, H, W], and each group has statistics of its own.
+graph. Needs utils/losses.py alone. A batch may hold `groups` independent batches, one after the other: x is
+[groups*B, C, H, W], and each group has statistics of its own.
 """
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,17 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.losses import sds_match
+
 
 def channel_stats(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     """x [groups*B, C, H, W] -> mean, biased variance over (B, H, W), each [groups, C], at least float32."""
-    var, mean = torch.var_mean(_float32(x).unflatten(0, (groups, -1)), dim=(1, 3, 4), correction=0)
+    var, mean = torch.var_mean(at_least_float32(x).unflatten(0, (groups, -1)), dim=(1, 3, 4), correction=0)
     return mean, var
 
 
 def patch_stats(x: Tensor, patch: int, groups: int = 1) -> tuple[Tensor, Tensor]:
     """x [groups*B, C, H, W] -> mean, biased variance over (B, C, h, w) of each cell of a grid of patch*patch
     pixels, each [groups, ceil(H/patch)*ceil(W/patch)], row-major, in float32 at least."""
-    x = _float32(whole_patches(x, patch)).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    x = at_least_float32(whole_patches(x, patch)).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     var, mean = torch.var_mean(x.unflatten(0, (groups, -1)), dim=(1, 2, 4, 6), correction=0)
     return mean.flatten(1), var.flatten(1)
 
@@ -32,10 +34,10 @@ def whole_patches(x: Tensor, patch: int) -> Tensor:
     size = [-(-side // patch) * patch for side in x.shape[-2:]]
     if size == list(x.shape[-2:]):
         return x
-    return F.interpolate(_float32(x), size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(at_least_float32(x), size=size, mode="bilinear", align_corners=False)
 
 
-def _float32(x):
+def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))        # widens what autocast narrowed, no more
 
 
@@ -191,14 +193,12 @@ class Matching:
         groups, state = state["groups"], dict(state)
         bn = conv = next(self.model.parameters()).new_zeros(())
         for name, x in inputs.items():
-            is_conv = len(self.targets[name]) == 4
+            is_conv = len(self.targets[name]) == 4                   # a BatchNorm2d has two
             check_input(name, x, self.targets[name], self.patch, groups)
             current = channel_stats(x, groups) + (patch_stats(x, self.patch, groups) if is_conv else ())
             loss = 0
             for kind, (value, target) in enumerate(zip(current, self.targets[name])):
-                past, now = state.get((name, kind)), value.detach()
-                ema = state[name, kind] = now if past is None else self.alpha * past + (1 - self.alpha) * now
-                distance = torch.linalg.vector_norm(value - target - (now - ema), dim=-1)      # as sds_match
-                loss = loss + self.weights[name] * distance.sum()
+                distance, state[name, kind] = sds_match(value, target, state.get((name, kind)), self.alpha)
+                loss = loss + self.weights[name] * distance
             bn, conv = (bn, conv + loss) if is_conv else (bn + loss, conv)
         return bn, conv, state

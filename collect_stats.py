@@ -3,9 +3,9 @@ G-VBSM, arXiv:2311.17950, Eq. 9.
 
 One pass over the training images, with the training augmentation and without gradients, through each backbone
 in eval mode. At the input of every Conv2d: mean and biased variance of each channel, and of each cell of a
-grid of patches. The value for the data set is the average over batches, weighted by their size: Eq. 9. A
-variance is thus the mean of the batches' variances (Eq. 10 compares it with that of a batch) and smaller than
-the variance over the data set by the variance between batches. --class-statistics adds the moments of each
+grid of patches. Eq. 9 averages them over batches (here by their size: a last one may be smaller). A variance
+is thus the mean of the batches' variances (Eq. 10 compares it with that of a batch), smaller than that of the
+data set by the variance of the batches' means. --class-statistics adds the moments of each
 class alone, there and at the input of every BatchNorm2d (after Teddy's Eq. 11).
 
 reads   data/<dataset>/...                                           the training images
@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import build_model
 from utils import fail
 from utils.augment import apply_view, draw_view, normalize
 from utils.checkpoint import Checkpoint, load_finished, save_torch
@@ -58,15 +57,19 @@ def sum_statistics(model: nn.Module, batches: Iterable[tuple], patch: int, class
     for images, labels in batches:
         with layer_inputs(model, layers if classes else convolutions) as inputs:
             model(images)
-        measured = {key: conv_stats(x.float(), patch) for key, x in                # layers may share an input
-                    {id(inputs[name]): inputs[name] for name in convolutions}.items()}
-        sums = {name: [vector[0].double() * len(images) for vector in measured[id(inputs[name])]]
-                for name in convolutions}                            # [0]: of the only group
+        sums, measured = {}, {}
+        for name in convolutions:
+            x = inputs[name]
+            if id(x) not in measured:                                # layers may share an input
+                vectors = conv_stats(x.float(), patch)
+                measured[id(x)] = [vector[0].double() * len(images) for vector in vectors]
+            sums[name] = measured[id(x)]
         state = state | {"sums": add_up(state["sums"], sums), "seen": state["seen"] + len(images),
                          "batches": state["batches"] + 1}
         if classes:
             members = F.one_hot(send(labels, images.device), classes).double()
-            moments = {name: image_moments(x, patch * (name in convolutions)) for name, x in inputs.items()}
+            moments = {name: image_moments(x, patch if name in convolutions else 0)
+                       for name, x in inputs.items()}
             sums = {name: [members.T @ moment.double() for moment in each] for name, each in moments.items()}
             state["class_sums"] = add_up(state["class_sums"], sums)
             state["class_seen"] = state["class_seen"].to(members) + members.sum(0)
@@ -161,7 +164,7 @@ def get_parser():
 def main(argv=None):
     args = parse_args(get_parser(), "collect_stats", argv)
     device, paths = begin(args)
-    models, records, data = load_teachers(args, paths.teachers, build_model, device)
+    models, records, data = load_teachers(args, paths.teachers, device)
     args.patch = args.patch or data["patch"]
     if args.patch > data["image_size"]:
         fail(f"--patch {args.patch} is larger than the images, {data['image_size']} pixels a side; use at "
@@ -186,12 +189,11 @@ def main(argv=None):
         with Checkpoint(path, args, inputs, settings | {"class_statistics": classes > 0}) as checkpoint:
             state = send(checkpoint.read(piece), device) or new_sums(classes)
             progress = Progress(f"collect_stats {name}", math.ceil(len(kept) / world_size()), "images")
-            progress.skip(seen := state["seen"])
+            progress.skip(state["seen"])
             views = training_views(split, kept, data, crop=args.crop, seed=args.seed, device=device,
                                    batch_size=args.batch_size, done=state["batches"])
             for state in sum_statistics(channels_last(models[name]), views, args.patch, classes, state):
-                progress.step(count=state["seen"] - seen)
-                seen = state["seen"]
+                progress.step(count=state["seen"] - progress.done)
                 checkpoint.save_if_due(lambda: state, piece)
             checkpoint.save(state, piece)
             barrier()

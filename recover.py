@@ -31,7 +31,7 @@ from utils.cli import identity_flags, parse_args
 from utils.data import describe
 from utils.dm import run_dm
 from utils.losses import class_members, data_densification, densification_closed_form
-from utils.parser import Parser, crop_name, number, number_or_auto
+from utils.parser import Parser, crop_name, number
 from utils.passes import graphed, make_passes
 from utils.presets import SELECTIONS, UNMATCHED
 from utils.processes import barrier, rank, shard
@@ -261,7 +261,7 @@ def get_parser():
     add("--batch-size", type=number(int, 1), default=50, help="images; of dm, bilp: real ones of a class")
     add("--lr", type=weight, default=0.05, help="Adam learning rate, cosine to 0; of dm constant")
     add("--weight-decay", type=weight, default=0.0, help="of Adam, 0 = off")
-    add("--groups-per-step", type=number_or_auto(int, 1), default="auto",
+    add("--groups-per-step", type=number(int, 1, word="auto"), default="auto",
         help="batches in one pass, auto: as many as fill a GPU; the same up to rounding")
     add("--cuda-graphs", **switch, help="replay a pass as one launch; for GPUs that wait for the host")
     return parser

@@ -1,9 +1,9 @@
 """Relabel: soft labels by the ensemble of backbones (phase 4 of 5).   G-VBSM, arXiv:2311.17950, Eq. 8.
 
 For each epoch every image is cropped, flipped and mixed (CutMix); the backbones see the mixed image, and
-their logits are averaged, with or without logit normalisation (Eq. 8). Logits are stored, so Eq. 3's
-temperature is the student's choice. What was drawn is stored beside them, a row for each mixed sample, so
-that training replays what was labelled, in batches of any size.
+their logits are averaged after logit normalisation (Eq. 8; for large students --no-logit-norm, Table 6).
+Logits are stored, so Eq. 3's temperature is the student's choice. What was drawn is stored beside them, a row
+for each mixed sample, so that training replays what was labelled, in batches of any size.
 
 reads   runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py
         runs/<dataset>/<run>/images/<class>/<id>.png             recover.py, or any ImageFolder (--images)
@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models import build_model
 from utils import fail
 from utils.augment import apply_epoch
 from utils.cli import identity_flags, parse_args
@@ -99,7 +98,7 @@ def get_parser():
         help="JSON {folder: class} where folders of --images have other names")
     add("--logit-norm", **switch, help="scale each backbone's logits to the mean norm [LN, Eq. 8]")
     add("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
-    add("--flip", **switch, help="mirror half of the views [not in the paper's tables]")
+    add("--flip", **switch, help="mirror views at random [not in the paper's tables]")
     add("--crop-floor", type=number(float, 0.01, 1), default=0.08,
         help="smallest share of the area that a random crop takes, 1 = off")
     add("--epochs", type=number(int, 1), default=300, help="how many times every image is labelled")
@@ -123,7 +122,7 @@ def earlier_phases(args: argparse.Namespace, paths, records: dict[str, dict],
 def main(argv=None):
     args = parse_args(get_parser(), "relabel", argv)
     device, paths = begin(args)
-    models, records, data = load_teachers(args, paths.teachers, build_model, device)
+    models, records, data = load_teachers(args, paths.teachers, device)
     folder, inputs, upstream = earlier_phases(args, paths, records, data)
     run = Run("relabel", args, paths.labels / "result.json", inputs)
     if run.finished():

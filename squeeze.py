@@ -39,7 +39,7 @@ from utils.moco import Probe, check_contrast, check_contrasted, train_moco
 from utils.parser import Parser, crop_name, epoch_range, number
 from utils.pool import check_pool, fine_tuning, prune_teacher, saved_epochs, teachers_of
 from utils.processes import print_rank0, rank, rank0_first, world_size
-from utils.provenance import AGAIN, check_classes, check_data, fingerprint, relevant
+from utils.provenance import AGAIN, check_data, fingerprint, relevant
 from utils.run import Run, begin, generator, peak_memory, script, send
 from utils.scores import SCORES, kept_rows
 from utils.selection import count_forgetting
@@ -54,7 +54,8 @@ def classify(model: nn.Module, optimizer: torch.optim.Optimizer, record: Record,
              mean_std: Tensor, *, crop: str, cuda_graphs: bool = False) -> Callable:
     """-> train_epoch of `fit`: cross-entropy on flipped and cropped images; streamed ones come so already.
     record: of `forgetting_record`, which this goes on counting; mean_std [2, 3] on the device"""
-    parallel, batch, view = in_parallel(model, mean_std.device), (), {}
+    parallel = in_parallel(model, mean_std.device)
+    batch, view = (), {}                                             # set by train_epoch
 
     def loss_of(images, labels, *params):
         """On this process's share of `batch`.   -> loss, whether each image is classified correctly"""
@@ -158,7 +159,7 @@ def stored_teachers(names: list[str], args: argparse.Namespace, folder: Path) ->
     for name in names:
         backbone, _, weak = name.partition("@")
         if name not in found and weak.isdigit() and backbone in found:
-            fail(f"{folder / name}.pt is missing, and could be saved while {backbone}.pt was trained alone; "
+            fail(f"{folder / name}.pt is missing; it can only be saved while {backbone}.pt is trained; "
                  f"{AGAIN}, or name another --teachers")
     return found
 
@@ -184,10 +185,9 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
                                     args.download, args.holdout, args.imbalance).to(device)
                   for split in ("train", "test")}
     data = describe(args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
-    check_classes(splits["test"].classes, data["classes"], "the test split", "the training split")
     if args.objective == "supervised":
         splits["train"].check_crop("resized" if args.weights else args.crop)
-    check_models("--backbones", args.backbones, build_model, len(data["classes"]), data["image_size"])
+    check_models("--backbones", args.backbones, len(data["classes"]), data["image_size"])
     return splits, data
 
 
@@ -249,7 +249,7 @@ def check_flags(args: argparse.Namespace, device: torch.device) -> None:
     if weak := next((name for name in args.backbones if "@" in name), None):
         fail(f"--backbones {weak}: squeeze.py makes it of {weak.partition('@')[0]}; name that, and "
              "--save-epochs or --pruned")
-    check_models("--backbones", args.backbones, build_model)
+    check_models("--backbones", args.backbones)
     check_pool(args)
     check_weights(args)
     if args.objective == "moco":
@@ -290,7 +290,7 @@ def get_parser():
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=50, help="passes over the training images")
     add("--batch-size", type=positive, default=64,
-        help="images per step; a last one alone joins the batch before")
+        help="images per step; a last batch of one image joins the batch before")
     add("--lr", type=rate, default=0.05, help="SGD learning rate")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum, 0 = off")
     add("--weight-decay", type=rate, default=0.0, help="SGD weight decay, 0 = off")

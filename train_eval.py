@@ -11,9 +11,9 @@ reads   data/<dataset>/...                                       the test images
 writes  runs/<dataset>/<run>/eval/<student>[-online|-hard].json  top1 of the last epoch, per seed, mean, std
         runs/<dataset>/<run>/eval/<student>...-<protocol>.json   of --protocol continual and prune
 
-python train_eval.py --dataset cifar100 --ipc 10                               # paper setting, Table 9
-python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20    # Fig. 6, under a --tag
-python train_eval.py --dataset shapes                                          # smoke run: a minute
+python train_eval.py --dataset cifar100 --ipc 10                                  # paper setting, Table 9
+python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20 --overwrite   # ablation, Fig. 6
+python train_eval.py --dataset shapes                                             # smoke run: a minute
 """
 import argparse
 from collections import defaultdict
@@ -37,7 +37,7 @@ from utils.losses import kl_loss, mse_gt_loss
 from utils.parser import Parser, number
 from utils.processes import barrier, rank, shard, warn, world_size
 from utils.protocols import earlier_seeds, metrics, prune, trainings
-from utils.report import beside
+from utils.report import accuracy, beside
 from utils.run import Run, begin, generator, script, send
 from utils.teachers import at_chance, check_models
 from utils.train import (Graphed, Record, channels_last, class_accuracies, fit, floating, full_batch,
@@ -46,7 +46,7 @@ from utils.train import (Graphed, Record, channels_last, class_accuracies, fit, 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay on tensors of two or more dimensions alone."""
+    """Weight decay only on tensors of two or more dimensions."""
     parameters = list(model.parameters())
     return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
@@ -75,20 +75,20 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, train_data: dict, 
     labels of the epochs 0 .. label_epochs - 1. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
     record["average"]: running averages of `floating(model)`, at ema_decay a step"""
     images, classes, labels = (train_data[key] for key in ("images", "classes", "labels"))
-    keys, weights = [], floating(model) if ema_decay else []
+    weights, draw = floating(model) if ema_decay else [], {}
 
-    def mixed_samples(batch, *values):                               # tensors alone, as `Graphed` needs
-        draw = dict(zip(keys, values))
-        mixed = apply_epoch(images, draw, batch, labels.mix, train_data["mean_std"])
-        return mixed, classes[batch], classes[draw["partner"][batch]], draw["ratio"][batch]
+    def mixed_samples(batch, *rows):                                 # takes only tensors, as `Graphed` needs
+        drawn = dict(zip(draw, rows))
+        mixed = apply_epoch(images, drawn, batch, labels.mix, train_data["mean_std"])
+        return mixed, classes[batch], classes[drawn["partner"][batch]], drawn["ratio"][batch]
 
     step = make_step(optimizer, lambda mixed, *targets: (loss_of(model(mixed), *targets),), cuda_graphs)
     graphs = defaultdict(partial(Graphed, mixed_samples))  # by the size of a batch: the last may differ
 
     def train_epoch(epoch, batches, rng):
+        nonlocal draw
         labelled = epoch % label_epochs
         draw = send(labels.epoch(labelled), images.device)
-        keys[:] = draw
         for batch in batches:
             mix = graphs[len(batch)] if cuda_graphs else mixed_samples
             mixed, y, partner_y, ratio = mix(send(batch, images.device), *draw.values())
@@ -106,7 +106,8 @@ def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespa
     -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch}"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
     data, count, device = train_data["data"], len(train_data["images"]), train_data["images"].device
-    model = model or build_model(name, len(data["classes"]), data["image_size"]).to(device)
+    if model is None:
+        model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
     model = with_precision(channels_last(model), device, args.precision)
     groups, fused = parameter_groups(model, args.weight_decay), device.type == "cuda"
     if args.optimizer == "adamw":
@@ -165,9 +166,9 @@ def get_parser():
     add("--class-map", type=Path, metavar="FILE",
         help="JSON {folder: class} where folders of --images have other names")
     add("--labels", choices=["stored", "online", "hard"], default="stored",
-        help="of relabel.py, asked of the teachers while training, or the class alone")
+        help="by relabel.py; online: by the teachers during training; hard: only the class")
     add("--label-epochs", type=count,
-        help="use the labels of so many epochs again and again, all that need be stored; default all")
+        help="reuse the labels of the first N epochs; only these need be stored; default all")
     add("--loss", choices=["mse_gt", "kl", "kl_t2"], default="mse_gt",
         help="Eq. 11, or SRe2L's divergence, or that times the squared temperature")
     add("--gamma", type=weight, default=0.1, help="weight of the class in mse_gt, 0 = off [gamma]")
@@ -175,7 +176,7 @@ def get_parser():
     add("--logit-norm", action=switch, default=True, help="with --labels online [LN, Eq. 8]")
     add("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",
         help="with --labels online or hard; stored labels know theirs")
-    add("--flip", action=switch, default=True, help="with --labels online or hard: mirror half of the views")
+    add("--flip", action=switch, default=True, help="with --labels online or hard: mirror views at random")
     add("--crop-floor", type=number(float, 0.01, 1), default=0.08,
         help="with --labels online or hard: smallest share of the area that a random crop takes, 1 = off")
     add = parser.add_argument_group("optimization").add_argument
@@ -184,7 +185,7 @@ def get_parser():
         help="one training of each student for each")
     add("--epochs", type=count, default=300, help="passes over the distilled images")
     add("--batch-size", type=count, default=64,
-        help="images per step; a last one alone joins the batch before")
+        help="images per step; a last batch of one image joins the batch before")
     add("--whole-up-to", type=number(int, 0), default=100,
         help="sets of up to so many images make one batch, 0 = never [||S||]")
     add("--optimizer", nargs="+", default=["adamw"], metavar="NAME",
@@ -196,7 +197,7 @@ def get_parser():
         help="on tensors of 2 or more dimensions, 0 = off, and exceptions after it: 0.0005 swin_t=0.01")
     add("--schedule", choices=["constant", "cosine"], default="cosine", help="of the learning rate")
     add("--lr-stretch", type=number(float, 1), default=1.0,
-        help="the cosine is that of so many times the epochs: at 2 it ends at half [zeta of EDC]")
+        help="length of the cosine in trainings: at 2 the rate ends at half [zeta of EDC]")
     add("--ema-decay", type=number(float, 0, 0.99999), default=0.0,
         help="per step, of a running average of the weights, which is what is tested; 0 = off")
     add("--evaluations", type=count, default=5, help="evenly spaced over the epochs, the last is the result")
@@ -217,7 +218,7 @@ def get_parser():
 def main(argv=None):
     args = parse_args(get_parser(), "train_eval", argv)
     device, paths = begin(args)
-    check_models("--students", args.students, build_model)
+    check_models("--students", args.students)
     if args.cuda_graphs and device.type != "cuda":
         fail("--cuda-graphs needs a GPU (--device cuda); leave it out")
     suffix = "" if args.labels == "stored" else f"-{args.labels}"
@@ -234,17 +235,18 @@ def main(argv=None):
     if not todo:
         return
     train_data = load_train_data(args, paths, sources, device)
-    pieces, classes = trainings(args, train_data), sources.data["classes"]
-    for names in [todo] if world_size() > 1 else [[name] for name in todo]:  # torchrun shares out all at once
+    pieces, classes = trainings(args, train_data), train_data["data"]["classes"]
+    # alone, a student's result before the next student; by torchrun, the work of all students is shared
+    for names in [todo] if world_size() > 1 else [[name] for name in todo]:
         with ExitStack() as stack:
             works = {name: stack.enter_context(runs[name].work(extends=bool(earlier[name])))
                      for name in names}
             for name, piece in shard([(name, piece) for name in names for piece in pieces
                                       if piece not in earlier[name]]):
-                if (works[name].read(piece) or {}).get("epoch") != args.epochs:      # else done before a kill
+                if "finished" not in (works[name].read(piece) or {}):
                     record = train_piece(name, piece, *pieces[piece], works[name], args_of[name],
                                          sources.starts.get(name))
-                    works[name].save({"epoch": args.epochs, **record}, piece)
+                    works[name].save({"finished": True, **record}, piece)
             barrier()
             for name in names if rank() == 0 else ():
                 done = [earlier[name].get(piece) or works[name].read(piece) for piece in pieces]
@@ -260,8 +262,7 @@ def main(argv=None):
 
 def summary(result: dict, folder: Path) -> str:
     """The accuracy of a result, and what it compares with.   folder: runs/<dataset>"""
-    top1 = f"{result['top1']:.1f}" + f" ± {result['top1_std']:.1f}" * (len(result["seeds"]) > 1)
-    return f"{result['student']} {top1} % of the test images ({beside(result, folder)})"
+    return f"{result['student']} {accuracy(result)} % of the test images ({beside(result, folder)})"
 
 
 if __name__ == "__main__":

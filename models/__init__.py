@@ -21,9 +21,7 @@ from models.vgg import vgg11_bn
 from models.wrn import WideResNet
 
 BUILDERS = {
-    "resnet18": partial(resnet, "resnet18"),
-    "resnet50": partial(resnet, "resnet50"),
-    "resnet101": partial(resnet, "resnet101"),
+    **{arch: partial(resnet, arch) for arch in ("resnet18", "resnet50", "resnet101")},
     "mobilenetv2_05": partial(mobilenetv2, 0.5),
     "mobilenetv2": partial(mobilenetv2, 1.0),
     "shufflenetv2_05": shufflenetv2_05,
@@ -64,7 +62,7 @@ def is_model_name(name: str) -> bool:
 
 def build_model(name: str, num_classes: int, image_size: int,
                 widths: dict[str, int] | None = None) -> nn.Module:
-    """-> nn.Module: images [B, 3, image_size, image_size] -> logits [B, num_classes].
+    """-> nn.Module: images [B, 3, S, S], S = image_size, -> logits [B, num_classes].
 
     The weights are drawn from torch's global generator. widths: {convolution: channels that pruning left}.
     ValueError if the name is unknown or the network cannot take images of this size.

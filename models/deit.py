@@ -5,10 +5,7 @@ from torch import nn
 
 
 def deit_tiny(num_classes: int, image_size: int) -> nn.Module:
-    """[B, 3, S, S] -> logits [B, num_classes].
-
-    Up to 64 pixels patches of 4 instead of 16. ValueError if S is not a multiple of the patch.
-    """
+    """Up to 64 pixels patches of 4 instead of 16. ValueError if S is not a multiple of the patch."""
     patch = 4 if image_size <= 64 else 16
     if image_size % patch:
         raise ValueError(f"deit_tiny cuts images into patches of {patch}x{patch} pixels, which do not fill "

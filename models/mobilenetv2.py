@@ -25,11 +25,8 @@ class Block(nn.Module):
 
 
 def mobilenetv2(width_mult: float, num_classes: int, image_size: int) -> torchvision.models.MobileNetV2:
-    """[B, 3, S, S] -> logits [B, num_classes].
-
-    Up to 64 pixels the last map is S/16 wide instead of S/32, widths are not rounded to multiples of 8 (0.5 *
-    24 = 12), and there is no dropout.
-    """
+    """Up to 64 pixels the last map is S/16 wide instead of S/32, widths are not rounded to multiples of 8 (0.5
+    * 24 = 12), and there is no dropout."""
     if image_size > 64:
         return torchvision.models.mobilenet_v2(width_mult=width_mult, num_classes=num_classes)
     net = torchvision.models.MobileNetV2(num_classes, width_mult, SMALL, round_nearest=1, block=Block,

@@ -1,7 +1,8 @@
 """Structured pruning: channels of convolutions removed, with all that belongs to them. Needs torch alone.
 
     kept = random_channels(model, 0.66, generator)           # {convolution: channels}; or largest_scales
-    left = widths(shrink(model, kept), kept)                 # with model.state_dict() all there is to store
+    shrink(model, kept)                                      # then all there is to store: the state dict and
+    left = {layer: len(index) for layer, index in kept.items()}
     model = build_model(name, num_classes, image_size, left) # models/__init__.py: shrink() again
 """
 import math
@@ -155,12 +156,6 @@ def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
             _select(conv, index, 0, ["weight", "bias"])
             conv.out_channels = width
     return model
-
-
-def widths(model: nn.Module, kept: dict[str, torch.Tensor]) -> dict[str, int]:
-    """What a checkpoint of shrink(model, kept) needs beside its weights: {conv name: channels left}."""
-    layers = dict(model.named_modules())
-    return {name: layers[name].out_channels for name in kept}
 
 
 def _parameters_left(model, plan, channels):

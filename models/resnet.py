@@ -4,12 +4,8 @@ from torch import nn
 
 
 def resnet(arch: str, num_classes: int, image_size: int) -> torchvision.models.ResNet:
-    """[B, 3, S, S] -> logits [B, num_classes].  arch: torchvision's name ("resnet18", "resnet50",
-    "resnet101").
-
-    Up to 64 pixels a 3x3 stem of stride 1 and no max-pooling, so that the last map is S/8 wide instead of
-    S/32.
-    """
+    """arch: torchvision's name, resnet18 or resnet50 ...   Up to 64 pixels a 3x3 stem of stride 1 and no
+    max-pooling, so that the last map is S/8 wide instead of S/32."""
     net = getattr(torchvision.models, arch)(num_classes=num_classes)
     if image_size <= 64:
         net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)

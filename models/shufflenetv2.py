@@ -15,11 +15,7 @@ class Unit(InvertedResidual):
 
 
 def shufflenetv2_05(num_classes: int, image_size: int) -> ShuffleNetV2:
-    """[B, 3, S, S] -> logits [B, num_classes].
-
-    Up to 64 pixels a 1x1 stem of stride 1 and no max-pooling, so that the last map is S/8 wide instead of
-    S/32.
-    """
+    """Up to 64 pixels a 1x1 stem of stride 1 and no max-pooling: the last map is S/8 wide instead of S/32."""
     net = ShuffleNetV2([4, 8, 4], [24, 48, 96, 192, 1024], num_classes, Unit)
     if image_size <= 64:
         net.conv1[0] = nn.Conv2d(3, 24, 1, bias=False)

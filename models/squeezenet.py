@@ -4,10 +4,7 @@ import torchvision
 
 
 def squeezenet(num_classes: int, image_size: int) -> torchvision.models.SqueezeNet:
-    """[B, 3, S, S] -> logits [B, num_classes].
-
-    Up to 64 pixels the stem has stride 1. ValueError if the three poolings leave less than one pixel.
-    """
+    """Up to 64 pixels the stem has stride 1. ValueError if the poolings leave less than one pixel."""
     if image_size < 14:
         raise ValueError(f"squeezenet shrinks an image in 4 places and needs at least 14 pixels, not "
                          f"{image_size}")

@@ -3,11 +3,8 @@ import torchvision
 
 
 def swin_t(num_classes: int, image_size: int) -> torchvision.models.SwinTransformer:
-    """[B, 3, S, S] -> logits [B, num_classes].
-
-    Up to 64 pixels patches of 2 and windows of 4 instead of 4 and 7: 64 pixels make maps 32, 16, 8 and 4
-    wide. ValueError if S is not a multiple of the patch.
-    """
+    """Up to 64 pixels patches of 2 and windows of 4 instead of 4 and 7: 64 pixels make maps 32, 16, 8 and 4
+    wide. ValueError if S is not a multiple of the patch."""
     patch = 2 if image_size <= 64 else 4
     if image_size % patch:
         raise ValueError(f"swin_t cuts images into patches of {patch}x{patch} pixels, which do not fill "

@@ -11,7 +11,7 @@ import torchvision
 import squeeze
 from models import build_model
 from tests.conftest import write_images
-from utils.adopt import adopt, load_pretrained, read_weights, strip_prefix
+from utils.adopt import adopt, has_large_stem, load_pretrained, read_weights, strip_prefix
 
 PROBE = "--objective probe --probe-epochs 2 --probe-lr 0.5 --backbones resnet18"
 
@@ -145,6 +145,12 @@ def test_a_file_runs_nothing(tmp_path, capsys):
         read_weights(tmp_path / "harmful.pt")
     told = capsys.readouterr()
     assert not told.out and told.err.count("\n") == 1 and "(it would run print)" in told.err
+
+
+@pytest.mark.parametrize("name, large", [("resnet18", True), ("wrn10_1", False), ("vgg11_bn", False)])
+def test_only_a_resnet_is_asked_to_take_a_large_stem(name, large, tmp_path):
+    torch.save(trained_like().state_dict(), tmp_path / "theirs.pt")
+    assert has_large_stem(build_model(name, 4, 32), tmp_path / "theirs.pt") == large
 
 
 # squeeze.py

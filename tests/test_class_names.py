@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import CLASSES
+from tests.test_data import assert_fails
 from utils.data import list_folder, load_split, read_class_map
 
 
@@ -40,6 +41,13 @@ def test_class_map(tmp_path):
     labels, found, _ = list_folder(tmp_path / "images", ["ant", "cat", "dog"],
                                    read_class_map(tmp_path / "map.json"))
     assert found == ["cat", "x", "y"] and labels.tolist() == [1, 2, 0]
+
+
+def test_two_folders_of_one_class_are_told(tmp_path, capsys):
+    for name in "x", "y":
+        save(tmp_path / name / "0.png")
+    assert_fails(capsys, ["class 'ant' stands where 'bee' does", "--class-map"], list_folder, tmp_path,
+                 ["ant", "bee"], {"x": "ant", "y": "ant"})
 
 
 def test_images_of_other_names_are_labelled_and_trained_on(project, tmp_path):

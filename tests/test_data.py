@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from utils import data
-from utils.data import DATASETS, describe, load_folder, load_split, preset_column
+from utils.data import DATASETS, describe, load_folder, load_split
 
 
 def noise(*shape, seed=0):
@@ -347,10 +347,8 @@ def test_mixed_images_are_cut_to_the_size_that_most_of_them_have(tmp_path, sizes
 @pytest.mark.parametrize("size, classes, column", [
     (16, 2, "cifar10"), (64, 20, "cifar10"), (32, 21, "cifar100"), (33, 21, "tiny"), (64, 200, "tiny"),
     (65, 2, "imagenet")])
-def test_the_settings_of_a_folder_go_by_size_and_number_of_classes(size, classes, column, tmp_path):
-    for number in range(classes):
-        (tmp_path / "train" / str(number)).mkdir(parents=True)
-    assert data.folder_column(size, classes) == preset_column(str(tmp_path), "nowhere", size) == column
+def test_the_settings_of_a_folder_go_by_size_and_number_of_classes(size, classes, column):
+    assert data.folder_column(size, classes) == column
 
 
 def test_every_tenth_image_of_a_class_is_held_out(tmp_path):
@@ -371,7 +369,6 @@ def test_nothing_to_hold_out_is_told(tmp_path, capsys):
 
 
 def test_named_data_sets_keep_their_own_settings():
-    assert [preset_column(name, "nowhere", 224) for name in DATASETS] == list(DATASETS)
     row = DATASETS["shapes"]
     assert describe("shapes", "nowhere") == dict(classes=sorted(data.SHAPES), image_size=32, patch=4,
                                                  mean=list(row["mean"]), std=list(row["std"]))
@@ -384,9 +381,9 @@ def test_imagenet_has_the_patches_of_small_images_up_to_64_pixels(tmp_path, size
 
 
 def test_a_name_that_is_neither_known_nor_a_folder_fails(tmp_path, capsys):
-    for call in (describe, preset_column, lambda *args: load_split(*args, "train")):
+    for call in (describe, lambda *args: load_split(*args, "train")):
         assert_fails(capsys, ["--dataset cifar", "tiny", "train/<class>/<image>"], call, "cifar", tmp_path)
-    assert_fails(capsys, [f"--dataset {tmp_path}"], preset_column, str(tmp_path), tmp_path, 32)
+    assert_fails(capsys, [f"--dataset {tmp_path}"], describe, str(tmp_path), tmp_path, 32)
 
 
 @pytest.mark.parametrize("dataset, parts", [

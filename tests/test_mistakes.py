@@ -442,7 +442,8 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
     paths = SimpleNamespace(run=project.run(), labels=project.run() / "labels",
                             images=project.run() / "images")
     device = torch.device("cpu")
-    _, classes, _ = distilled.load_distilled(args, paths, distilled.load_sources(args, paths, device), device)
+    sources = distilled.load_sources(args, paths, device)
+    _, classes, _ = distilled.load_distilled(args, paths, sources, sources.data, device)
     assert classes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 

@@ -54,10 +54,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     # many store their arguments so; it runs nothing
     with torch.serialization.safe_globals([argparse.Namespace]):
         stored = load_torch(path, f"name another --weights, or {PLAIN}")
-    for key in WRAPPERS:
-        if isinstance(stored.get(key), dict):
-            stored = stored[key]
-            break
+    stored = next((stored[key] for key in WRAPPERS if isinstance(stored.get(key), dict)), stored)
     tensors = {key: value for key, value in stored.items() if torch.is_tensor(value)}
     if not tensors:
         fail(f"--weights {path}: there is no state dict in it, nor under {', '.join(WRAPPERS)}; {PLAIN}")
@@ -66,9 +63,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def has_large_stem(model: nn.Module, path: Path) -> bool:
     """Whether the file's first convolution is ResNet's of 7 pixels where the model's is that of 3."""
-    tensors = strip_prefix(read_weights(path), model.state_dict())
-    stem = tensors.get("conv1.weight")
-    return stem is not None and stem.shape == (64, 3, 7, 7) != model.conv1.weight.shape
+    mine = model.state_dict()
+    stems = [tensors["conv1.weight"].shape for tensors in (strip_prefix(read_weights(path), mine), mine)
+             if "conv1.weight" in tensors]
+    return stems == [(64, 3, 7, 7), (64, 3, 3, 3)]
 
 
 def strip_prefix(tensors: dict[str, Tensor], names: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale: tuple = (0.08, 1.0),
                       ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> torch.Tensor:
     """n boxes of random area and aspect ratio in a square of `size` pixels, distributed as torchvision's
-    RandomResizedCrop: ten attempts, then the largest centred box (a square holds every ratio).   -> [n, 4]
+    RandomResizedCrop: ten attempts, then the whole image.   -> [n, 4]
     scale: smallest and largest share of the area, numbers, or [n, 1] where boxes differ"""
     def uniform(low, high, *shape):
         return torch.empty(*shape).uniform_(low, high, generator=generator)
@@ -48,7 +48,7 @@ def apply_resized_crop(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tenso
 
 
 def draw_flip(n: int, generator: torch.Generator) -> torch.Tensor:
-    """-> [n] booleans, true for half of the samples."""
+    """-> [n] booleans, true with probability 1/2."""
     return torch.rand(n, generator=generator) < 0.5
 
 
@@ -63,8 +63,8 @@ def draw_shift(n: int, low: int, high: int, generator: torch.Generator) -> torch
 
 
 def apply_shift(images: torch.Tensor, shift: torch.Tensor, wrap: bool = False) -> torch.Tensor:
-    """Move each image down and right by shift [N, 2] pixels. What enters is 0 (RandomCrop with padding), or,
-    with `wrap`, what left on the other side (circular)."""
+    """Move each image down and right by shift [N, 2] pixels. Pixels that enter are 0 (RandomCrop with
+    padding), or with `wrap` those that left on the opposite side (circular)."""
     H, W = images.shape[2:]
     down, right = shift.to(images.device).unbind(1)
     rows = torch.arange(H, device=images.device) - down[:, None]  # [N, H], source
@@ -78,9 +78,9 @@ def apply_shift(images: torch.Tensor, shift: torch.Tensor, wrap: bool = False) -
 
 
 def crop_floor(crop: str, n: int, floor: float = 0.08) -> float | torch.Tensor:
-    """The smallest share of the area that each of n crops takes: `floor`, or with CDA's curriculum (its Sec.
-    3.2), where crop t of n is that of iteration t, from 1 down to it by (1 - t / n), linear, or (1 + cos(pi t
-    / n)) / 2, cosine.   -> number, or [n, 1]"""
+    """The smallest share of the area that each of n crops takes: `floor`, or by CDA's curriculum (Sec. 3.2)
+    in iteration t of n floor + (1 - floor) f, f = 1 - t/n (linear) or (1 + cos(pi t/n)) / 2 (cosine).
+    -> number, or [n, 1]"""
     if crop == "resized":
         return floor
     done = torch.arange(n)[:, None] / n
@@ -90,8 +90,8 @@ def crop_floor(crop: str, n: int, floor: float = 0.08) -> float | torch.Tensor:
 def draw_view(n: int, size: int, crop: str, flip: bool, roll: int,
               generator: torch.Generator) -> dict[str, torch.Tensor]:
     """One view of each of n images: crop none, pad<pixels> (RandomCrop with padding), resized
-    (RandomResizedCrop), or linear or cosine (the same, see `crop_floor`); then flip (bool: half of them);
-    then roll (a circular shift of 0 .. roll pixels on both axes).   -> dict"""
+    (RandomResizedCrop), or linear or cosine (the same, see `crop_floor`); then flip (bool: every second one,
+    by chance); then roll (a circular shift of 0 .. roll pixels on both axes).   -> dict"""
     draw = {}
     if crop in ("resized", "linear", "cosine"):
         draw["crop"] = draw_resized_crop(n, size, generator, (crop_floor(crop, n), 1.0))
@@ -140,10 +140,10 @@ def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Ge
     """What is random in one pass over n images of `size` pixels: crop, flip, and the mixing of batches of
     `batch_size` in random order; partners are a permutation of the batch, lambda or box one for the batch.
 
-    mix: "cutmix", "mixup" (lambda of Beta(0.8, 0.8)) or "none"; flip: whether half of the images are
-    mirrored, which changes nothing else that is drawn.
+    mix: "cutmix", "mixup" (lambda of Beta(0.8, 0.8)) or "none"; flip: whether images are mirrored, which
+    changes nothing else that is drawn.
     -> a row for each *mixed sample*, named by its base image: crop [n, 4], flip [n], partner [n], box [n, 4]
-    (empty for mixup), ratio [n] (the share of the base image); order [n], the images batch by batch.
+    (0 but for cutmix), ratio [n] (the share of the base image); order [n], the images batch by batch.
     """
     if mix not in ("cutmix", "mixup", "none"):
         raise ValueError(f"mix {mix!r} is none of 'cutmix', 'mixup', 'none'")
@@ -229,8 +229,8 @@ def turn_hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
 
 
 def normalize(images: torch.Tensor, mean, std) -> torch.Tensor:
-    """uint8 images [N, 3, S, S] -> float32 in the units the networks see.   mean, std: three numbers each; as
-    tensors on the images' device they cost no transfer."""
+    """Images [N, 3, S, S] of 0 .. 255 -> float32 in the units the networks see.   mean, std: three numbers
+    each; as tensors on the images' device they cost no transfer."""
     return (images.float() / 255 - _channel(mean, images)) / _channel(std, images)
 
 

@@ -42,23 +42,16 @@ def load_torch(path: str | Path, remedy: str, keys: Iterable[str] = ()) -> dict:
         fail(f"{path} is no whole checkpoint of plain weights ({why}); {remedy}")
 
 
-def is_there(path: Path, overwrite: bool = False) -> bool:
-    """Whether a result need not be made. Removes what a kill left of its unfinished work."""
-    if overwrite or not path.exists():
-        return False
-    folder = unfinished(path)
-    with suppress(OSError), open(folder / "lock", "r+") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder)
-    return True
-
-
 def load_finished(path: Path, args: argparse.Namespace, inputs: dict | None = None,
                   settings: dict | None = None, keys: Iterable[str] = ()) -> dict | None:
     """The stored result, checked to be of these inputs and of the settings, by default all arguments that
     decide it; None where it is to be made.   keys: those that the file must have"""
-    if not is_there(path, args.overwrite):
+    if args.overwrite or not path.exists():
         return None
+    left = unfinished(path)                                          # by a kill after the last step
+    with suppress(OSError), open(left / "lock", "r+") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(left)
     load = load_json if path.suffix == ".json" else load_torch
     stored = load(path, AGAIN, ("args", *["made_from"] * (inputs is not None), *keys))
     check_same(stored["args"], settings or relevant(args), path)
@@ -101,10 +94,9 @@ class Checkpoint:
         if not self.overwrite and not self.begun.exists():
             if self.result in self.outputs and self.result.exists():     # it did not when this process began
                 fail(f"{self.result} has just been made by another process; the same command repeats it")
-            for old in self.outputs:
-                if old.exists():
-                    fail(f"{old} has no metadata that says how it was made; move it away, or {AGAIN}, which "
-                         "removes it")
+            if old := next(filter(Path.exists, self.outputs), None):
+                fail(f"{old} has no metadata that says how it was made; move it away, or {AGAIN}, which "
+                     "removes it")
         with writable(self.result):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a+")

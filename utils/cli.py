@@ -65,9 +65,7 @@ def parse_args(parser: Parser, phase: str, argv: list[str] | None = None,
     """Arguments of a phase with the preset's values as defaults, so that --help shows what would run; for a
     folder, and teachers that squeeze.py has made, also what it found and chose. args.data_set: by `find`"""
     argv = sys.argv[1:] if argv is None else argv
-    early = Parser("")
-    early.prog = parser.prog
-    identity_flags(early)
+    early = identity_flags(Parser("", parser.prog))
     known, _ = early.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
     earlier = earlier_results(known)
     data_set = find(known.dataset, known.data_dir, [one["data_set"] for one in earlier.values()])

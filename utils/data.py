@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -178,27 +179,19 @@ def find_split(dataset: str, data_dir: str, split: str, download: bool = False) 
     except (OSError, RuntimeError) as error:    # no network, or other bytes than the authors'
         fail(f"--dataset {dataset}: {root} is damaged or cannot be fetched ({error}); remove it and use "
              f"--download")
-    files, labels, classes, _ = list_split(root, split)
-    return files, labels, classes
-
-
-def test_folder(root: Path) -> Path:
-    """val/ or test/ beside train/."""
-    folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if folder is None:
-        fail(f"{root} has train/ but neither val/ nor test/: add one with the same classes")
-    return folder
+    return list_split(root, split)[:3]
 
 
 def list_split(root: Path, split: str) -> tuple[list[str], list[int], list[str], dict]:
-    """`list_images` of one split of a folder; those of the test split by the classes of train/."""
+    """`list_images` of one split of a folder; those of val/, or else test/, by the classes of train/."""
     if split == "train":
         return list_images(root / "train")
-    folder = test_folder(root)
+    folder = next(filter(Path.is_dir, (root / "val", root / "test")), None)
+    if folder is None:
+        fail(f"{root} has train/ but neither val/ nor test/: add one with the same classes")
     classes, there = class_folders(root / "train"), set(class_folders(folder))
-    tables = [path for path in (
-        folder / "val_annotations.txt", folder / "val.txt", root / f"{folder.name}.txt", root / "meta.bin")
-              if path.is_file()]
+    tables = list(filter(Path.is_file, (folder / "val_annotations.txt", folder / "val.txt",
+                                        root / f"{folder.name}.txt", root / "meta.bin")))
     if there <= {"images"} and tables:
         return list_annotated(folder, tables[0], classes)
     if not there and (loose := walk(folder)[0]):
@@ -274,8 +267,7 @@ def look(dataset: str, data_dir: str, known: Iterable[dict] = ()) -> dict:
     sizes, fingerprint = survey(files + tests, root)
     sides = [side for size in sizes for side in size]
     passed = {kind: passed[kind] + others[kind] for kind in passed}
-    trained = sizes[:len(files) if len(sizes) > len(files) else None]
-    fits = named["image_size"] if named else fitting_size(trained)
+    fits = named["image_size"] if named else fitting_size(sizes[:len(files)])
     return dict(path=str(root.resolve()), fingerprint=fingerprint, train=len(files), test=len(tests),
                 classes=len(classes), pixels=[min(sides), max(sides)], stamp=mark,
                 passed={kind: [len(paths), *paths[:1]] for kind, paths in passed.items()},
@@ -301,14 +293,6 @@ def find_size(dataset: str, data_dir: str) -> int:
     return fitting_size(sizes)
 
 
-def preset_column(dataset: str, data_dir: str, image_size: int | None = None) -> str:
-    """The name of DATASETS whose settings apply: its own, or for a folder `folder_column`."""
-    if dataset in DATASETS:
-        return dataset
-    root = find_root(dataset, data_dir)     # fails if it is no folder either
-    return folder_column(image_size or find_size(dataset, data_dir), len(class_folders(root / "train")))
-
-
 def subset(labels: Iterable[int], classes: int, split: str, holdout: bool, imbalance: float) -> list[int]:
     """Rows of a split that --holdout and --imbalance leave, in their order."""
     members = [[] for _ in range(classes)]
@@ -319,8 +303,7 @@ def subset(labels: Iterable[int], classes: int, split: str, holdout: bool, imbal
                    for rows in members]
     if split == "train":
         largest = max(map(len, members))
-        members = [rows[:max(1, round(largest * imbalance ** (-label / max(1, classes - 1))))] if imbalance
-                   > 1 else rows
+        members = [rows[:max(1, round(largest * imbalance ** (-label / max(1, classes - 1))))]
                    for label, rows in enumerate(members)]
     return sorted(row for rows in members for row in rows)
 
@@ -352,7 +335,7 @@ def describe(dataset: str, data_dir: str, image_size: int | None = None, workers
     Mean and std of a folder are those of all pixels of its training images at this size, 0..1, per channel.
     """
     size = image_size or find_size(dataset, data_dir)
-    row = DATASETS[preset_column(dataset, data_dir, size)]
+    row = DATASETS.get(dataset, DATASETS["imagenet"])
     classes = find_split(dataset, data_dir, "test")[2]
     if len(classes) < 2:
         fail(f"--dataset {dataset}: there is only one class, {classes[0]}; add another to tell it from")
@@ -416,9 +399,8 @@ def class_numbers(found: list[str], classes: list[str], folder: Path,
         print(f"{folder}: folder {found[0]} holds class {classes[numbers[0]]}, and so on by number",
               flush=True)
         return numbers
-    expected = list(map(folder_name, classes))
-    extra, missing = ([name for name in names if name not in set(others)]
-                      for names, others in ((found, expected), (expected, found)))
+    expected = Counter(map(folder_name, classes))
+    extra, missing = [*(Counter(found) - expected)], [*(expected - Counter(found))]
     what = (f"{len(found)} classes, not {len(classes)}" if len(found) != len(classes) else
             f"class {extra[0]!r} stands where {missing[0]!r} does")
     fail(f"{folder} and the data set differ in their classes ({what}); use the same data set for both, or "

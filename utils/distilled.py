@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from models import build_model
 from models.pruning import channel_scales
 from utils import fail
 from utils.cli import call
@@ -75,11 +74,11 @@ def load_sources(args: argparse.Namespace, paths: SimpleNamespace, device: torch
         before, upstream = earlier_result(phase, args, path)
     data, teachers, records, starts, origins = before.get("data"), {}, {}, {}, {}
     if args.labels == "online":
-        teachers, records, data = load_teachers(args, paths.teachers, build_model, device)
+        teachers, records, data = load_teachers(args, paths.teachers, device)
     hashes = dict.fromkeys(args.students, origin(args, paths, before, records))
     if args.protocol == "prune":                                     # train_student sets the precision
         named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})
-        starts, origins, _ = load_teachers(named, paths.teachers, build_model, device)
+        starts, origins, _ = load_teachers(named, paths.teachers, device)
         hashes = {name: hashes[name] | {"teacher": origins[name]["fingerprint"]} for name in args.students}
     for name, model in starts.items():
         if not channel_scales(model):
@@ -103,11 +102,11 @@ def origin(args: argparse.Namespace, paths: SimpleNamespace, before: dict, recor
     return images | fingerprints(records) if args.labels == "online" else images
 
 
-def load_distilled(args: argparse.Namespace, paths: SimpleNamespace, sources: SimpleNamespace,
+def load_distilled(args: argparse.Namespace, paths: SimpleNamespace, sources: SimpleNamespace, data: dict,
                    device: torch.device) -> tuple[Tensor, Tensor, OnlineLabels | StoredLabels]:
     """The images and their classes on the device, and where soft labels come from.
     -> images uint8 [N, 3, S, S], classes [N], labels object (utils/labels.py)"""
-    folder, data, stored = args.images or paths.images, sources.data, args.labels == "stored"
+    folder, stored = args.images or paths.images, args.labels == "stored"
     check_data(data.get("fingerprint"), args, paths.labels if stored else folder)
     if sources.before and not stored:
         check_recovered(sources.before, args, paths, data, sources.records)
@@ -128,13 +127,12 @@ def load_distilled(args: argparse.Namespace, paths: SimpleNamespace, sources: Si
 
 def load_train_data(args: argparse.Namespace, paths: SimpleNamespace, sources: SimpleNamespace,
                     device: torch.device) -> dict:
-    """All that students are trained and tested on.   -> dict"""
-    if args.labels == "hard":
-        sources.data = describe(args.dataset, args.data_dir, args.image_size, args.workers,
-                                args.data_set["fingerprint"])
-    images, classes, labels = load_distilled(args, paths, sources, device)
-    data = sources.data
-    check_models("--students", args.students, build_model, len(data["classes"]), data["image_size"])
+    """All that students are trained and tested on.
+    -> {images uint8 [N, 3, S, S], classes [N], labels (utils/labels.py), test, data, mean_std [2, 3]}"""
+    data = sources.data if args.labels != "hard" else describe(
+        args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
+    images, classes, labels = load_distilled(args, paths, sources, data, device)
+    check_models("--students", args.students, len(data["classes"]), data["image_size"])
     for name, record in sources.origins.items():
         if key := next((key for key in data if record["data"].get(key) != data[key]), None):
             fail(f"{paths.teachers / name}.pt and the labels' data differ in {key}; train it again with "

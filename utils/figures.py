@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from models import build_model
 from utils import fail
 from utils.augment import normalize
 from utils.checkpoint import load_torch
@@ -167,7 +166,7 @@ def read_teacher(args: argparse.Namespace, result: dict) -> tuple[nn.Module, dic
     given = {key: asked.get(key) for key in ("dataset", "method", "holdout")}
     wanted = argparse.Namespace(backbones=[args.backbone], recipe=None, teachers=args.teachers,
                                 precision="fp32", given=given)
-    models, _, data = load_teachers(wanted, folder, build_model, device)
+    models, _, data = load_teachers(wanted, folder, device)
     return models[args.backbone], data, device
 
 
@@ -506,8 +505,7 @@ WHERE = {"statistics": TEACHERS, "channels": TEACHERS, "ipc": "runs/DATASET"}   
 
 def get_parser(name):
     """Of one figure."""
-    parser = Parser(FIGURES[name].__doc__)
-    parser.prog = f"utils.figures {name}"
+    parser = Parser(FIGURES[name].__doc__, f"utils.figures {name}")
 
     def flag(names, word, **how):
         if name in names.split():
@@ -540,8 +538,7 @@ def get_parser(name):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.prog = "utils.figures"
+    parser = Parser(__doc__, "utils.figures")
     parser.add_argument("figure", choices=FIGURES, help="what to draw")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="runs/... --flags",
                         help="folders and flags of that figure")

@@ -131,7 +131,7 @@ def drawing(args: argparse.Namespace, size: int) -> Callable:
 
 class OnlineLabels:
     """Labels made while a student trains: what `draw` (from `drawing`) draws for `count` images, and the
-    teachers' logits of the classes `seen`, by default all. Without teachers, for hard labels: draws alone."""
+    teachers' logits of the classes `seen`, by default all. For hard labels: only what is drawn."""
 
     def __init__(self, draw, mix, count, teachers=(), logit_norm=True, seen=slice(None)):
         self.draw, self.mix, self.count, self.teachers, self.logit_norm, self.seen = (
@@ -189,9 +189,10 @@ class SeenLabels:
 
     def __init__(self, stored, epochs, rows, seen):
         partner, rows = stored.drawn["partner"][:epochs], rows.numpy().copy()
-        # an image left out may have been another's only partner: again, until every image has a sample
-        while not (fits := rows[partner[:, rows]]).any(0).all():
+        fits = rows[partner[:, rows]]                                # [epochs, n]: is the partner among them?
+        while not fits.any(0).all():                                 # one that goes may be a last partner
             rows[rows.nonzero()] = fits.any(0)
+            fits = rows[partner[:, rows]]
         if not rows.any():
             raise ValueError("no stored sample of the first classes is free of classes to come; use fewer "
                              "steps, --labels online, or relabel.py with more --epochs or --mix none")

@@ -69,7 +69,7 @@ def as_encoder(model: nn.Module, dim: int = 128) -> nn.Module:
 
 
 class MoCo(nn.Module):
-    """Momentum contrast of two encoders: images -> [N, dim], of any length.
+    """Momentum contrast of two encoders: images -> [N, dim], not normalised.
 
     query is trained; key, of the same architecture, starts as its copy, follows its parameters and keeps
     buffers of its own. queue [dim, size]: unit columns, random at first; pointer: the column that is replaced
@@ -86,8 +86,8 @@ class MoCo(nn.Module):
 
     def forward(self, query_images: Tensor, key_images: Tensor, order: Tensor) -> Tensor:
         """InfoNCE of two views [N, 3, S, S] of the same images: the mean cross-entropy of (query . its key,
-        query . queue) / temperature against the former. The key encoder moves before, the queue takes the N
-        keys after.
+        query . queue) / temperature against the former. First the key encoder follows the query's, at the end
+        the N keys enter the queue.
         order: a permutation of the N keys, in which their encoder sees them (ShuffleBN)."""
         query = F.normalize(self.query(query_images))
         with torch.no_grad():
@@ -231,5 +231,5 @@ def check_contrasted(split: Split, count: int, batch_size: int) -> None:
         fail(f"--objective moco is for images of at most 64 pixels, not {split.image_size}; use a smaller "
              "--image-size, or --objective probe --weights FILE with an encoder that was trained elsewhere")
     if count < batch_size:
-        fail(f"--batch-size {batch_size} is more than the {count} training images, and MoCo takes whole "
-             "batches alone; use a smaller one")
+        fail(f"--batch-size {batch_size} is more than the {count} training images, and MoCo takes only "
+             "whole batches; use a smaller one")

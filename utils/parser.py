@@ -12,8 +12,8 @@ from utils import fail
 class Parser(argparse.ArgumentParser):
     """Long flags in full, defaults in --help, mistakes in one line."""
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=Formatter)
+    def __init__(self, description, prog=None):
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=Formatter)
 
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)
@@ -63,24 +63,18 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
-def number(kind: type, low: float, high: float | None = None) -> Callable:
-    """argparse type: a number of low .. high, which by default is more than anyone can mean."""
+def number(kind: type, low: float, high: float | None = None, word: str | None = None) -> Callable:
+    """argparse type: a number of low .. high, which by default is more than anyone can mean, or the word."""
     high = high or {int: 10 ** 6, float: 1e30}[kind]
 
     def parse(text):
+        if text == word:
+            return text
         value = kind(text)
         if not low <= value <= high:                                                    # also refuses nan
             raise argparse.ArgumentTypeError(f"{text} is not in {low} .. {high}")
         return value
     parse.__name__ = kind.__name__  # argparse: invalid int value
-    return parse
-
-
-def number_or_auto(kind: type, low: float) -> Callable:
-    """argparse type: the word auto, or a number from low on."""
-    def parse(text):
-        return text if text == "auto" else number(kind, low)(text)
-    parse.__name__ = kind.__name__
     return parse
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from models.pruning import coupled, random_channels, shrink, widths
+from models.pruning import coupled, random_channels, shrink
 from utils import fail
 from utils.checkpoint import load_torch
 from utils.files import reason
@@ -41,7 +41,8 @@ def prune_teacher(name: str, model: nn.Module, folder: Path, seed: int) -> dict[
     except RuntimeError as error:
         fail(f"{path} does not hold weights of {path.stem} ({reason(error)}); {AGAIN}")
     chosen = random_channels(model, SHARE, generator("pruned", seed, name))
-    return widths(shrink(model, chosen), chosen)
+    shrink(model, chosen)
+    return {layer: len(index) for layer, index in chosen.items()}
 
 
 def fine_tuning(name: str, count: int, **more) -> Training:

@@ -26,7 +26,7 @@ def trainings(args: argparse.Namespace, train_data: dict) -> dict[str, tuple[int
     try:
         orders = [[partial(incremental_step, seen, **train_data)
                    for seen in classes_so_far(count, args.steps, rng)] for rng in rngs]
-        for first, *_ in orders:                                     # where one has labels, all later ones do
+        for first, *_ in orders:                                     # the fewest images: fails now or never
             first()
     except ValueError as error:
         fail(f"--steps {args.steps}: {error}")
@@ -59,9 +59,11 @@ def metrics(args: argparse.Namespace, runs: list[dict]) -> dict:
 def earlier_seeds(path: Path, args: argparse.Namespace, hashes: dict) -> dict:
     """Of a finished result of some of the --student-seeds, all else the same: what each piece of `trainings`
     gave, and "seconds"; {} where there is none."""
-    result = load_json(path, AGAIN, ("args", "made_from")) if path.exists() and not args.overwrite else {}
+    if args.protocol != "standard" or args.overwrite or not path.exists():
+        return {}
+    result = load_json(path, AGAIN, ("args", "made_from"))
     seeds = result.get("seeds", args.student_seeds)
-    if args.protocol != "standard" or not set(seeds) < set(args.student_seeds):
+    if not set(seeds) < set(args.student_seeds):
         return {}
     check_same(result["args"] | {"student_seeds": args.student_seeds}, relevant(args), path)
     check_inputs(result["made_from"], hashes, path)

@@ -41,12 +41,6 @@ def fingerprints(records: dict[str, dict]) -> dict[str, dict[str, str]]:
     return {"weights": {name: record["fingerprint"] for name, record in records.items()}}
 
 
-def with_data(inputs: dict, args: argparse.Namespace) -> dict:
-    """What a result is made from, with the fingerprint of its data set."""
-    known = getattr(args, "data_set", {}).get("fingerprint")
-    return inputs | ({"data": known} if known else {})
-
-
 def check_data(then: str | None, args: argparse.Namespace, path: Path) -> None:
     """Stop where what lies at `path` was made of other data.   then: a hash, or None"""
     now = getattr(args, "data_set", {}).get("fingerprint")

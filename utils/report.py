@@ -120,16 +120,20 @@ def recipe(result: dict) -> dict:
         ("", "teachers"): result["made_from"].get("weights")}
 
 
-def random_results(result: dict, results: dict[tuple, dict]) -> list[dict]:
-    """Results of random images for the same IPC, student and labels, that of the same tag first."""
-    ipc, student, labels, tag = (result[key] for key in ("ipc", "student", "labels", "tag"))
-    found = [other for key, other in results.items() if key[:4] == (ipc, student, labels, "random")]
-    return sorted(found, key=lambda other: other["tag"] != tag)
+def random_beside(result: dict, results: dict[tuple, dict]) -> tuple[dict | None, str]:
+    """Random images for the same IPC, student and labels under the same recipe, of the same tag if there are
+    several; or None, and how the nearest recipe differs, such as `epochs 200, not 60`, "" without any."""
+    mine, cell = recipe(result), (result["ipc"], result["student"], result["labels"], "random")
 
-
-def random_beside(result: dict, results: dict[tuple, dict]) -> dict | None:
-    """The result of random images under the same recipe, of the same tag if there is one; or None."""
-    return next((other for other in random_results(result, results) if recipe(other) == recipe(result)), None)
+    def differences(other):
+        theirs = recipe(other)
+        return list(dict.fromkeys("other teachers" if key[1] == "teachers" else
+                                  f"{key[1]} {theirs[key]}, not {mine[key]}"
+                                  for key in mine if theirs[key] != mine[key]))
+    found = [(differences(other), other["tag"] != result["tag"], other)
+             for key, other in results.items() if key[:4] == cell]
+    why, _, real = min(found, key=lambda one: (len(one[0]), one[1]), default=([], False, None))
+    return None if why else real, "; ".join(why)
 
 
 def beside(result: dict, folder: Path) -> str:
@@ -137,20 +141,8 @@ def beside(result: dict, folder: Path) -> str:
     chance = f"chance {100 / len(result['classes']):.1f} %"
     if result["method"] == "random" or result["args"].get("protocol", "standard") != "standard":
         return chance
-    real = random_beside(result, read_results(folder, f"random-ipc{result['ipc']}*"))
+    real, _ = random_beside(result, read_results(folder, f"random-ipc{result['ipc']}*"))
     return f"{chance}, random real images {accuracy(real)} %" if real else chance
-
-
-def why_alone(result: dict, results: dict[tuple, dict]) -> str:
-    """How the recipe of the nearest random images differs, such as `epochs 200, not 60`; "" without any."""
-    mine = recipe(result)
-
-    def differences(other):
-        theirs = recipe(other)
-        return list(dict.fromkeys("other teachers" if key[1] == "teachers" else
-                                  f"{key[1]} {theirs[key]}, not {mine[key]}"
-                                  for key in mine if theirs[key] != mine[key]))
-    return "; ".join(min(map(differences, random_results(result, results)), key=len, default=[]))
 
 
 def rows(dataset: str, results: dict[tuple, dict]) -> tuple[list[list[str]], list[str]]:
@@ -174,8 +166,7 @@ def rows(dataset: str, results: dict[tuple, dict]) -> tuple[list[list[str]], lis
                 if not ours and labels != "stored" and is_variant(dataset, tag):
                     continue
                 alone = (results.get((ipc, student, labels, "random", its)) for its in (tag, None))
-                real = random_beside(ours, results) if ours else next(filter(None, alone), None)
-                why = why_alone(ours, results) if ours and not real else ""
+                real, why = random_beside(ours, results) if ours else (next(filter(None, alone), None), "")
                 apart = mark(f"random real has another recipe ({why})") if why else ""
                 margin = ours["top1"] - real["top1"] if ours and real else None
                 lost = mark(LOST) if margin is not None and margin <= 0 and method not in SELECTIONS else ""
@@ -279,8 +270,7 @@ def table(header: tuple[str, ...], lines: list[list[str]]) -> str:
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.prog = "utils.report"
+    parser = Parser(__doc__, "utils.report")
     parser.add_argument("folder", type=Path, metavar="runs/DATASET", help="where the phases wrote")
     args = parser.parse_args(argv)
     results = read_results(args.folder)

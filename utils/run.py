@@ -28,7 +28,7 @@ from utils.checkpoint import Checkpoint, load_finished
 from utils.cli import call, describe_choice, run_folder
 from utils.files import load_json, save_json
 from utils.processes import print_rank0, rank, signals, stop, world_size
-from utils.provenance import AGAIN, ASSUMED, relevant, with_data
+from utils.provenance import AGAIN, ASSUMED, relevant
 
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 
@@ -187,7 +187,8 @@ class Run:
 
     def __init__(self, phase, args, result, inputs=None):
         self.phase, self.args, self.result = phase, args, Path(result)
-        self.inputs = with_data(inputs or {}, args)
+        known = args.data_set.get("fingerprint")
+        self.inputs = (inputs or {}) | ({"data": known} if known else {})
         self.checkpoint = self.progress = None
 
     def finished(self) -> bool:

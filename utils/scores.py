@@ -33,7 +33,8 @@ def kept_rows(split: Split, mean_std: Tensor, args: argparse.Namespace, path: Pa
         return torch.arange(len(split))
     own = {key: relevant(args)[key] for key in ("seed", *SCORES)}
     if stored := load_finished(path, args, hashes, own, ("scores",)):
-        if len(scores := stored["scores"]) != len(split):
+        scores = stored["scores"]
+        if len(scores) != len(split):
             fail(f"{path} holds {len(scores)} losses, of {len(split)} training images; {AGAIN}")
     else:
         with Checkpoint(path, args, hashes, own, later) as checkpoint:
@@ -56,7 +57,9 @@ def score_images(split: Split, mean_std: Tensor, *, trials: int, epochs: int, lr
     device, mine, piece = mean_std.device, shard(list(range(trials))), f"{rank()} of {world_size()}"
     record = Record(device, trial=0, scores=torch.zeros(len(split), device=device))
     resume = checkpoint.load(piece)
-    first = len(mine) if resume and "scores" in resume else resume["trained"][-1]["trial"] if resume else 0
+    first = 0
+    if resume:                                                       # all of its trainings done, or one begun
+        first = len(mine) if "scores" in resume else resume["trained"][-1]["trial"]
     for i in range(first, len(mine)):
         torch.manual_seed(generator("score", seed, mine[i]).initial_seed())
         model = score_network(len(split.classes), split.image_size).to(device)

@@ -1,7 +1,7 @@
 """Squeezed backbones: loading and checking them, and what matches their statistics."""
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ def need_files(args: argparse.Namespace, folder: Path, suffix: str, script: str)
     fail(f"{path} is {absent(path)}; {command} --backbones {' '.join(names)}{more}")
 
 
-def load_teachers(args: argparse.Namespace, folder: Path, build_model: Callable,
+def load_teachers(args: argparse.Namespace, folder: Path,
                   device: torch.device) -> tuple[dict[str, nn.Module], dict[str, dict], dict]:
     """The backbones of --backbones, frozen and in eval mode, and what their checkpoints agree on. -> {name:
     model}, {name: checkpoint without weights, plus its "fingerprint"}, {"classes", "image_size", ...}"""
@@ -109,12 +109,12 @@ def load_backbones(args: argparse.Namespace, folder: Path, device: torch.device)
     if args.method not in UNMATCHED:
         if args.subset > (found := len(args.backbones)):
             fail(f"--subset {args.subset} is more than the {found} --backbones; use at most that many")
-        models, records, data = load_teachers(args, folder, build_model, device)
+        models, records, data = load_teachers(args, folder, device)
         statistics = load_statistics(args, folder, models, records)
         stored = {name: stored.get("fingerprint") for name, stored in statistics.items()}
         return models, records, statistics, data, fingerprints(records) | {"statistics": stored}
     one = argparse.Namespace(**vars(args) | {"backbones": [first]})
-    models, records, data = load_teachers(one, folder, build_model, device)
+    models, records, data = load_teachers(one, folder, device)
     if optional and "kept" not in records[first]:
         return nothing                                               # it would change nothing
     return models, records, {}, data, {"first backbone": fingerprints(records)["weights"]}
@@ -180,8 +180,7 @@ def first_bn_variance(name: str, weights: dict[str, Tensor]) -> float | None:
     return variance
 
 
-def check_models(flag: str, names: Iterable[str], build_model: Callable, num_classes: int = 10,
-                 image_size: int = 224) -> None:
+def check_models(flag: str, names: Iterable[str], num_classes: int = 10, image_size: int = 224) -> None:
     """Stop unless every name is a network's and the network takes such images. Nothing is allocated."""
     for name in names:
         try:

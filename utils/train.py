@@ -45,7 +45,7 @@ def fit(trained: tuple, draw_batches: Callable, train_epoch: Callable, *, epochs
         rng, batches = draw_batches(epoch)
         sizes = [len(batch) for batch in batches]
         progress = progress or Progress(name, epochs * sum(sizes), "images")
-        if epoch < first:                                # its batches were drawn so that rng moves on
+        if epoch < first:                                # drawn all the same: the generator must advance
             progress.skip(sum(sizes))
             continue
         if resume and epoch == first:
@@ -109,7 +109,7 @@ def make_step(optimizer: torch.optim.Optimizer, loss_of: Callable, cuda_graphs: 
     def loss_and_gradients(*inputs):
         loss, *others = loss_of(*inputs)
         optimizer.zero_grad()
-        loss.backward()  # not autograd.grad, in which DistributedDataParallel averages nothing
+        loss.backward()  # DistributedDataParallel averages gradients here, not in autograd.grad
         return loss.detach(), *others, *(parameter.grad for parameter in parameters)
 
     graphs = defaultdict(partial(Graphed, loss_and_gradients))
@@ -251,8 +251,8 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 class Graphed:
     """function(*tensors) -> tensors as a CUDA graph. The first two calls run as they are, the third is
-    captured, and it and all others are replayed. The function must not ask the device for a value, nor its
-    tensors change their shapes. What a replay returns is written over by the next. Graphs with one `pool`
+    captured, and it and all others are replayed. The function must not read a value back to the host, and
+    shapes must stay the same. The next replay writes over what one returned. Graphs with one `pool`
     (torch.cuda.graph_pool_handle) share their memory, and return copies."""
 
     def __init__(self, function, pool=None):
@@ -273,7 +273,7 @@ class Graphed:
 
 
 class NonFinite:
-    """For each of some values the first step in which it was not finite; `first` alone waits for a GPU."""
+    """For each of some values the first step in which it was not finite; only `first` waits for a GPU."""
 
     def __init__(self, names, device):
         self.names, self.steps = list(names), torch.full((len(names),), sys.maxsize, device=device)

@@ -25,8 +25,8 @@ from utils.files import load_json, save_json
 from utils.parser import Parser
 from utils.presets import METHODS, UNMATCHED
 from utils.provenance import relevant
-from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, is_variant,
-                          random_beside, read_results, run_name, shown_runs, table)
+from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, random_beside,
+                          read_results, run_name, shown_runs, table)
 
 FOLDER = Path(__file__).resolve().parent
 NO_RUNS = ["--run-dir", os.devnull]  # so that the page does not depend on the runs that are here
@@ -53,7 +53,7 @@ def keep(folder, results, out):
         ours = {labels: results[key] for labels in LABELS
                 if (key := (ipc, student, labels, method, tag)) in results}
         alone = {labels: results.get((ipc, student, labels, "random", tag)) for labels in LABELS}
-        real = alone | {labels: random_beside(result, results) for labels, result in ours.items()}
+        real = alone | {labels: random_beside(result, results)[0] for labels, result in ours.items()}
         real = {labels: result for labels, result in real.items() if result}
         ours, real = ({labels: nowhere(result) for labels, result in side.items()} for side in (ours, real))
         first, stem = next(iter((ours or real).values())), f"{method}-ipc{ipc}" + (f"-{tag}" if tag else "")

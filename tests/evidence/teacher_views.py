@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 import relabel
-from models import build_model
 from utils.augment import apply_epoch, draw_epoch
 from utils.cli import parse_args
 from utils.data import load_folder, load_split
@@ -47,10 +46,10 @@ def main(argv=None):
                         help="distilled images, <class>/<file>")
     args = parse_args(parser, "relabel", argv)
     device, paths = begin(args)
-    models, _, data = load_teachers(args, paths.teachers, build_model, device)
+    models, _, data = load_teachers(args, paths.teachers, device)
     mean_std, size, sets = torch.tensor([data["mean"], data["std"]]), data["image_size"], {}
     for name in "train", "test":
-        split = load_split(args.dataset, args.data_dir, name, size, args.workers, args.holdout)
+        split = load_split(args.dataset, args.data_dir, name, size, args.workers, holdout=args.holdout)
         rows = torch.randperm(len(split), generator=generator("rows", 0))[:VIEWS]
         sets[{"train": "training images", "test": "test images"}[name]] = split.read(rows), split.labels[rows]
     for folder in args.folders:

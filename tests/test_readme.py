@@ -217,7 +217,7 @@ def test_every_result_of_the_readme_is_that_of_its_file(row):
         for result in filter(None, sides):
             assert result["args"]["preset"] == preset
             assert result["args"]["epochs"] == (int(epochs[0].split()[0]) if epochs and preset == "best"
-                                                else 200 if dataset == "shapes" else 1000)
+                                                else 100 if dataset == "shapes" else 1000)
             seeds = 1 if result["top1_std"] == 0 and len(result["seeds"]) == 1 else len(result["seeds"])
             assert seeds == 1 or seeds == (2 if (dataset, ipc, network) == ("CIFAR-10", "50", "ConvNet-W128")
                                            else 3)

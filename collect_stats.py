@@ -32,13 +32,13 @@ from utils.augment import apply_view, draw_view, normalize
 from utils.checkpoint import Checkpoint, load_finished, save_torch
 from utils.cli import identity_flags, parse_args
 from utils.closed_form import conv_stats
-from utils.data import Split, load_split
+from utils.data import Split
 from utils.parser import Parser, crop_name, number
 from utils.processes import barrier, rank, shard, world_size
-from utils.provenance import check_classes, check_trained, fingerprint, fingerprints, relevant
+from utils.provenance import fingerprint, fingerprints, relevant
 from utils.run import Progress, Run, begin, generator, peak_memory, script, send
 from utils.stats import layer_inputs, matched_layers, require_eval, whole_patches
-from utils.teachers import costs, load_teachers
+from utils.teachers import costs, load_teachers, training_split
 from utils.train import channels_last
 
 
@@ -176,11 +176,7 @@ def main(argv=None):
     if not todo and run.unchanged(settings | {"backbones": args.backbones}, made_from=run.inputs):
         return None
     if todo:
-        split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers,
-                           holdout=args.holdout, imbalance=args.imbalance).to(device)
-        check_classes(split.classes, data["classes"], f"--dataset {args.dataset}",
-                      f"the teachers in {paths.teachers}")
-        check_trained(split, records, paths)
+        split = training_split(args, paths.teachers, data, records).to(device)
         split.check_crop(args.crop)
     classes = len(data["classes"]) if args.class_statistics else 0
     for name in todo:

@@ -102,12 +102,3 @@ def check_classes(found: list[str], expected: list[str], where: str | Path, othe
         if pair:
             what = f"class {pair[0]!r} stands where {pair[1]!r} does"
         fail(f"{where} and {other} differ in their classes ({what}); use the same data set for both")
-
-
-def check_trained(split, records: dict[str, dict], paths) -> None:
-    """Stop where a teacher was trained on a data set of another size."""
-    for name, record in records.items():
-        if record.get("trained", len(split)) != len(split):
-            path = paths.teachers / f"{name}.pt"
-            fail(f"{path} was trained when there were {record['trained']} training images, now {len(split)}; "
-                 "train it again with squeeze.py --overwrite")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from utils import fail
 from utils.augment import apply_resized_crop, draw_resized_crop, normalize
-from utils.data import Split, load_split
+from utils.data import Split
 from utils.presets import SELECTIONS, UNMATCHED
-from utils.provenance import check_classes, check_trained, fingerprint
+from utils.provenance import fingerprint
 from utils.run import generator, send
+from utils.teachers import training_split
 
 
 def _require(count, images):
@@ -145,11 +146,7 @@ class RealImages:
                  "number that does")
         self.data, self.seed, self.device, self.first = data, args.seed, device, args.backbones[0]
         self.model, self.record = models.get(self.first), records.get(self.first, {})
-        self.split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers,
-                                holdout=args.holdout, imbalance=args.imbalance)
-        check_classes(self.split.classes, data["classes"], f"--dataset {args.dataset}",
-                      f"the teachers in {paths.teachers}")
-        check_trained(self.split, records, paths)
+        self.split = training_split(args, paths.teachers, data, records)
         selects, tiles = args.method in SELECTIONS, args.mosaic ** 2
         kept = self.record.get("kept", torch.arange(len(self.split)))
         self.members = class_indices(self.split, kept, data["classes"], args.ipc, 1 if selects else tiles)

@@ -13,6 +13,7 @@ from utils import fail
 from utils.checkpoint import load_torch
 from utils.cli import call
 from utils.closed_form import ClosedFormMatching, freeze
+from utils.data import Split, load_split
 from utils.files import absent, load_json, reason
 from utils.presets import UNMATCHED
 from utils.processes import print_rank0, warn
@@ -60,6 +61,19 @@ def load_teachers(args: argparse.Namespace, folder: Path,
         check_alike(records, name, args.backbones[0], folder)
     check_classes(data["classes"], sorted(data["classes"]), f"the teachers in {folder}", "every data set")
     return models, records, data
+
+
+def training_split(args: argparse.Namespace, folder: Path, data: dict, records: dict[str, dict]) -> Split:
+    """The training images, checked to be those that the teachers in `folder` were trained on.
+    data, records: of `load_teachers`, or of `describe` and {}"""
+    split = load_split(args.dataset, args.data_dir, "train", data["image_size"], args.workers,
+                       holdout=args.holdout, imbalance=args.imbalance)
+    check_classes(split.classes, data["classes"], f"--dataset {args.dataset}", f"the teachers in {folder}")
+    for name, record in records.items():
+        if record.get("trained", len(split)) != len(split):
+            fail(f"{folder / name}.pt was trained when there were {record['trained']} training images, now "
+                 f"{len(split)}; train it again with squeeze.py --overwrite")
+    return split
 
 
 def check_alike(records: dict[str, dict], name: str, other: str, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Statistics of layer inputs, and matching them as the paper does.   G-VBSM, arXiv:2311.17950, Sec. 3.1, 3.3.
 
 Eq. 9: `statistics_of`. Eq. 6 and Eq. 10: `Matching`, by autograd; utils/closed_form.py has the same without a
-graph. Needs utils/losses.py alone. A batch may hold `groups` independent batches, one after the other: x is
+graph. Needs torch alone. A batch may hold `groups` independent batches, one after the other: x is
 [groups*B, C, H, W], and each group has statistics of its own.
 """
 from collections.abc import Callable, Iterable, Iterator
@@ -10,8 +10,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from utils.losses import sds_match
 
 
 def channel_stats(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
@@ -198,7 +196,9 @@ class Matching:
             current = channel_stats(x, groups) + (patch_stats(x, self.patch, groups) if is_conv else ())
             loss = 0
             for kind, (value, target) in enumerate(zip(current, self.targets[name])):
-                distance, state[name, kind] = sds_match(value, target, state.get((name, kind)), self.alpha)
-                loss = loss + self.weights[name] * distance
+                past, now = state.get((name, kind)), value.detach()         # as utils.losses.sds_match
+                ema = state[name, kind] = now if past is None else self.alpha * past + (1 - self.alpha) * now
+                distance = torch.linalg.vector_norm(value - target - (now - ema), dim=-1)
+                loss = loss + self.weights[name] * distance.sum()
             bn, conv = (bn, conv + loss) if is_conv else (bn + loss, conv)
         return bn, conv, state

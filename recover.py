@@ -238,8 +238,8 @@ def get_parser():
     add("--conv-weight", type=weight, default=0.01, help="of convolution statistics, 0 = off [L'_Conv]")
     add("--first-multiplier", type=weight, default=10.0, help="of the first layer's statistics, 1 = off")
     add("--dd-weight", type=weight, default=1.0, help="of data densification, 0 = off [L_DD]")
-    add("--dd-scale", choices=["sum", "mean"], default="sum", help="Eq. 5; mean: Gram / row length")
-    add("--dd-on", choices=["pixels", "view"], default="pixels", help="Eq. 4; view: augmented")
+    add("--dd-scale", choices=["sum", "mean"], default="sum", help="Gram matrix; mean: over row length")
+    add("--dd-on", choices=["pixels", "view"], default="pixels", help="input of Eq. 4; view: augmented")
     add("--loop", choices=["reorder", "original"], default="reorder", help="grouping of images, Fig. 4")
     add("--choice", choices=["uniform", "cycle"], default="uniform", help="of an iteration's backbone, Eq. 7")
     add("--unit-gradients", **switch, help="scale each backbone's gradient of a batch to norm 1, before L_DD")
@@ -258,7 +258,8 @@ def get_parser():
     add("--roll", type=count, default=0, help="augmentation: circular shift of up to so many pixels, 0 = off")
     add = parser.add_argument_group("optimization").add_argument
     add("--iterations", type=number(int, 1), default=4000, help="Adam steps for each batch; SGD steps of dm")
-    add("--batch-size", type=number(int, 1), default=50, help="images; of dm, bilp: real ones of a class")
+    add("--batch-size", type=number(int, 1), default=50,
+        help="images optimised together; of dm and bilp: real images of a class in an iteration")
     add("--lr", type=weight, default=0.05, help="Adam learning rate, cosine to 0; of dm constant")
     add("--weight-decay", type=weight, default=0.0, help="of Adam, 0 = off")
     add("--groups-per-step", type=number(int, 1, word="auto"), default="auto",

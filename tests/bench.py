@@ -324,7 +324,7 @@ def bench_precision(rounds, quick, device):
                             torch.arange(count, device=device) % 10)], F.cross_entropy) for count in (64, 25))
             images = torch.randn(100, 3, 32, 32, device=device)
 
-            def label(model=labelling, images=images):
+            def forward(model=labelling, images=images):
                 with torch.inference_mode():
                     model(images)
 
@@ -332,7 +332,7 @@ def bench_precision(rounds, quick, device):
                 leaf = images.clone().requires_grad_()
                 F.cross_entropy(model(leaf), torch.arange(50, device=device) % 10).backward()
 
-            functions.append([large, small, label, step])
+            functions.append([large, small, forward, step])
         times = interleaved([function for pair in zip(*functions) for function in pair], rounds)
         yield name, {what: times[2 * i] / times[2 * i + 1] for i, what
                      in enumerate(("squeeze", "train_eval", "relabel", "recover"))}

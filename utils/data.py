@@ -335,7 +335,7 @@ def describe(dataset: str, data_dir: str, image_size: int | None = None, workers
     Mean and std of a folder are those of all pixels of its training images at this size, 0..1, per channel.
     """
     size = image_size or find_size(dataset, data_dir)
-    row = DATASETS.get(dataset, DATASETS["imagenet"])
+    row = DATASETS.get(dataset, DATASETS["imagenet"])              # of a folder above 64 pixels: the patches
     classes = find_split(dataset, data_dir, "test")[2]
     if len(classes) < 2:
         fail(f"--dataset {dataset}: there is only one class, {classes[0]}; add another to tell it from")

@@ -190,7 +190,7 @@ class SeenLabels:
     def __init__(self, stored, epochs, rows, seen):
         partner, rows = stored.drawn["partner"][:epochs], rows.numpy().copy()
         fits = rows[partner[:, rows]]                                # [epochs, n]: is the partner among them?
-        while not fits.any(0).all():                                 # one that goes may be a last partner
+        while not fits.any(0).all():                                 # an image that goes was a partner too
             rows[rows.nonzero()] = fits.any(0)
             fits = rows[partner[:, rows]]
         if not rows.any():

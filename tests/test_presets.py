@@ -1,6 +1,7 @@
 """The presets are the tables of the paper, every setting has a flag and every flag a reader."""
 import argparse
 import itertools
+import os
 import re
 from importlib import import_module
 from pathlib import Path
@@ -94,7 +95,7 @@ def actions(phase):
 
 
 def parsed(phase, monkeypatch, *argv):
-    """The arguments that main(argv) would run with."""
+    """The arguments that main(argv) would run with, whatever squeeze.py has chosen in ./runs."""
     module, seen = import_module(phase), []
 
     def stop(args):
@@ -103,7 +104,7 @@ def parsed(phase, monkeypatch, *argv):
 
     monkeypatch.setattr(module, "begin", stop)
     with pytest.raises(InterruptedError):
-        module.main(["--device", "cpu", *argv])
+        module.main(["--device", "cpu", "--run-dir", os.devnull, *argv])
     return seen[0]
 
 

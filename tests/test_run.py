@@ -1,5 +1,6 @@
 """Bookkeeping: whole files, generators, fingerprints, comparison of arguments, accuracy, time."""
 import argparse
+import copy
 import json
 import operator
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers import assert_near
 from utils import checkpoint, cli, fail, files, parser, provenance, run, teachers, train
 
 ROOT = Path(run.__file__).parents[1]
@@ -102,6 +104,21 @@ def test_precision_is_that_of_the_layers_and_not_of_weights_or_outputs(precision
     assert seen == [torch.bfloat16 if precision == "bf16"
                     else torch.float32] and outputs.dtype == torch.float32
     assert list(model.state_dict()) == keys and all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("groups, training", [(8, True), (8, False), (2, True)])
+def test_only_depthwise_convolutions_in_training_run_in_float32_under_bfloat16(groups, training):
+    layer, images = torch.nn.Conv2d(8, 8, 3, groups=groups).train(training), torch.rand(2, 8, 9, 9).bfloat16()
+    expected = copy.deepcopy(layer)
+    train.with_precision(torch.nn.Sequential(layer), torch.device("cpu"), "bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(images)
+    output.sum().backward()
+    wide = expected(images.float()).bfloat16()
+    wide.sum().backward()
+    assert output.dtype == torch.bfloat16 and torch.equal(output, wide) == (groups == 8 and training)
+    assert_near(layer.weight.grad, expected.weight.grad, 0.05)
+    assert list(layer.state_dict()) == list(expected.state_dict())
 
 
 def test_the_device_is_timed_without_a_random_number():

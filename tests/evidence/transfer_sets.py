@@ -1,18 +1,22 @@
 """Eight data sets of ten classes each, made of CIFAR-100: five to choose settings by, three to test them on
-once.
+once. And one of as many images of CIFAR-10.
 
-python -m tests.evidence.transfer_sets --data-dir data      # writes data/cifar100-a ... -h, ignored by git
+python -m tests.evidence.transfer_sets --data-dir data
+# writes data/cifar100-a ... -h and data/cifar10-500, ignored by git
 
 Classes are dealt at random with a fixed seed and are disjoint. Each set has 500 training and 100 test images
-a class. Choose by a to e, with --holdout; f, g and h are for the end.
+a class, of CIFAR-10 the first ones. Choose by a to e, with --holdout; f, g and h are for the end.
 """
 import argparse
 from pathlib import Path
 
 import torch
-from torchvision.datasets import CIFAR100
+from torchvision.io import write_png
+
+from utils.data import load_split
 
 CHOOSE, TEST = "abcde", "fgh"
+IMAGES = {"train": 500, "test": 100}                                             # of a class
 
 
 def class_sets(classes):
@@ -22,26 +26,29 @@ def class_sets(classes):
             name in enumerate(CHOOSE + TEST)}
 
 
-def write_split(folder, found, chosen):
-    """Write the images of the chosen classes as folder/<class>/<number in CIFAR-100>.png."""
-    for number, label in enumerate(found.targets):
-        if (name := found.classes[label]) in chosen:
+def write_split(folder, found, chosen, count):
+    """Write the first images of the chosen classes as folder/<class>/<number in the data set>.png."""
+    for label, name in enumerate(found.classes):
+        if name in chosen:
+            rows = (found.labels == label).nonzero().flatten()[:count]
             (folder / name).mkdir(parents=True, exist_ok=True)
-            found[number][0].save(folder / name / f"{number:05d}.png")
+            for row, image in zip(rows, found.read(rows)):
+                write_png(image, str(folder / name / f"{row:05d}.png"))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", default="data", help="where cifar-100-python lies, and the sets go")
-    parser.add_argument("--download", action="store_true", help="fetch CIFAR-100 when it is missing")
+    parser.add_argument("--data-dir", default="data", help="where the CIFARs lie, and the sets go")
+    parser.add_argument("--download", action="store_true", help="fetch the CIFARs when they are missing")
     args = parser.parse_args(argv)
     root = Path(args.data_dir)
-    splits = {"train": CIFAR100(root, True, download=args.download), "test": CIFAR100(root, False)}
-    for name, chosen in class_sets(splits["train"].classes).items():
-        for split, found in splits.items():
-            write_split(root / f"cifar100-{name}" / split, found, chosen)
-        print(f"{root}/cifar100-{name}: {' '.join(chosen)}")
+    for split, count in IMAGES.items():
+        ten, hundred = (load_split(name, args.data_dir, split, download=args.download)
+                        for name in ("cifar10", "cifar100"))
+        for name, chosen in class_sets(hundred.classes).items():
+            write_split(root / f"cifar100-{name}" / split, hundred, chosen, count)
+        write_split(root / "cifar10-500" / split, ten, ten.classes, count)
 
 
 if __name__ == "__main__":

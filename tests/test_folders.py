@@ -31,6 +31,15 @@ def test_hidden_and_foreign_names_are_passed_over_and_counted(tmp_path):
     assert found["passed"]["other"] == [1, str(root / "train/cat/notes.txt")]
 
 
+def test_a_folder_without_test_images_can_do_with_a_held_out_tenth(tmp_path, capsys):
+    root = make_folder(tmp_path, splits=["train"], count=10)
+    assert_fails(capsys, [str(root), "val/", "--holdout"], look, str(root), "x")
+    found = look(str(root), "x", holdout=True)
+    assert (found["train"], found["test"], found["classes"]) == (20, 0, 2)
+    assert describe(str(root), "x")["classes"] == ["cat", "dog"]
+    assert [len(load_split(str(root), "x", split, holdout=True)) for split in ("train", "test")] == [18, 2]
+
+
 @pytest.mark.parametrize("kind", ["jfif", "gif", "webp", "tiff", "bmp"])
 def test_what_pillow_reads_is_read(tmp_path, kind):
     save(tmp_path / f"cat/0.{kind}", np.full((8, 8, 3), 200, np.uint8), format={"jfif": "JPEG"}.get(kind))

@@ -68,7 +68,8 @@ def parse_args(parser: Parser, phase: str, argv: list[str] | None = None,
     early = identity_flags(Parser("", parser.prog))
     known, _ = early.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
     earlier = earlier_results(known)
-    data_set = find(known.dataset, known.data_dir, [one["data_set"] for one in earlier.values()])
+    data_set = find(known.dataset, known.data_dir, [one["data_set"] for one in earlier.values()],
+                    known.holdout)
     check_data_set(known, data_set, earlier)
     recipe = known.recipe or known.method if phase in ("relabel", "train_eval") else None
 

@@ -182,13 +182,18 @@ def find_split(dataset: str, data_dir: str, split: str, download: bool = False) 
     return list_split(root, split)[:3]
 
 
+def test_folder(root: Path) -> Path | None:
+    return next(filter(Path.is_dir, (root / "val", root / "test")), None)
+
+
 def list_split(root: Path, split: str) -> tuple[list[str], list[int], list[str], dict]:
     """`list_images` of one split of a folder; those of val/, or else test/, by the classes of train/."""
     if split == "train":
         return list_images(root / "train")
-    folder = next(filter(Path.is_dir, (root / "val", root / "test")), None)
+    folder = test_folder(root)
     if folder is None:
-        fail(f"{root} has train/ but neither val/ nor test/: add one with the same classes")
+        fail(f"{root} has train/ but neither val/ nor test/: add one with the same classes, or test on a "
+             "tenth of the training images by --holdout")
     classes, there = class_folders(root / "train"), set(class_folders(folder))
     tables = list(filter(Path.is_file, (folder / "val_annotations.txt", folder / "val.txt",
                                         root / f"{folder.name}.txt", root / "meta.bin")))
@@ -248,18 +253,21 @@ def fitting_size(sizes: list[tuple[int, int]]) -> int:
     return max(8, min(median // 8 * 8, SMALL)) if median <= 96 else min(median // 32 * 32, 224)
 
 
-def look(dataset: str, data_dir: str, known: Iterable[dict] = ()) -> dict:
+def look(dataset: str, data_dir: str, known: Iterable[dict] = (), holdout: bool = False) -> dict:
     """What a data set is, fit for JSON: path, fingerprint, classes and images counted, pixels of its sides,
     image_size that fits, which `fits` keeps whatever size is chosen; all but image_size and classes are None
     of a named one that is no folder of images, or is not here.
-    known: what earlier calls gave; the one whose files have the same names, sizes and times is given back."""
+    known: what earlier calls gave; the one whose files have the same names, sizes and times is given back.
+    holdout: there may be no test images."""
     named = DATASETS.get(dataset)
     nothing = dict.fromkeys(["path", "fingerprint", "train", "test", "pixels", "passed", "stamp", "fits"])
     root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
     if named and not (root / "train").is_dir():
         return nothing | dict(classes=named["num_classes"], image_size=named["image_size"])
     files, _, classes, passed = list_split(root, "train")
-    tests, _, _, others = list_split(root, "test")
+    tests, others = [], dict.fromkeys(passed, [])
+    if test_folder(root) or not holdout:
+        tests, _, _, others = list_split(root, "test")
     mark = stamp(files + tests, root)
     for one in known:
         if one.get("stamp") == mark:
@@ -336,13 +344,13 @@ def describe(dataset: str, data_dir: str, image_size: int | None = None, workers
     """
     size = image_size or find_size(dataset, data_dir)
     row = DATASETS.get(dataset, DATASETS["imagenet"])              # of a folder above 64 pixels: the patches
-    classes = find_split(dataset, data_dir, "test")[2]
-    if len(classes) < 2:
-        fail(f"--dataset {dataset}: there is only one class, {classes[0]}; add another to tell it from")
     if dataset in DATASETS:
-        mean, std = row["mean"], row["std"]
+        classes, mean, std = find_split(dataset, data_dir, "test")[2], row["mean"], row["std"]
     else:
-        mean, std = pixel_moments(split := load_split(dataset, data_dir, "train", size, workers))
+        split = load_split(dataset, data_dir, "train", size, workers)
+        classes, (mean, std) = split.classes, pixel_moments(split)
+        if len(classes) < 2:
+            fail(f"--dataset {dataset}: there is only one class, {classes[0]}; add another to tell it from")
         for name, level, spread in zip(("red", "green", "blue"), mean, std):
             if spread <= FLAT:
                 print(f"warning: {name} is {255 * level:g} of 255 in every pixel of the training images, "

@@ -242,11 +242,11 @@ def hardware(cell):
 
 # Commands
 
-def data_of(dataset, data_dir, known=()):
+def data_of(dataset, data_dir, known=(), holdout=False):
     """`look`; a folder that is not there is taken for one of transfer_sets.py: ten classes, 5000 images of 32
     pixels."""
     if dataset in DATASETS or Path(dataset).is_dir():
-        return look(dataset, data_dir, known)
+        return look(dataset, data_dir, known, holdout)
     return look("cifar10", os.devnull) | {"train": 5000}
 
 
@@ -255,6 +255,8 @@ def shortest(phase, text):
     """The shortest command that runs a phase with these arguments (JSON), by the recipe of the method or of
     G-VBSM."""
     args = json.loads(text)
+    if args.get("image_size") == DATASETS.get(args["dataset"], {}).get("image_size"):
+        args["image_size"] = None                                    # as if squeeze.py had not decided it
     identity = ["--dataset", args["dataset"], "--ipc", str(args["ipc"]), "--method", args["method"],
                 "--preset", args["preset"]]
     identity += ["--holdout"] * args.get("holdout", False)

@@ -146,7 +146,7 @@ def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
     there = root.absolute()                                          # tells which folder the call came from
     if dataset not in DATASETS:
         fail(f"--dataset {dataset}: there is no {there}/train; name one of {', '.join(DATASETS)}, "
-             f"or a folder that has train/<class>/<image> and val/")
+             f"or a folder that has train/<class>/<image>, and val/ alike unless there is --holdout")
     if dataset not in ARCHIVES:
         fail(f"--dataset {dataset}: there is no {there}/train/<class>/<image>; lay it out so or name another "
              f"--data-dir")

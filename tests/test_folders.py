@@ -12,8 +12,8 @@ from tests.own_folders import METHODS, run_cell
 from tests.test_data import assert_fails, make_folder, noise, save
 from tests.test_presets import PHASES, parsed
 from utils import cli, figures, parser
-from utils.data import (check_count, class_numbers, describe, find_split, list_folder, load_folder, load_split,
-                        look)
+from utils.data import (check_count, class_numbers, describe, find_split, list_folder, load_folder,
+                        load_split, look)
 from utils.folders import list_images, white_levels
 from utils.presets import FOLDER
 
@@ -31,13 +31,21 @@ def test_hidden_and_foreign_names_are_passed_over_and_counted(tmp_path):
     assert found["passed"]["other"] == [1, str(root / "train/cat/notes.txt")]
 
 
-def test_a_folder_without_test_images_can_do_with_a_held_out_tenth(tmp_path, capsys):
+def test_a_folder_without_test_images_can_do_with_a_held_out_tenth(tmp_path, capsys, monkeypatch):
     root = make_folder(tmp_path, splits=["train"], count=10)
     assert_fails(capsys, [str(root), "val/", "--holdout"], look, str(root), "x")
-    found = look(str(root), "x", holdout=True)
-    assert (found["train"], found["test"], found["classes"]) == (20, 0, 2)
+    args = parsed("squeeze", monkeypatch, "--dataset", str(root), "--holdout")
+    assert [args.data_set[key] for key in ("train", "test", "classes")] == [20, 0, 2]
     assert describe(str(root), "x")["classes"] == ["cat", "dog"]
     assert [len(load_split(str(root), "x", split, holdout=True)) for split in ("train", "test")] == [18, 2]
+
+
+def test_holdout_needs_no_test_images_of_a_named_data_set_either_and_ignores_those_of_no_class(tmp_path):
+    make_folder(tmp_path / "tiny", splits=["train"], count=10)
+    assert look("tiny", str(tmp_path), holdout=True)["test"] == 0
+    assert describe("tiny", str(tmp_path))["classes"] == ["cat", "dog"]
+    save(tmp_path / "tiny/test/1.png", noise(8, 8, 3))
+    assert look("tiny", str(tmp_path), holdout=True)["test"] == 0
 
 
 @pytest.mark.parametrize("kind", ["jfif", "gif", "webp", "tiff", "bmp"])

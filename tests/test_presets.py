@@ -168,7 +168,7 @@ def test_nothing_is_dropped_on_imagenet_at_ipc_10_alone():
             == 0} == {("imagenet", 10)} and set(rates.values()) == {0, 0.4}
 
 
-def test_best_is_paper_but_for_what_cifar10_showed_of_which_cifar100_and_shapes_share_all_but_teachers():
+def test_best_is_paper_but_for_what_cifar10_showed_shared_but_for_teachers_and_iterations_of_shapes():
     for dataset, column in zip((*DATASETS, "shapes"), zip(*BEST.values())):
         changed = {(phase, flag) for phase in PHASES for ipc in (1, 10, 50)
                    for flag, value in preset_values("best", dataset, phase, ipc).items()

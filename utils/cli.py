@@ -28,7 +28,8 @@ def identity_flags(parser: Parser) -> Parser:
                     "parentheses: what would run)")
     add = parser.add_argument_group("data and identity, the same in every phase").add_argument
     add("--dataset", default="shapes", metavar="NAME|FOLDER",
-        help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or test/")
+        help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or test/ (with "
+             "--holdout train/ alone)")
     add("--ipc", type=number(int, 1), default=10, help="distilled images per class [IPC]")
     add("--method", choices=METHODS, default="gvbsm",
         help=f"how images are made, {', '.join(SELECTIONS)} choose real ones")

@@ -3,9 +3,9 @@ the files.
 
 Layouts, in the order they are looked for (nothing is downloaded unless asked):
     shapes                               drawn here, no file
-    <data_dir>/<name>/train/<class>/     val/ or test/ beside it (val/ if both): torchvision's ImageFolder
+    <data_dir>/<name>/train/<class>/     val/ or test/ beside it (val/ if both; --holdout needs none)
     <data_dir>/cifar-10-batches-py, cifar-100-python, tiny-imagenet-200      as their authors publish them
-    any other folder with train/ and val/ or test/ in it
+    any other folder with the same in it
 Classes are numbered by their sorted names everywhere, images of a class by their sorted file names.
 """
 import json
@@ -186,6 +186,11 @@ def test_folder(root: Path) -> Path | None:
     return next(filter(Path.is_dir, (root / "val", root / "test")), None)
 
 
+def alike(train: Path, test: Path | None) -> bool:
+    """Whether there is a folder of test images, with the classes of train/."""
+    return test is not None and class_folders(test) == class_folders(train)
+
+
 def list_split(root: Path, split: str) -> tuple[list[str], list[int], list[str], dict]:
     """`list_images` of one split of a folder; those of val/, or else test/, by the classes of train/."""
     if split == "train":
@@ -258,7 +263,7 @@ def look(dataset: str, data_dir: str, known: Iterable[dict] = (), holdout: bool 
     image_size that fits, which `fits` keeps whatever size is chosen; all but image_size and classes are None
     of a named one that is no folder of images, or is not here.
     known: what earlier calls gave; the one whose files have the same names, sizes and times is given back.
-    holdout: there may be no test images."""
+    holdout: test images may be absent, or of no class."""
     named = DATASETS.get(dataset)
     nothing = dict.fromkeys(["path", "fingerprint", "train", "test", "pixels", "passed", "stamp", "fits"])
     root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
@@ -266,7 +271,7 @@ def look(dataset: str, data_dir: str, known: Iterable[dict] = (), holdout: bool 
         return nothing | dict(classes=named["num_classes"], image_size=named["image_size"])
     files, _, classes, passed = list_split(root, "train")
     tests, others = [], dict.fromkeys(passed, [])
-    if test_folder(root) or not holdout:
+    if not holdout or alike(root / "train", test_folder(root)):
         tests, _, _, others = list_split(root, "test")
     mark = stamp(files + tests, root)
     for one in known:
@@ -345,7 +350,8 @@ def describe(dataset: str, data_dir: str, image_size: int | None = None, workers
     size = image_size or find_size(dataset, data_dir)
     row = DATASETS.get(dataset, DATASETS["imagenet"])              # of a folder above 64 pixels: the patches
     if dataset in DATASETS:
-        classes, mean, std = find_split(dataset, data_dir, "test")[2], row["mean"], row["std"]
+        there = "train" if Path(data_dir, dataset, "train").is_dir() else "test"    # the other may be missing
+        classes, mean, std = find_split(dataset, data_dir, there)[2], row["mean"], row["std"]
     else:
         split = load_split(dataset, data_dir, "train", size, workers)
         classes, (mean, std) = split.classes, pixel_moments(split)

@@ -246,9 +246,10 @@ class DepthwiseInFloat32(nn.Conv2d):
 
 
 def with_precision(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
-    """The model; at bf16 its layers run under autocast, and its outputs are float32 again."""
+    """The model; at bf16 its layers run under autocast, and its outputs are float32 again. Depthwise layers
+    of a model in train mode stay in float32 on a CPU."""
     if precision == "bf16":
-        for layer in model.modules() if device.type == "cpu" else ():
+        for layer in model.modules() if device.type == "cpu" and model.training else ():
             if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
                 layer.__class__ = DepthwiseInFloat32
         forward = torch.autocast(device.type, torch.bfloat16)(model.forward)

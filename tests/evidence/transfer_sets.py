@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from torchvision.io import write_png
+from PIL import Image
 
 from utils.data import load_split
 
@@ -33,7 +33,7 @@ def write_split(folder, found, chosen, count):
             rows = (found.labels == label).nonzero().flatten()[:count]
             (folder / name).mkdir(parents=True, exist_ok=True)
             for row, image in zip(rows, found.read(rows)):
-                write_png(image, str(folder / name / f"{row:05d}.png"))
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / name / f"{row:05d}.png")
 
 
 def main(argv=None):

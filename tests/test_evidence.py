@@ -66,8 +66,9 @@ def test_each_number_of_a_result_file_stands_in_its_row(name):
     text = make_readme.page({name: cell} | {other: base for other,
                                             base in CELLS.items() if base["tag"] in report.BASES})
     section = text[text.index(f"## {cell['dataset']}\n"):].split("\n## ")[0].split("<details>")[0]
-    family = (cell["tag"] or "").startswith("family")
-    run = report.run_name(cell["method"], cell["tag"]).replace("-family", "")
+    family = (cell["tag"] or "").startswith("family") and cell["distilled"]
+    run = report.run_name(cell["method"], cell["tag"])
+    run = run.replace("-family", "") if family else run
     rows = [[part.strip() for part in line.strip("|").split("|")] for line in section.splitlines()
             if f"| {run} " in line]
     numbers = [report.accuracy(result) for side in ("distilled", "real")[:1 if family else 2]

@@ -40,6 +40,17 @@ def test_a_folder_without_test_images_can_do_with_a_held_out_tenth(tmp_path, cap
     assert [len(load_split(str(root), "x", split, holdout=True)) for split in ("train", "test")] == [18, 2]
 
 
+def test_classes_that_lie_outside_of_train_are_told_where_to_go(tmp_path, capsys):
+    make_folder(tmp_path, splits=["mine"])
+    assert_fails(capsys, ["mine/train", "beside cat/", "--holdout"], look, str(tmp_path / "mine"), "x")
+
+
+def test_the_first_line_tells_that_a_tenth_is_held_out(tmp_path, monkeypatch):
+    root = make_folder(tmp_path, splits=["train"], count=10)
+    line = cli.describe_choice(parsed("squeeze", monkeypatch, "--dataset", str(root), "--holdout"))
+    assert "20 training images of 8 pixels, of which a tenth of each class is held out to test" in line
+
+
 def test_holdout_needs_no_test_images_of_a_named_data_set_either_and_ignores_those_of_no_class(tmp_path):
     make_folder(tmp_path / "tiny", splits=["train"], count=10)
     assert look("tiny", str(tmp_path), holdout=True)["test"] == 0

@@ -197,3 +197,10 @@ def test_a_variant_is_not_missed_under_hard_labels(write, tmp_path):
 
 def test_a_number_whose_data_set_the_paper_does_not_name_is_not_shown():
     assert ("teddy", "imagenet", "resnet50", "stored") not in report.PUBLISHED
+
+
+def test_a_folder_that_is_not_there_is_answered_by_those_beside_it(tmp_path, capsys):
+    (tmp_path / "mine-holdout").mkdir()
+    with pytest.raises(SystemExit) as end:
+        report.main([str(tmp_path / "mine")])
+    assert end.value.code == 2 and str(tmp_path / "mine-holdout") in capsys.readouterr().err

@@ -158,9 +158,10 @@ def describe_choice(args: argparse.Namespace) -> str:
     size, images, settings = args.image_size or data["image_size"], "", f"settings of {data['column']}"
     if data["train"]:
         pixels = "-".join(map(str, dict.fromkeys(data["pixels"])))   # lowest and highest
-        images = f", {data['train']} training and {data['test']} test images of {pixels} pixels"
+        tests = "" if args.holdout else f" and {data['test']} test"
+        images = f", {data['train']} training{tests} images of {pixels} pixels"
     images += f", training images in a long tail (--imbalance {args.imbalance:g})" * (args.imbalance > 1)
-    images += ", held-out training images in place of the test images (--holdout)" * args.holdout
+    images += ", of which a tenth of each class is held out to test (--holdout)" * args.holdout
     if args.dataset not in DATASETS:
         settings += f" for a folder of {data['classes']} classes"
     line = (f"{name}: {data['classes']} classes{images} → {size}×{size}; {settings} (--preset "

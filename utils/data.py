@@ -144,6 +144,9 @@ def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
     if (root / "train").is_dir():
         return root
     there = root.absolute()                                          # tells which folder the call came from
+    if dataset not in DATASETS and root.is_dir() and (folders := class_folders(root)):
+        fail(f"--dataset {dataset}: there is no {there}/train beside {folders[0]}/; move folders that are "
+             "classes into train/, and add val/ alike or --holdout")
     if dataset not in DATASETS:
         fail(f"--dataset {dataset}: there is no {there}/train; name one of {', '.join(DATASETS)}, "
              f"or a folder that has train/<class>/<image>, and val/ alike unless there is --holdout")

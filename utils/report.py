@@ -273,6 +273,10 @@ def main(argv=None):
     parser = Parser(__doc__, "utils.report")
     parser.add_argument("folder", type=Path, metavar="runs/DATASET", help="where the phases wrote")
     args = parser.parse_args(argv)
+    if not args.folder.is_dir():
+        beside = sorted(str(path) for path in args.folder.parent.glob("*/") if path.is_dir())
+        fail(f"{args.folder}: there is no such folder; {'name one of: ' * bool(beside)}"
+             f"{' '.join(beside) or 'run the phases first'}")
     results = read_results(args.folder)
     if not results:
         fail(f"{args.folder} holds no evaluation (<run>/eval/<student>.json); run train_eval.py first")

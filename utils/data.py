@@ -191,7 +191,8 @@ def test_folder(root: Path) -> Path | None:
 
 def alike(train: Path, test: Path | None) -> bool:
     """Whether there is a folder of test images, with the classes of train/."""
-    return test is not None and class_folders(test) == class_folders(train)
+    return test is not None and {*map(same_letters, class_folders(test))} == {
+        *map(same_letters, class_folders(train))}
 
 
 def list_split(root: Path, split: str) -> tuple[list[str], list[int], list[str], dict]:
@@ -353,8 +354,8 @@ def describe(dataset: str, data_dir: str, image_size: int | None = None, workers
     size = image_size or find_size(dataset, data_dir)
     row = DATASETS.get(dataset, DATASETS["imagenet"])              # of a folder above 64 pixels: the patches
     if dataset in DATASETS:
-        there = "train" if Path(data_dir, dataset, "train").is_dir() else "test"    # the other may be missing
-        classes, mean, std = find_split(dataset, data_dir, there)[2], row["mean"], row["std"]
+        train, mean, std = Path(data_dir, dataset, "train"), row["mean"], row["std"]
+        classes = class_folders(train) if train.is_dir() else find_split(dataset, data_dir, "test")[2]
     else:
         split = load_split(dataset, data_dir, "train", size, workers)
         classes, (mean, std) = split.classes, pixel_moments(split)

@@ -39,7 +39,7 @@ from utils.processes import barrier, rank, shard, warn, world_size
 from utils.protocols import earlier_seeds, metrics, prune, trainings
 from utils.report import accuracy, beside
 from utils.run import Run, begin, generator, script, send
-from utils.teachers import at_chance, check_models
+from utils.teachers import check_models, warn_at_chance
 from utils.train import (Graphed, Record, channels_last, class_accuracies, fit, floating, full_batch,
                          learning_rates, make_step, network_inputs, split_accuracy, split_batches, swapped,
                          with_precision)
@@ -251,13 +251,12 @@ def main(argv=None):
             for name in names if rank() == 0 else ():
                 done = [earlier[name].get(piece) or works[name].read(piece) for piece in pieces]
                 found = {"student": name, "labels": args.labels, **metrics(args, done),
-                         "images": len(train_data["images"]), "classes": classes}
+                         "images": len(train_data["images"]), "tested": len(train_data["test"]),
+                         "classes": classes}
                 runs[name].finish(found, partial(summary, folder=paths.run.parent), sources.upstream,
                                   works[name].seconds() + earlier[name].get("seconds", 0))
-                if at_chance(found["top1"], len(classes), len(train_data["test"])):
-                    warn(f"{name} is right on {found['top1']:.1f} % of the test images, no better than "
-                         "chance; look at the images, or name more --epochs, another --lr or other "
-                         "--backbones")
+                warn_at_chance(name, found["top1"], len(classes), found["tested"],
+                               "name more --epochs, another --lr or other --backbones")
 
 
 def summary(result: dict, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Backbones and students by name.  Up to 64 pixels with a stem for small images, above as torchvision defines
 them."""
 import re
+from difflib import get_close_matches
 from functools import partial
 
 import torch
@@ -68,7 +69,8 @@ def build_model(name: str, num_classes: int, image_size: int,
     ValueError if the name is unknown or the network cannot take images of this size.
     """
     if not is_model_name(name):
-        raise ValueError(f"unknown model {name!r}; known are {', '.join(NAMES + PATTERNS)}")
+        near = "".join(f", {other} is near" for other in get_close_matches(name, NAMES, 1))
+        raise ValueError(f"unknown model {name!r}{near}; known are {', '.join(NAMES + PATTERNS)}")
     model = _builder(name)(num_classes, image_size)
     return shrink(model, {layer: torch.arange(width) for layer, width in widths.items()}) if widths else model
 

@@ -29,17 +29,23 @@ CLASSES, PIXELS, IMAGES = (2, 3, 5, 10, 20, 50, 200), (16, 32, 48, 64, 96), (20,
 METHODS = "random", "gvbsm"
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 RECORDED = {"image_size", "backbones", "students", "epochs", "iterations", "batch_size", "lr", "optimizer"}
-LARGE = 20 * 16 ** 2        # pixels of one image of each class, beyond which a cell is made `shorter`
+LARGE, HUGE = 20 * 16 ** 2, 80 * 32 ** 2    # pixels of one image of each class, beyond which a cell is `shorter`
 
 
-def shorter(classes, pixels, ipc):
+def shorter(classes, pixels, images, ipc):
     """{phase: flags} of a cell that would take long by the defaults: fewer epochs, from 20 classes on also
-    fewer iterations (with 100 of them three classes of 48 pixels are at chance, with 300 all is right)."""
-    if classes * min(pixels, 64) ** 2 <= LARGE:
+    fewer iterations (with 100 of them three classes of 48 pixels are at chance, with 300 all is right), and
+    a squeeze of 20,000 images in all where even that is long."""
+    size = classes * min(pixels, 64) ** 2
+    if size <= LARGE:
         return {}
-    epochs = ["--epochs", str(max(100, 6000 // (classes * ipc)))]
+    epochs = ["--epochs", str(30 if size > HUGE else max(100, 6000 // (classes * ipc)))]
     flags = {"relabel": epochs, "train_eval": epochs}
-    return flags | {"recover": ["--iterations", "100"]} if classes >= 20 else flags
+    if classes >= 20:
+        flags["recover"] = ["--iterations", "50" if size > HUGE else "100"]
+    if size > HUGE:
+        flags["squeeze"] = ["--epochs", str(max(1, 20_000 // (classes * images)))]
+    return flags
 
 
 def draw(number, pixels, rng):
@@ -88,7 +94,7 @@ def run_phase(phase, flags):
 
 def run_cell(root, classes, pixels, images, ipc=3, methods=METHODS):
     """Yields what came out for each method on a new folder below `root`; they share their teachers."""
-    data, typed = Path(root, f"c{classes}-p{pixels}-n{images}"), shorter(classes, pixels, ipc)
+    data, typed = Path(root, f"c{classes}-p{pixels}-n{images}"), shorter(classes, pixels, images, ipc)
     make_folder(data, classes, pixels, images)
     flags = ["--dataset", str(data), "--ipc", str(ipc), "--run-dir", str(Path(root, "runs"))]
     for method in methods:
@@ -123,7 +129,7 @@ def table(cells):
             bad = len(numbers) < 3 or any(at_chance(top1, classes, classes * tested(classes))
                                           for top1 in numbers)
             row.append(" / ".join(f"{top1:.0f}" for top1 in numbers) + "!" * bad
-                       + "*" * bool(shorter(classes, size, 3)) if found else "not run")
+                       + "*" * bool(shorter(classes, size, images, 3)) if found else "not run")
         lines.append(f"| {classes} ({100 / classes:.3g} %) | {images} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 

@@ -66,7 +66,8 @@ def test_without_backbones(phase, flags, words, bare):
                                             " --ipc 2 --method random --tag a"]),
     ("train_eval", "--holdout --tag a --images its",
      ["run: python relabel.py --dataset ", " --ipc 2 --tag a", " --holdout", " --images its"]),
-    ("recover", "--teachers other", ["other/convnet_w8.pt", "squeeze.py", "--teachers other"]),
+    ("recover", "--teachers other", ["other/convnet_w8.pt", "squeeze.py", "--teachers other",
+                                     "name one of the --teachers that are there: supervised"]),
     ("collect_stats", "--backbones resnet81", ["resnet81.pt", "squeeze.py"])])
 def test_without_images(phase, flags, words, project):
     tells(project.mistake(phase, flags), *words)
@@ -407,15 +408,15 @@ def test_a_teacher_that_knows_nothing_is_named(project, capsys):
              checkpoint=provenance.fingerprint(project.teachers / f"{name}.pt"))
     recover.main(project.arguments("recover", "--tag weak"))
     warned = capsys.readouterr().err
-    assert warned.count("warning: convnet_w8 is right on 25.0 % of the test images, no better than chance "
-                        "(25.0 %)") == 1
+    assert warned.count("warning: convnet_w8 is right on 25.0 % of ") == 1
+    tells(warned, "test images, which a guess (25.0 %) may reach too")
     assert "wrn10_1" not in warned and before.count("\n") <= 2
 
 
 def test_a_teacher_that_learned_nothing_is_told_where_it_is_trained(project, capsys, monkeypatch):
     monkeypatch.setattr(squeeze, "split_accuracy", lambda *_, **__: 25.0)
     squeeze.main(project.arguments("squeeze", "--teachers weak --backbones convnet_w8 --epochs 1"))
-    tells(capsys.readouterr().err, "warning: convnet_w8 is right on", "no better than chance (25.0 %)",
+    tells(capsys.readouterr().err, "warning: convnet_w8 is right on", "which a guess (25.0 %) may reach",
           "squeeze.py", "--epochs")
 
 
@@ -652,14 +653,36 @@ def test_a_single_class(bare):
         for name in "10", "9", "ant":
             shutil.rmtree(bare.root / "beasts" / split / name)
     for phase, flags in ("squeeze", ""), ("recover", "--method random"):
-        tells(bare.mistake(phase, flags), "only one class, bee")
+        tells(bare.mistake(phase, flags), "only one class, bee", "add another")
+    for split in "train", "test":
+        (bare.root / "beasts" / split).rename(bare.root / "bee")
+        (bare.root / "beasts" / split).mkdir()
+        (bare.root / "bee").rename(bare.root / "beasts" / split / "images")
+    tells(bare.mistake("squeeze"), "only one class, images", "such as bee, one level up")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_an_empty_class(split, bare):
     for file in (bare.root / "beasts" / split / "ant").iterdir():
         file.unlink()
-    tells(bare.mistake("squeeze"), split, "ant", "fill or remove")
+    error = bare.mistake("squeeze")
+    tells(error, split, "ant holds no image", "fill or remove it\n")
+    (bare.root / "beasts" / split / "ant" / "0.heif").write_text("")
+    tells(bare.mistake("squeeze"), "1 other files such as", "ant/0.heif", "convert them to .png")
+
+
+def test_a_folder_one_level_too_deep_and_a_test_folder_of_another_name(bare):
+    data = bare.root / "beasts"
+    tells(bare.mistake("squeeze", "--dataset", data / "train"), "name the folder above", data)
+    for name in "9", "ant":
+        shutil.rmtree(data / "test" / name)
+    tells(bare.mistake("squeeze"), "class 9 and 1 more are in only one of train/ and test/")
+    (data / "test").rename(data / "valid")
+    tells(bare.mistake("squeeze"), "neither val/ nor test/: rename valid to val", "--holdout")
+
+
+def test_a_network_of_nearly_that_name(bare):
+    tells(bare.mistake("squeeze", "--backbones resnet19"), "unknown model 'resnet19', resnet18 is near")
 
 
 def test_an_image_of_too_many_pixels(bare, monkeypatch):

@@ -1149,7 +1149,7 @@ def test_a_student_at_chance_and_one_beside_random_images_are_told(relabelled, c
     told = f"convnet_w8 {result['top1']:.1f} % of the test images (chance 25.0 %, random real images "
     assert told in relabelled.printed
     warned = capsys.readouterr().err
-    for words in "warning: convnet_w8 is right on", "no better than chance", "--epochs":
+    for words in "warning: convnet_w8 is right on", "which a guess (25.0 %) may reach", "--epochs":
         assert words in warned
     relabelled.call("train_eval", flags, "--epochs 2 --overwrite")                 # another recipe
     assert "(chance 25.0 %), in" in relabelled.printed

@@ -144,6 +144,8 @@ def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
     if (root / "train").is_dir():
         return root
     there = root.absolute()                                          # tells which folder the call came from
+    if (root.parent / "train").is_dir() and root.name in ("train", "val", "test"):
+        fail(f"--dataset {dataset}: name the folder above, {root.parent}, which has train/ and val/ in it")
     if dataset not in DATASETS and root.is_dir() and (folders := class_folders(root)):
         fail(f"--dataset {dataset}: there is no {there}/train beside {folders[0]}/; move folders that are "
              "classes into train/, and add val/ alike or --holdout")
@@ -195,14 +197,22 @@ def alike(train: Path, test: Path | None) -> bool:
         *map(same_letters, class_folders(train))}
 
 
+def some(names: Iterable[str]) -> str:
+    """The first of some names and how many more there are, as the subject of a sentence."""
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more are" if others else f"{first} is"
+
+
 def list_split(root: Path, split: str) -> tuple[list[str], list[int], list[str], dict]:
     """`list_images` of one split of a folder; those of val/, or else test/, by the classes of train/."""
     if split == "train":
         return list_images(root / "train")
     folder = test_folder(root)
     if folder is None:
-        fail(f"{root} has train/ but neither val/ nor test/: add one with the same classes, or test on a "
-             "tenth of the training images by --holdout")
+        others = [name for name in class_folders(root) if name != "train"]
+        renamed = f"rename {' or '.join(others)} to val" if others else "add one with the same classes"
+        fail(f"{root} has train/ but neither val/ nor test/: {renamed}, or test on a tenth of the training "
+             "images by --holdout")
     classes, there = class_folders(root / "train"), set(class_folders(folder))
     tables = list(filter(Path.is_file, (folder / "val_annotations.txt", folder / "val.txt",
                                         root / f"{folder.name}.txt", root / "meta.bin")))
@@ -213,7 +223,7 @@ def list_split(root: Path, split: str) -> tuple[list[str], list[int], list[str],
              f"class; sort them into {folder.name}/<class>/, or write lines of a file's name and its class "
              f"to {root / folder.name}.txt")
     if differing := set(map(same_letters, classes)) ^ set(map(same_letters, there)):
-        fail(f"{root}: class {min(differing)} is in only one of train/ and {folder.name}/: add or remove it")
+        fail(f"{root}: class {some(differing)} in only one of train/ and {folder.name}/: add or remove it")
     return list_images(folder, classes)
 
 
@@ -228,10 +238,8 @@ def list_annotated(folder: Path, table: Path, classes: list[str]) -> tuple:
     if short := [row for row in rows if len(row) < 2]:
         fail(f"{table}: {short[0][0]!r} does not name a file and a class: mend or remove it")
     named = {same_letters(name) for _, name in rows}
-    if differing := named - number.keys() or set(range(len(classes))) - {number[name] for name in named}:
-        name = next(iter(differing))
-        fail(f"{table}: class {name if isinstance(name, str) else classes[name]} is in only one of train/ "
-             f"and {folder.name}/: add or remove it")
+    if differing := named - number.keys() or set(classes) - {classes[number[name]] for name in named}:
+        fail(f"{table}: class {some(differing)} in only one of train/ and {folder.name}/: add or remove it")
     rows.sort(key=lambda row: (number[same_letters(row[1])], row[0]))
     place = folder / "images" if (folder / "images").is_dir() else folder
     files, (images, other, hidden) = [str(place / file) for file, _ in rows], walk(place)
@@ -360,7 +368,10 @@ def describe(dataset: str, data_dir: str, image_size: int | None = None, workers
         split = load_split(dataset, data_dir, "train", size, workers)
         classes, (mean, std) = split.classes, pixel_moments(split)
         if len(classes) < 2:
-            fail(f"--dataset {dataset}: there is only one class, {classes[0]}; add another to tell it from")
+            inside = class_folders(find_root(dataset, data_dir) / "train" / classes[0])
+            fail(f"--dataset {dataset}: there is only one class, {classes[0]}; "
+                 + (f"move the folders in it, such as {inside[0]}, one level up if they are the classes"
+                    if inside else "add another to tell it from"))
         for name, level, spread in zip(("red", "green", "blue"), mean, std):
             if spread <= FLAT:
                 print(f"warning: {name} is {255 * level:g} of 255 in every pixel of the training images, "

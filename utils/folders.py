@@ -171,9 +171,9 @@ def list_images(folder: Path,
         images, other, hidden = walk(os.path.join(folder, name))
         passed["other"], passed["hidden"] = passed["other"] + other, passed["hidden"] + hidden
         if not images:
-            others = f" ({len(other)} other files)" * bool(other)
-            fail(f"{os.path.join(folder, name)} holds no image{others}; fill or remove it, or use one of: "
-                 f"{' '.join(sorted(EXTENSIONS))}")
+            others = f", but {len(other)} other files such as {other[0]}" if other else ""
+            fail(f"{os.path.join(folder, name)} holds no image that Pillow reads{others}; fill or remove it"
+                 + ", or convert them to .png" * bool(other))
         rows.append((number[same_letters(name)], images))
     rows.sort(key=lambda row: row[0])
     return ([file for _, images in rows for file in images],

@@ -148,32 +148,44 @@ def beside(result: dict, folder: Path) -> str:
 def rows(dataset: str, results: dict[tuple, dict]) -> tuple[list[list[str]], list[str]]:
     """The table's rows and the notes below it.   -> [cells], [text]
 
-    A row for each run and kind of labels. Random images are the comparison, and stand in a row of G-VBSM
-    where there is none to compare. A cell that ends in [1] has note 1."""
+    A row for each result; of random images for those that no other row shows. A cell that ends in [1] has
+    note 1."""
     def mark(note):
         notes.extend([note] * (note not in notes))
         return f" [{notes.index(note) + 1}]"
 
-    runs, methods, lines, notes = shown_runs(results), list(METHODS), [], []
-    for ipc, student in sorted({run[:2] for run in runs}):
-        mine = sorted((run for run in runs if run[:2] == (ipc, student)),
-                      key=lambda run: (methods.index(run[2]), run[3] or ""))
-        for labels in LABELS:
-            if labels == "online" and not any(key[:3] == (ipc, student, labels) for key in results):
-                continue
-            for *_, method, tag in mine:
-                ours = results.get((ipc, student, labels, method, tag))
-                if not ours and labels != "stored" and is_variant(dataset, tag):
-                    continue
-                alone = (results.get((ipc, student, labels, "random", its)) for its in (tag, None))
-                real, why = random_beside(ours, results) if ours else (next(filter(None, alone), None), "")
-                apart = mark(f"random real has another recipe ({why})") if why else ""
-                margin = ours["top1"] - real["top1"] if ours and real else None
-                lost = mark(LOST) if margin is not None and margin <= 0 and method not in SELECTIONS else ""
-                lines.append([str(ipc), student, LABELS[labels], run_name(method, tag), accuracy(ours),
-                              accuracy(real) + apart, "" if margin is None else f"{margin:+.1f}{lost}",
-                              PUBLISHED.get((method, dataset, student, labels), {}).get(ipc, "")])
+    def place(key):
+        ipc, student, labels, method, tag = key
+        return ipc, student, list(LABELS).index(labels), method == "random", methods.index(method), tag or ""
+
+    methods, lines, notes, compared = list(METHODS), [], [], []
+    for key in sorted(results, key=place):
+        (ipc, student, labels, method, tag), ours = key, results[key]
+        cells, run = [str(ipc), student, LABELS[labels]], run_name(method, tag)
+        if method == "random":
+            if not any(ours is real for real in compared):
+                lines.append([*cells, run, accuracy(ours), "", "", ""])
+            continue
+        real, why = random_beside(ours, results)
+        compared.append(real)
+        apart = mark(f"random real has another recipe ({why})") if why else ""
+        published = PUBLISHED.get((method, dataset, student, labels), {}).get(ipc, "")
+        lines.append([*cells, run, accuracy(ours), accuracy(real) + apart, "", published])
+        if real:
+            margin, note = ours["top1"] - real["top1"], doubt(ours, real)
+            lines[-1][-2] = f"{margin:+.1f}{mark(note) if note and method not in SELECTIONS else ''}"
     return lines, [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + varied(results)
+
+
+def doubt(ours: dict, real: dict) -> str:
+    """A note on a margin of at most zero, or within two standard errors of the difference of two accuracies
+    on so many test images; "" on others."""
+    margin, tested, right = ours["top1"] - real["top1"], ours.get("tested"), real["top1"] / 100
+    told = 200 * (2 * right * (1 - right) / tested) ** 0.5 if tested else 0
+    if margin > told:
+        return ""
+    note = f"{tested} test images tell margins from {told:.1f} on" if tested else ""
+    return note if margin > 0 else LOST + f" ({note})" * bool(note)
 
 
 def varied(results: dict[tuple, dict]) -> list[str]:
@@ -236,23 +248,9 @@ def differing(phase: str, args: dict, others: dict) -> list[list[str]]:
     return words
 
 
-def shown_runs(results: dict[tuple, dict]) -> set[tuple]:
-    """(ipc, student, method, tag) of all runs but those of random images, which stand beside G-VBSM's where
-    there is none to compare."""
-    runs = {(ipc, student, method, tag) for ipc, student, _, method, tag in results if method != "random"}
-    compared = {run[:2] for run in runs}
-    return runs | {(ipc, student, "gvbsm", tag) for ipc, student, _, _,
-                   tag in results if (ipc, student) not in compared}
-
-
 def run_name(method: str, tag: str | None) -> str:
     """Of a run, without its IPC."""
     return method + (f"-{tag}" if tag else "")
-
-
-def is_variant(dataset: str, tag: str | None) -> bool:
-    """Whether a run belongs to a comparison: its tag is one of BASES, or that and a dash and a word."""
-    return dataset.endswith("-holdout") or (tag or "").partition("-")[0] in BASES
 
 
 def accuracy(result: dict | None) -> str:

@@ -35,6 +35,8 @@ def need_files(args: argparse.Namespace, folder: Path, suffix: str, script: str)
     if script == "squeeze.py" and "@" in "".join(missing):
         names = dict.fromkeys(name.partition("@")[0] for name in missing)
         more = ", with --save-epochs or --pruned for what @ names"
+    if not folder.exists() and (sets := sorted(path.name for path in folder.parent.glob("*/"))):
+        more += f"; or name one of the --teachers that are there: {' '.join(sets)}"
     path = (folder / f"{missing[0]}{suffix}").absolute()
     fail(f"{path} is {absent(path)}; {command} --backbones {' '.join(names)}{more}")
 
@@ -162,13 +164,18 @@ def at_chance(top1: float, classes: int, tested: int) -> bool:
     return top1 <= chance + 2 * math.sqrt(chance * (100 - chance) / tested)
 
 
+def warn_at_chance(name: str, top1: float, classes: int, tested: int, remedy: str) -> None:
+    """Say that a network knows nothing, if its accuracy is within two standard errors of a guess."""
+    if at_chance(top1, classes, tested):
+        warn(f"{name} is right on {top1:.1f} % of {tested} test images, which a guess ({100 / classes:.1f} %) "
+             f"may reach too; look at the images, or {remedy}")
+
+
 def warn_of_backbones(records: dict[str, dict], num_classes: int) -> None:
-    """Say which backbones know nothing, within two standard errors of a guess."""
+    """`warn_at_chance` of squeezed backbones."""
     for name, record in records.items():
-        if at_chance(record["top1"], num_classes, record["tested"]):
-            warn(f"{name} is right on {record['top1']:.1f} % of the test images, no better than chance "
-                 f"({100 / num_classes:.1f} %); look at the images, or train it again with squeeze.py "
-                 "--overwrite and more --epochs or another --lr")
+        warn_at_chance(name, record["top1"], num_classes, record["tested"],
+                       "train it again with squeeze.py --overwrite and more --epochs or another --lr")
 
 
 def warn_of_unmatched(models: dict[str, nn.Module], bn_weight: float, conv_weight: float) -> None:

@@ -26,7 +26,7 @@ from utils.parser import Parser
 from utils.presets import METHODS, UNMATCHED
 from utils.provenance import relevant
 from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, changes, differing, random_beside,
-                          read_results, run_name, shown_runs, table)
+                          read_results, run_name, table)
 
 FOLDER = Path(__file__).resolve().parent
 NO_RUNS = ["--run-dir", os.devnull]  # so that the page does not depend on the runs that are here
@@ -46,6 +46,15 @@ A data set named `...-holdout` is tested on a tenth of its training images, whic
 
 
 # Result files
+
+def shown_runs(results: dict[tuple, dict]) -> set[tuple]:
+    """(ipc, student, method, tag) of all runs but those of random images, which stand beside G-VBSM's where
+    there is none to compare."""
+    runs = {(ipc, student, method, tag) for ipc, student, _, method, tag in results if method != "random"}
+    compared = {run[:2] for run in runs}
+    return runs | {(ipc, student, "gvbsm", tag) for ipc, student, _, _,
+                   tag in results if (ipc, student) not in compared}
+
 
 def keep(folder, results, out):
     """Write a cell for each run, IPC and student of runs/<dataset>."""

@@ -2,36 +2,34 @@
 them."""
 import re
 from difflib import get_close_matches
+from enum import Enum
 from functools import partial
+from pkgutil import resolve_name
 
 import torch
-import torchvision
 from torch import nn
 
 from models.convnet import ConvNet
-from models.deit import deit_tiny
-from models.efficientnet import efficientnet_b0
-from models.mobilenetv2 import mobilenetv2
 from models.pruning import shrink
-from models.regnet import regnet_x_8gf
-from models.resnet import resnet
-from models.shufflenetv2 import shufflenetv2_05
-from models.squeezenet import squeezenet
-from models.swin import swin_t
-from models.vgg import vgg11_bn
 from models.wrn import WideResNet
 
+
+def _late(name, *args):
+    """The network of a function below models/, imported late: torchvision is as slow to import as torch."""
+    return resolve_name(f"models.{name}")(*args)
+
+
 BUILDERS = {
-    **{arch: partial(resnet, arch) for arch in ("resnet18", "resnet50", "resnet101")},
-    "mobilenetv2_05": partial(mobilenetv2, 0.5),
-    "mobilenetv2": partial(mobilenetv2, 1.0),
-    "shufflenetv2_05": shufflenetv2_05,
-    "efficientnet_b0": efficientnet_b0,
-    "vgg11_bn": vgg11_bn,
-    "regnet_x_8gf": regnet_x_8gf,
-    "squeezenet": squeezenet,
-    "swin_t": swin_t,
-    "deit_tiny": deit_tiny,
+    **{arch: partial(_late, "resnet.resnet", arch) for arch in ("resnet18", "resnet50", "resnet101")},
+    "mobilenetv2_05": partial(_late, "mobilenetv2.mobilenetv2", 0.5),
+    "mobilenetv2": partial(_late, "mobilenetv2.mobilenetv2", 1.0),
+    "shufflenetv2_05": partial(_late, "shufflenetv2.shufflenetv2_05"),
+    "efficientnet_b0": partial(_late, "efficientnet.efficientnet_b0"),
+    "vgg11_bn": partial(_late, "vgg.vgg11_bn"),
+    "regnet_x_8gf": partial(_late, "regnet.regnet_x_8gf"),
+    "squeezenet": partial(_late, "squeezenet.squeezenet"),
+    "swin_t": partial(_late, "swin.swin_t"),
+    "deit_tiny": partial(_late, "deit.deit_tiny"),
 }
 NAMES = ("convnet_w128", "wrn16_2", *BUILDERS)
 PATTERNS = ("convnet_w<width>[_d<depth>]", "wrn<depth>_<width>", "resnet<depth>_stem7")
@@ -75,7 +73,7 @@ def build_model(name: str, num_classes: int, image_size: int,
     return shrink(model, {layer: torch.arange(width) for layer, width in widths.items()}) if widths else model
 
 
-def pretrained_weights(name: str) -> torchvision.models.WeightsEnum:
+def pretrained_weights(name: str) -> Enum:
     """-> torchvision's WeightsEnum member of ImageNet weights, version 1; nothing is downloaded.
 
     They load with strict=True into build_model(name, 1000, image_size > 64). ValueError if torchvision has
@@ -84,4 +82,5 @@ def pretrained_weights(name: str) -> torchvision.models.WeightsEnum:
     if name not in PRETRAINED:
         raise ValueError(f"torchvision has no ImageNet weights for {name!r}; it has them for "
                          f"{', '.join(PRETRAINED)}")
+    import torchvision    # late, slow to import
     return torchvision.models.get_model_weights(PRETRAINED[name]).IMAGENET1K_V1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 from torchvision.transforms import v2
 
 from utils import data
@@ -138,7 +139,7 @@ def test_a_split_moves_to_a_device_unless_it_is_streamed(tmp_path):
 def make_cifar(root, dataset, monkeypatch):
     """An archive like that of CIFAR-10 or -100, 20 images to a file; the md5 sums of the real one are not
     checked."""
-    cifar = data.CIFAR[dataset]
+    cifar = getattr(datasets, dataset.upper())
     for name in ("train_list", "test_list"):
         monkeypatch.setattr(cifar, name, [[file, None] for file, _ in getattr(cifar, name)])
     monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": None})
@@ -408,7 +409,7 @@ def test_a_damaged_archive_fails(tmp_path, capsys):
 def test_a_download_without_network_fails_and_leaves_nothing_behind(tmp_path, capsys, monkeypatch, dataset):
     def refuse(*args, **options):
         raise URLError("no route")
-    monkeypatch.setattr(data, "download_and_extract_archive", refuse)
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", refuse)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
     parts = [f"--dataset {dataset}", "no route"]
     assert_fails(capsys, parts, load_split, dataset, tmp_path / "new", "train", download=True)
@@ -421,7 +422,7 @@ def test_tiny_imagenet_is_fetched_when_asked_and_then_kept(tmp_path, monkeypatch
     def fetch(url, folder, md5):
         fetched.append(url)
         make_tiny(Path(folder, "tiny-imagenet-200"))
-    monkeypatch.setattr(data, "download_and_extract_archive", fetch)
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", fetch)
     for split in ("train", "test"):
         assert len(load_split("tiny", tmp_path / "new", split, download=True)) == 6
     assert fetched == [data.TINY_URL] and [path.name

@@ -384,3 +384,9 @@ def test_unfinished_work_is_told_with_the_command_that_began_it_and_the_flags_ty
                                                     (16.1, 50, True), (5, 10000, True)])
 def test_chance_is_at_most_two_standard_errors_away(top1, tested, expected):
     assert teachers.at_chance(top1, 10, tested) == expected  # one standard error of 100: 3
+
+
+def test_a_phase_starts_without_torchvision_which_is_as_slow_to_import_as_torch():
+    phases = "squeeze, collect_stats, recover, relabel, train_eval"
+    code = f"import sys, {phases}; print('torchvision' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"

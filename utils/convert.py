@@ -23,11 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.serialization import safe_globals
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from utils import fail
 from utils.augment import normalize
-from utils.data import describe, folder_name, list_folder, rgb_image, unreadable_fails
+from utils.data import describe, folder_name, list_folder, pixels, rgb_image, unreadable_fails
 from utils.files import load_json, whole_file
 from utils.hub import write_hub, write_zip
 from utils.parser import Parser
@@ -139,7 +138,7 @@ def read_folder(folder: Path, classes: list[str] | None = None) -> tuple[torch.T
     classes = classes or sorted(found, key=int if all(map(str.isdecimal, found)) else None)
     labels, _, files = list_folder(folder, classes)
     with unreadable_fails():
-        images = [pil_to_tensor(rgb_image(folder / file)) for file in files]
+        images = [pixels(rgb_image(folder / file)) for file in files]
     if odd := next((file for file, image in zip(files, images) if image.shape != images[0].shape), None):
         fail(f"{folder / odd} is of another size than {files[0]}; make all images of one size")
     return torch.stack(images), labels, classes

@@ -22,15 +22,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 
 from utils import fail
-from utils.folders import (UnreadableImage, class_folders, fit_image, list_images, opened, read_images,
-                           rgb_image, same_letters, sampled, stamp, survey, unreadable_fails, walk,
-                           white_levels)
+from utils.folders import (UnreadableImage, class_folders, fit_image, list_images, opened, pixels,
+                           read_images, rgb_image, same_letters, sampled, stamp, survey, unreadable_fails,
+                           walk, white_levels)
 from utils.shapes import SHAPES, draw_shapes
 
 # mean and std of the training pixels on the 0..1 scale; patch: side of the patches of Eq. 9, in pixels
@@ -49,8 +45,7 @@ DATASETS = {
 SMALL = 64      # pixels: above, images are streamed, and a folder of one's own takes the settings of ImageNet
 FEW_CLASSES = 20                # up to so many a folder takes the settings of CIFAR-10
 FLAT = 1 / 255                  # standard deviation of a channel that does not vary
-CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-ARCHIVES = {"cifar10": CIFAR10.base_folder, "cifar100": CIFAR100.base_folder, "tiny": "tiny-imagenet-200"}
+ARCHIVES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "tiny": "tiny-imagenet-200"}
 TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 
 def end_later(worker: int) -> None:
@@ -72,8 +67,6 @@ class Split:
         self.images = None if self.streamed else read_images(sources, image_size, image_size, workers, white)
         # ImageNet's customary margin: 256 pixels, of which 224 are cut out
         self.shorter = image_size * 256 // 224
-        self.random_crop = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.08, 1)),
-                                       v2.RandomHorizontalFlip()])
 
     def __len__(self):
         return len(self.labels)
@@ -131,11 +124,13 @@ class Split:
         image = rgb_image(self.files[i], self.white)
         if crop_seed is None:
             return fit_image(image, self.shorter, self.image_size)
+        from torchvision.transforms import v2    # late, slow to import
+        view = v2.Compose([v2.RandomResizedCrop(self.image_size, scale=(0.08, 1)), v2.RandomHorizontalFlip()])
         # torchvision's transforms draw from torch's global CPU generator
         with torch.random.fork_rng(devices=[]):
             seed = np.random.SeedSequence((crop_seed, i)).generate_state(1)
             torch.default_generator.manual_seed(int(seed[0]))
-            return TF.pil_to_tensor(self.random_crop(image))
+            return pixels(view(image))
 
 
 def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
@@ -165,6 +160,7 @@ def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
 def fetch_tiny(root: Path) -> None:
     """Download and unpack Tiny-ImageNet as `root`, which is there only when complete."""
     root.parent.mkdir(parents=True, exist_ok=True)
+    from torchvision.datasets.utils import download_and_extract_archive
     with TemporaryDirectory(dir=root.parent) as folder:
         download_and_extract_archive(TINY_URL, folder, md5=TINY_MD5)
         os.replace(Path(folder, root.name), root)
@@ -176,8 +172,9 @@ def find_split(dataset: str, data_dir: str, split: str, download: bool = False) 
         return *draw_shapes(split), list(SHAPES)
     root = find_root(dataset, data_dir, download)
     try:
-        if root.name == ARCHIVES.get(dataset) and dataset in CIFAR:
-            found = CIFAR[dataset](root.parent, split == "train", download=download)
+        if root.name == ARCHIVES.get(dataset) and dataset != "tiny":
+            from torchvision import datasets
+            found = getattr(datasets, dataset.upper())(root.parent, split == "train", download=download)
             return found.data, found.targets, found.classes
         if not root.is_dir():
             fetch_tiny(root)

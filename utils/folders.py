@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms.v2 import functional as TF
 
 from utils import fail
 
@@ -77,7 +76,15 @@ def rgb_image(source, white: dict[str, int] | None = None) -> Image.Image:
 
 def fit_image(image: Image.Image, shorter: int, size: int) -> torch.Tensor:
     """uint8 [3, size, size]: the shorter side resized (bilinear, antialiased), the centre cut out."""
-    return TF.pil_to_tensor(TF.center_crop(TF.resize(image, [shorter]), [size]))
+    if image.size != (size, size) or shorter != size:
+        from torchvision.transforms.v2 import functional as TF    # late, slow to import
+        image = TF.center_crop(TF.resize(image, [shorter]), [size])
+    return pixels(image)
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    """uint8 [3, H, W] of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_images(sources, shorter: int, size: int, workers: int,

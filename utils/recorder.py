@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import save_image
 
 from utils import fail
 from utils.augment import to_uint8
@@ -163,6 +162,7 @@ class Grid:
 
     def save(self) -> None:
         if rank() == 0:
+            from torchvision.utils import save_image              # late, slow to import
             with whole_file(self.path) as temporary:
                 save_image(self.images.flatten(0, 1), temporary, nrow=self.columns, format="png")
 

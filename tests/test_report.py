@@ -107,8 +107,8 @@ def test_a_note_says_where_distilling_does_not_pay(write, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("top1, note", [        # two standard errors of a difference: 14.1 and 1.4 points
-    (50.0, "{LOST} (100 test images tell margins from 14.1 on)"), (64, "100 test images tell margins from"),
-    (65, None)])
+    (50.0, "{LOST} (with 100 test images a margin below 14.1 points may be chance)"),
+    (64, "with 100 test images a margin below 14.1 points"), (65, None)])
 def test_a_margin_that_so_few_test_images_cannot_tell_is_noted(top1, note, write, tmp_path, capsys):
     write(top1=top1, tested=100)
     write(top1=50, tested=100, method="random")

@@ -38,11 +38,12 @@ from utils.ddp import gathered, in_parallel, share, share_weight
 from utils.moco import Probe, check_contrast, check_contrasted, train_moco
 from utils.parser import Parser, crop_name, epoch_range, number
 from utils.pool import check_pool, fine_tuning, prune_teacher, saved_epochs, teachers_of
+from utils.presets import SELECTIONS
 from utils.processes import print_rank0, rank, rank0_first, world_size
 from utils.provenance import AGAIN, check_data, fingerprint, relevant
 from utils.run import Run, begin, generator, peak_memory, script, send
 from utils.scores import SCORES, kept_rows
-from utils.selection import count_forgetting
+from utils.selection import class_indices, count_forgetting
 from utils.teachers import TEACHER, check_models, costs, first_bn_variance, warn_of_backbones
 from utils.train import (Record, Training, channels_last, fit, make_step, shuffled, split_accuracy,
                          with_precision)
@@ -188,6 +189,11 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
     if args.objective == "supervised":
         splits["train"].check_crop("resized" if args.weights else args.crop)
     check_models("--backbones", args.backbones, len(data["classes"]), data["image_size"])
+    if args.method in SELECTIONS:
+        class_indices(splits["train"], torch.arange(len(splits["train"])), data["classes"], args.ipc)
+    if splits["test"].streamed and not args.pretrained:              # a damaged one is told before training
+        for _ in splits["test"].batches(500):
+            pass
     return splits, data
 
 

@@ -26,12 +26,15 @@ def numbered(folder, form, classes=12):
 def test_folders_that_are_numbers_are_classes_by_number(tmp_path, capsys, form):
     labels, found, files = list_folder(numbered(tmp_path, form), [f"n{i:02}" for i in range(12)])
     assert [form.format(label) for label in labels] == found == [file.split("/")[0] for file in files]
-    assert "holds class n00" in capsys.readouterr().out
+    last = labels[-1]
+    assert f"folder {form.format(last)} holds class n{last:02}" in capsys.readouterr().out
 
 
-def test_classes_that_are_numbers_go_by_their_names(tmp_path):
+@pytest.mark.parametrize("form", ["{}", "{:02d}", "new{}"])
+def test_classes_that_are_numbers_go_by_their_value(tmp_path, form):
     names = sorted(map(str, range(12)))                              # 0, 1, 10, 11, 2, ...
-    assert list_folder(numbered(tmp_path, "{}"), names)[0].tolist() == list(range(12))
+    labels, found, _ = list_folder(numbered(tmp_path, form), names)
+    assert [form.format(int(names[label])) for label in labels] == found
 
 
 def test_class_map(tmp_path):

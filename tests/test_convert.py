@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.test_data import make_folder
 from utils.convert import UNITS, load_tensors, main, to_pixels
 from utils.hub import write_zip
 from utils.labels import DistilledDataset
@@ -156,6 +157,11 @@ def test_soft_labels_become_classes_and_that_is_said(tensors, tmp_path, capsys):
 class Code:
     def __reduce__(self):
         return os.mkdir, ("ran",)
+
+
+def test_a_data_set_is_no_folder_of_classes(tmp_path, capsys):
+    root = make_folder(tmp_path / "mine")
+    assert f"name one, such as {root / 'train'}\n" in mistake(capsys, root, tmp_path / "out.npz", *units())
 
 
 @pytest.mark.parametrize("name, change, told", [

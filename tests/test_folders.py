@@ -12,8 +12,8 @@ from tests.own_folders import METHODS, run_cell
 from tests.test_data import assert_fails, make_folder, noise, save
 from tests.test_presets import PHASES, parsed
 from utils import cli, figures, parser
-from utils.data import (check_count, class_numbers, describe, find_split, list_folder, load_folder,
-                        load_split, look)
+from utils.data import (check_count, class_numbers, describe, find_split, fitting_size, list_folder,
+                        load_folder, load_split, look)
 from utils.folders import list_images, white_levels
 from utils.presets import FOLDER
 
@@ -87,6 +87,61 @@ def test_floats_of_no_known_range_are_refused(tmp_path, capsys, value):
     assert_fails(capsys, ["cat/0.tiff", f"{value:g}", "0 .. 1"], load_folder, tmp_path, 8)
 
 
+def test_pixels_that_are_no_number_or_brighter_than_those_of_training_are_refused(tmp_path, capsys):
+    values = np.full((8, 8), 0.5, np.float32)
+    values[3, 3] = np.nan
+    save(tmp_path / "float/cat/0.tiff", values)
+    assert_fails(capsys, ["cat/0.tiff", "nan"], load_folder, tmp_path / "float", 8)
+    root = make_folder(tmp_path / "mine", shape=(8, 8))
+    for split, value in ("train", 4000), ("val", 60000):
+        save(root / split / "cat/0.png", np.full((8, 8), value, np.uint16))
+    assert_fails(capsys, ["val/cat/0.png", "60000", "0 .. 4095"], load_split, str(root), "x", "test")
+
+
+def test_a_link_that_leads_back_is_not_followed(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "train/cat/loop").symlink_to(root / "train")
+    (root / "train/cat/itself").symlink_to(".")
+    assert len(load_split(str(root), "x", "train")) == 4
+
+
+def test_a_link_to_nothing_is_named(tmp_path, capsys):
+    root = make_folder(tmp_path)
+    (root / "train/cat/9.png").symlink_to(root / "gone.png")
+    assert_fails(capsys, ["train/cat/9.png", "replace or remove"], look, str(root), "x")
+
+
+@pytest.mark.parametrize("sizes, size", [
+    (3 * [(28, 28)], 28), (3 * [(12, 12)] + [(10, 20)], 12), (3 * [(4, 4)], 8),
+    (2 * [(28, 28)] + 2 * [(27, 30)], 24), (3 * [(100, 100)], 96), (3 * [(70, 90)], 64)])
+def test_the_size_that_fits_is_that_of_most_images(sizes, size):
+    assert fitting_size(sizes) == size
+
+
+def test_drawn_shapes_are_not_those_of_a_folder_of_that_name(tmp_path):
+    make_folder(tmp_path / "shapes")
+    assert look("shapes", str(tmp_path))["train"] is None
+    assert "circle" in describe("shapes", str(tmp_path))["classes"]
+
+
+def test_folders_of_nearly_the_right_names_are_told_how_to_rename(tmp_path, capsys):
+    make_folder(tmp_path / "mine", splits=["Train", "Val"])
+    assert_fails(capsys, ["rename Train/ to train/"], look, str(tmp_path / "mine"), "x")
+    assert_fails(capsys, ["--dataset is empty"], look, "", "x")
+
+
+def test_classes_that_holdout_leaves_untested_are_told(tmp_path, capsys):
+    root = make_folder(tmp_path, splits=["train"], count=10)
+    (root / "train/dog/0.png").unlink()
+    load_split(str(root), "x", "test", holdout=True)
+    assert "1 of 2 classes, such as dog, have fewer than ten" in capsys.readouterr().err
+
+
+def test_images_one_level_up_are_told_where_they_are(tmp_path, capsys):
+    make_folder(tmp_path / "theirs", splits=["images"])
+    assert_fails(capsys, ["name", "theirs/images"], list_folder, tmp_path / "theirs", ["cat", "dog"])
+
+
 def test_a_flat_channel_is_a_warning_that_names_a_file(tmp_path, capsys):
     for split in "train", "val":
         for name in "a", "b":
@@ -125,6 +180,23 @@ def test_a_flat_val_is_read_by_a_table_of_names_and_classes_or_refused(tmp_path,
     assert look(str(root), "x")["passed"]["other"] == [1, str(root / "val/2.png")]
 
 
+@pytest.mark.parametrize("text, told", [
+    ("\ufeff0.png a b\n1.png cat\n", None), ("0.png\ta b\tmore\n1.png\tcat\n", None),
+    ("0.png a b\n0.png cat\n", "names 0.png 2 times"), ("0.png\n", "does not name a file and a class"),
+    ("0.png a b\n1.png cat\n9.png cat\n", "names 9.png and it is not in"),
+    ("0.png a b\n1.png cat\nx y.png cat\n", "y.png of"),
+    ("0.png caf\xe9\n".encode("latin-1"), "no text in UTF-8")])
+def test_a_table_of_names_and_classes_is_read_or_refused(tmp_path, capsys, text, told):
+    root = make_folder(tmp_path, ("train",), ("a b", "cat"))
+    for number in range(2):
+        save(root / f"val/{number}.png", noise(8, 8, 3))
+    (root / "val.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    if told:
+        assert_fails(capsys, ["val.txt", told], find_split, str(root), "x", "test")
+    else:
+        assert find_split(str(root), "x", "test")[1:] == ([0, 1], ["a b", "cat"])
+
+
 def test_accents_composed_and_decomposed_are_one_class(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "été") for form in ("NFC", "NFD"))
     make_folder(tmp_path, ("train",), ("ant", composed))
@@ -144,11 +216,12 @@ def test_folders_of_images_sort_as_classes_do_and_older_escapes_are_understood(t
 def test_folders_that_are_numbers_are_classes_by_number(found, capsys):
     classes = [f"class{letter}" for letter in "abcdefghijk"]
     assert class_numbers(found, classes, "there") == [0, 1, 10, *range(2, 10)]
-    assert "folder 0" in capsys.readouterr().out
+    assert f"folder {found[-1]} holds class classj" in capsys.readouterr().out
 
 
 def test_images_are_as_many_as_ipc_says(capsys):
     check_count(torch.tensor([0, 0, 1]), 2, "there")
+    assert capsys.readouterr().err == "warning: --images there has 1 to 2 images a class\n"
     assert_fails(capsys, ["--ipc 5", "--ipc 2"], check_count, torch.tensor([0, 0, 1, 1]), 5, "there")
 
 

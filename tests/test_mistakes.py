@@ -285,7 +285,8 @@ def test_a_recovery_from_teachers_or_statistics_made_anew_is_not_repeated(relabe
 
 
 @pytest.mark.parametrize("phase, flags", [
-    ("relabel", "--overwrite"), ("train_eval", "--labels hard"), ("train_eval", "--labels online")])
+    ("relabel", "--overwrite"), ("train_eval", ""), ("train_eval", "--labels hard"),
+    ("train_eval", "--labels online")])
 def test_other_images_than_were_recovered(phase, flags, relabelled):
     CHANGES["pixels"](relabelled.run() / "images")
     tells(relabelled.mistake(phase, flags), "images holds other images than recover.py wrote",
@@ -560,7 +561,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_labels_of_other_images(change, relabelled):
     CHANGES[change](relabelled.run() / "images")
-    tells(relabelled.mistake("train_eval"), "labels", "other images", "relabel.py --overwrite")
+    tells(relabelled.mistake("train_eval"), "other images than recover.py wrote", "recover.py --overwrite")
 
 
 @pytest.mark.slow
@@ -668,7 +669,7 @@ def test_an_empty_class(split, bare):
     error = bare.mistake("squeeze")
     tells(error, split, "ant holds no image", "fill or remove it\n")
     (bare.root / "beasts" / split / "ant" / "0.heif").write_text("")
-    tells(bare.mistake("squeeze"), "1 other files such as", "ant/0.heif", "convert them to .png")
+    tells(bare.mistake("squeeze"), "1 other files such as", "ant/0.heif", "convert or rename them to .png")
 
 
 def test_a_folder_one_level_too_deep_and_a_test_folder_of_another_name(bare):
@@ -676,9 +677,24 @@ def test_a_folder_one_level_too_deep_and_a_test_folder_of_another_name(bare):
     tells(bare.mistake("squeeze", "--dataset", data / "train"), "name the folder above", data)
     for name in "9", "ant":
         shutil.rmtree(data / "test" / name)
-    tells(bare.mistake("squeeze"), "class 9 and 1 more are in only one of train/ and test/")
+    tells(bare.mistake("squeeze"), "beasts/test lacks class 9 and 1 more of train: add or remove")
     (data / "test").rename(data / "valid")
     tells(bare.mistake("squeeze"), "neither val/ nor test/: rename valid to val", "--holdout")
+
+
+def test_selections_need_as_many_images_as_ipc_asks_for(bare):
+    tells(bare.mistake("squeeze", "--method herding --ipc 99"), "--ipc 99 is more than the", "use at most")
+
+
+@pytest.mark.slow
+def test_a_damaged_streamed_test_image_is_told_before_the_training(bare, capsys):
+    file = bare.root / "beasts/test/ant/3.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:60] + bytes(40) + content[100:])       # its end is whole
+    with pytest.raises(SystemExit):
+        squeeze.main(bare.arguments("squeeze", "--image-size 65 --crop resized"))
+    printed, error = capsys.readouterr()
+    assert "replace or remove" in error and "epoch" not in printed
 
 
 def test_a_network_of_nearly_that_name(bare):

@@ -26,7 +26,7 @@ from torch.serialization import safe_globals
 
 from utils import fail
 from utils.augment import normalize
-from utils.data import describe, folder_name, list_folder, pixels, rgb_image, unreadable_fails
+from utils.data import class_folders, describe, folder_name, list_folder, pixels, rgb_image, unreadable_fails
 from utils.files import load_json, whole_file
 from utils.hub import write_hub, write_zip
 from utils.parser import Parser
@@ -135,6 +135,8 @@ def read_folder(folder: Path, classes: list[str] | None = None) -> tuple[torch.T
     """uint8 [N, 3, H, W], labels [N] and class names of an ImageFolder whose images are of one size.
     classes: in their order; by default that of the folders' names, or of their numbers."""
     _, found, _ = list_folder(folder)
+    if "train" in found and class_folders(folder / "train"):
+        fail(f"{folder} is a data set of {' and '.join(found)}; name one, such as {folder / 'train'}")
     classes = classes or sorted(found, key=int if all(map(str.isdecimal, found)) else None)
     labels, _, files = list_folder(folder, classes)
     with unreadable_fails():

@@ -27,6 +27,7 @@ from utils import fail
 from utils.folders import (UnreadableImage, class_folders, fit_image, list_images, opened, pixels,
                            read_images, rgb_image, same_letters, sampled, stamp, survey, unreadable_fails,
                            walk, white_levels)
+from utils.processes import warn
 from utils.shapes import SHAPES, draw_shapes
 
 # mean and std of the training pixels on the 0..1 scale; patch: side of the patches of Eq. 9, in pixels
@@ -135,6 +136,8 @@ class Split:
 
 def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
     """The folder that holds a data set: with train/ in it, or one of ARCHIVES (perhaps yet to be fetched)."""
+    if not dataset:
+        fail("--dataset is empty; name a data set or a folder")
     root = Path(data_dir, dataset) if dataset in DATASETS else Path(dataset)
     if (root / "train").is_dir():
         return root
@@ -142,6 +145,9 @@ def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
     if (root.parent / "train").is_dir() and root.name in ("train", "val", "test"):
         fail(f"--dataset {dataset}: name the folder above, {root.parent}, which has train/ and val/ in it")
     if dataset not in DATASETS and root.is_dir() and (folders := class_folders(root)):
+        if near := next((name for name in folders if name.lower().startswith("train")), None):
+            fail(f"--dataset {dataset}: there is no {there}/train; rename {near}/ to train/, and the test "
+                 "images' folder to val/")
         fail(f"--dataset {dataset}: there is no {there}/train beside {folders[0]}/; move folders that are "
              "classes into train/, and add val/ alike or --holdout")
     if dataset not in DATASETS:
@@ -194,10 +200,15 @@ def alike(train: Path, test: Path | None) -> bool:
         *map(same_letters, class_folders(train))}
 
 
-def some(names: Iterable[str]) -> str:
-    """The first of some names and how many more there are, as the subject of a sentence."""
-    first, *others = sorted(names)
-    return f"{first} and {len(others)} more are" if others else f"{first} is"
+def check_alike(train: Path, names: set[str], test: Path, there: set[str]) -> None:
+    """Stop unless the training and the test images, of two folders or a table, have the same classes."""
+    told = []
+    for path, other, missing in (test, train, names - there), (train, test, there - names):
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            told.append(f"{path} lacks class {min(missing)}{more} of {other.name}")
+    if told:
+        fail(f"{'; '.join(told)}: add or remove what is in only one")
 
 
 def list_split(root: Path, split: str) -> tuple[list[str], list[int], list[str], dict]:
@@ -219,30 +230,47 @@ def list_split(root: Path, split: str) -> tuple[list[str], list[int], list[str],
         fail(f"{folder} holds {len(loose)} images, such as {Path(loose[0]).name}, and no folder for each "
              f"class; sort them into {folder.name}/<class>/, or write lines of a file's name and its class "
              f"to {root / folder.name}.txt")
-    if differing := set(map(same_letters, classes)) ^ set(map(same_letters, there)):
-        fail(f"{root}: class {some(differing)} in only one of train/ and {folder.name}/: add or remove it")
+    check_alike(root / "train", set(map(same_letters, classes)), folder, set(map(same_letters, there)))
     return list_images(folder, classes)
 
 
 def list_annotated(folder: Path, table: Path, classes: list[str]) -> tuple:
     """The same of images without class folders, from a table with file and class in each line, as
     Tiny-ImageNet has it; the class by its name or by its number."""
-    rows = devkit_rows(folder, table) if table.suffix == ".bin" else [
-        re.split(r"\t" if "\t" in line else r"\s+", line.strip())[:2]
-        for line in table.read_text().splitlines() if line.strip()]
     number = {str(i): i for i in range(len(classes))}
     number |= {same_letters(name): i for i, name in enumerate(classes)}
-    if short := [row for row in rows if len(row) < 2]:
-        fail(f"{table}: {short[0][0]!r} does not name a file and a class: mend or remove it")
-    named = {same_letters(name) for _, name in rows}
-    if differing := named - number.keys() or set(classes) - {classes[number[name]] for name in named}:
-        fail(f"{table}: class {some(differing)} in only one of train/ and {folder.name}/: add or remove it")
+    rows = devkit_rows(folder, table) if table.suffix == ".bin" else table_rows(table, number)
+    named = [same_letters(name) for _, name in rows]
+    check_alike(folder.parent / "train", set(map(same_letters, classes)), table,
+                {same_letters(classes[number[name]]) if name in number else name for name in named})
     rows.sort(key=lambda row: (number[same_letters(row[1])], row[0]))
     place = folder / "images" if (folder / "images").is_dir() else folder
     files, (images, other, hidden) = [str(place / file) for file, _ in rows], walk(place)
+    for file, count in Counter(files).items():
+        if count > 1 or not os.path.isfile(file):
+            fail(f"{table} names {os.path.relpath(file, place)} "
+                 + (f"{count} times; name it once" if count > 1 else
+                    f"and it is not in {place}: mend the line, file and class separated by a tab"))
     other += sorted(set(images) - set(files))                        # that the table does not name
     return (files, [number[same_letters(name)] for _, name in rows], classes,
             {"hidden": hidden, "other": [path for path in other if path != str(table)]})
+
+
+def table_rows(table: Path, known: Iterable[str]) -> list[list[str]]:
+    """[file, class] of each line of a text file: columns separated by tabs, or else by blanks; then the class
+    is one of `known`, which may have blanks in it, or one word."""
+    try:
+        lines = table.read_text(encoding="utf-8-sig").splitlines()
+    except ValueError as error:
+        fail(f"{table} is no text in UTF-8 ({error}); store it as such")
+    rows = []
+    for line in filter(str.strip, lines):
+        file, *rest = line.strip().split("\t")[:2] if "\t" in line else line.split(maxsplit=1)
+        if not rest:
+            fail(f"{table}: {file!r} does not name a file and a class: mend or remove it")
+        name = rest[0].strip()
+        rows.append([file, name if "\t" in line or same_letters(name) in known else name.split()[0]])
+    return rows
 
 
 def devkit_rows(folder: Path, table: Path) -> list[list[str]]:
@@ -259,10 +287,12 @@ def devkit_rows(folder: Path, table: Path) -> list[list[str]]:
 
 
 def fitting_size(sizes: list[tuple[int, int]]) -> int:
-    """The side to which images of these (width, height) are cut: their own where all are one square of up to
-    SMALL pixels; else what half of them have at least, up to SMALL if that is at most 96, else up to 224."""
-    if len(set(sizes)) == 1 and sizes[0][0] == sizes[0][1] <= SMALL:
-        return sizes[0][0]
+    """The side to which images of these (width, height) are cut: that of most of them where those are one
+    square of up to SMALL pixels; else what half of them have at least, up to SMALL if that is at most 96,
+    else up to 224; at least 8."""
+    (most, count), = Counter(sizes).most_common(1)
+    if 2 * count > len(sizes) and most[0] == most[1] <= SMALL:
+        return max(8, most[0])
     median = sorted(map(min, sizes))[len(sizes) // 2]
     return max(8, min(median // 8 * 8, SMALL)) if median <= 96 else min(median // 32 * 32, 224)
 
@@ -276,13 +306,16 @@ def look(dataset: str, data_dir: str, known: Iterable[dict] = (), holdout: bool 
     named = DATASETS.get(dataset)
     nothing = dict.fromkeys(["path", "fingerprint", "train", "test", "pixels", "passed", "stamp", "fits"])
     root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
-    if named and not (root / "train").is_dir():
+    if dataset == "shapes" or named and not (root / "train").is_dir():
         return nothing | dict(classes=named["num_classes"], image_size=named["image_size"])
     files, _, classes, passed = list_split(root, "train")
     tests, others = [], dict.fromkeys(passed, [])
     if not holdout or alike(root / "train", test_folder(root)):
         tests, _, _, others = list_split(root, "test")
-    mark = stamp(files + tests, root)
+    try:
+        mark = stamp(files + tests, root)
+    except OSError as error:                                         # such as a link to nothing
+        fail(f"{error.filename} cannot be read ({error.strerror}): replace or remove it")
     for one in known:
         if one.get("stamp") == mark:
             return one | dict(path=str(root.resolve()), image_size=one.get("fits", one["image_size"]))
@@ -343,7 +376,11 @@ def load_split(dataset: str, data_dir: str, split: str, image_size: int | None =
     if holdout or imbalance > 1:
         rows = subset(labels, len(classes), split, holdout, imbalance)
         if not rows:
-            fail(f"--holdout: no class of --dataset {dataset} has ten training images; leave it out")
+            fail(f"--holdout: no class of --dataset {dataset} has ten training images; add some, or test "
+                 "images in val/ and leave it out")
+        if untested := set(range(len(classes))) - {labels[row] for row in rows}:
+            warn(f"--holdout: {len(untested)} of {len(classes)} classes, such as {classes[min(untested)]}, "
+                 "have fewer than ten training images, and so none to test on")
         images = images[rows] if isinstance(images, np.ndarray) else [images[row] for row in rows]
         labels = [labels[row] for row in rows]
     return Split(images, labels, classes, image_size or find_size(dataset, data_dir), workers, white)
@@ -360,7 +397,8 @@ def describe(dataset: str, data_dir: str, image_size: int | None = None, workers
     row = DATASETS.get(dataset, DATASETS["imagenet"])              # of a folder above 64 pixels: the patches
     if dataset in DATASETS:
         train, mean, std = Path(data_dir, dataset, "train"), row["mean"], row["std"]
-        classes = class_folders(train) if train.is_dir() else find_split(dataset, data_dir, "test")[2]
+        as_folder = train.is_dir() and dataset != "shapes"
+        classes = class_folders(train) if as_folder else find_split(dataset, data_dir, "test")[2]
     else:
         split = load_split(dataset, data_dir, "train", size, workers)
         classes, (mean, std) = split.classes, pixel_moments(split)
@@ -406,14 +444,15 @@ def read_class_map(path: Path | None) -> dict[str, str]:
         table = json.loads(Path(path).read_text()) if path else {}
         return {folder: name if isinstance(name, str) else name[0] for folder, name in table.items()}
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        fail(f"--class-map {path} is no JSON file of the form {{folder: class}} ({error})")
+        why = f" ({error.strerror})" if isinstance(error, OSError) else ""
+        fail(f"--class-map {path} is no JSON file of the form {{folder: class}}, both in quotes{why}")
 
 
 def class_numbers(found: list[str], classes: list[str], folder: Path,
                   class_map: dict[str, str] | None = None) -> list[int]:
     """Of the class folders `found`: the number of each among the classes. class_map: {folder: class}. Without
     it, folders that are all numbers, such as 0, 00012 or new3, are numbers of classes, which is printed."""
-    found = [(class_map or {}).get(name, name) for name in found]
+    folders, found = found, [(class_map or {}).get(name, name) for name in found]
     for named in folder_name, escaped_name, lambda name: same_letters(folder_name(name)):
         number = {named(name): i for i, name in enumerate(classes)}
         names = [same_letters(name) if name not in number else name for name in found]
@@ -421,16 +460,19 @@ def class_numbers(found: list[str], classes: list[str], folder: Path,
             return [number[name] for name in names]
     parts = [re.fullmatch(r"(\D*)(\d+)", name, re.ASCII) for name in found]
     numbers = [int(part[2]) for part in parts] if all(parts) and len({part[1] for part in parts}) == 1 else []
-    if numbers and sorted(numbers) == list(range(len(classes))):
-        print(f"{folder}: folder {found[0]} holds class {classes[numbers[0]]}, and so on by number",
-              flush=True)
-        return numbers
+    values = [int(name) if name.isdecimal() else None for name in classes]    # classes that are numbers
+    number = {value: i for i, value in enumerate(range(len(classes)) if None in values else values)}
+    if numbers and sorted(numbers) == sorted(number):
+        last = classes[number[numbers[-1]]]
+        print(f"{folder}: folder {folders[-1]} holds class {last}, and so on by number", flush=True)
+        return [number[value] for value in numbers]
     expected = Counter(map(folder_name, classes))
     extra, missing = [*(Counter(found) - expected)], [*(expected - Counter(found))]
     what = (f"{len(found)} classes, not {len(classes)}" if len(found) != len(classes) else
             f"class {extra[0]!r} stands where {missing[0]!r} does")
-    fail(f"{folder} and the data set differ in their classes ({what}); use the same data set for both, or "
-         f"--class-map")
+    inside = [name for name in folders if len(class_folders(folder / name)) == len(classes)]
+    fail(f"{folder} and the data set differ in their classes ({what}); "
+         + (f"name {folder / inside[0]}" if inside else "use the same data set for both, or --class-map"))
 
 
 def list_folder(folder: str | Path, classes: list[str] | None = None,
@@ -452,6 +494,8 @@ def check_count(labels: torch.Tensor, ipc: int, folder: Path) -> None:
     if not counts.min() <= ipc <= counts.max():
         there = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.min()}"
         fail(f"--images {folder} has {there} images a class, not --ipc {ipc}; name --ipc {counts.max()}")
+    if counts.min() < counts.max():
+        warn(f"--images {folder} has {counts.min()} to {counts.max()} images a class")
 
 
 def load_folder(folder: str | Path, image_size: int, workers: int = 0, classes: list[str] | None = None,

@@ -42,8 +42,10 @@ def load_images(args: argparse.Namespace, folder: Path, data: dict, expected: st
     if args.images:
         check_count(classes, args.ipc, folder)
     if image_set(folder, files) != expected:
-        fail(f"{labels} was made for other images than {folder}; run relabel.py --overwrite" if labels else
-             f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them "
+        recovered = {} if args.images else earlier_result("recover", args, folder.parent)[0]
+        if labels and recovered.get("image_set") != expected:
+            fail(f"{labels} was made for other images than {folder}; run relabel.py --overwrite")
+        fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them "
              "with --images")
     return images, classes
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils import fail
 
@@ -49,7 +49,8 @@ def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Ima
         with Image.open(path if content is None else io.BytesIO(content)) as image:
             yield image
     except Exception as error:          # a decoder may raise anything on a damaged file
-        raise UnreadableImage(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+        why = "of no kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise UnreadableImage(f"{path} cannot be read as an image ({why}): replace or remove it") from error
 
 
 def rgb_image(source, white: dict[str, int] | None = None) -> Image.Image:
@@ -64,10 +65,12 @@ def rgb_image(source, white: dict[str, int] | None = None) -> Image.Image:
     with opened(source) as image:
         image, mode = ImageOps.exif_transpose(image), image.mode[0]
         if mode in "IF":                # PIL would clip at 255
-            pixels, level = np.asarray(image), (white or {}).get(mode, {"I": 65535, "F": 1}[mode])
-            pixels = pixels.clip(0, level)
-            pixels = pixels // 257 if level == 65535 else (pixels * (255 / level)).round()
-            image = Image.fromarray(pixels.astype(np.uint8))
+            values, level = np.asarray(image), (white or {}).get(mode, {"I": 65535, "F": 1}[mode])
+            if not (0 <= values.min() and values.max() <= level):    # nor is any not a number
+                raise ValueError(f"pixels of {values.min():g} .. {values.max():g}, where the training images "
+                                 f"have 0 .. {level}")
+            values = values // 257 if level == 65535 else (values * (255 / level)).round()
+            image = Image.fromarray(values.astype(np.uint8))
         elif "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -132,12 +135,19 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and visible(entry.name))
 
 
+def leads_back(root: str, name: str) -> bool:
+    """Whether a folder in `root` is a link to one that `root` lies in: a walk would go round for ever."""
+    path = os.path.join(root, name)
+    return os.path.islink(path) and (os.path.realpath(root) + os.sep).startswith(
+        os.path.realpath(path).rstrip(os.sep) + os.sep)
+
+
 def walk(folder: str | Path) -> tuple[list[str], list[str], list[str]]:
     """Files below a folder, sorted as by torchvision.   -> images, others, hidden files and folders"""
     rows, hidden = [], []
     for root, folders, files in os.walk(folder, followlinks=True):
         hidden += [os.path.join(root, name) for name in folders + files if not visible(name)]
-        folders[:] = filter(visible, folders)
+        folders[:] = [name for name in folders if visible(name) and not leads_back(root, name)]
         rows.append((root, sorted(filter(visible, files))))
     found = [os.path.join(root, file) for root, files in sorted(rows) for file in files]
     images = [file for file in found if file.lower().endswith(EXTENSIONS)]
@@ -180,7 +190,7 @@ def list_images(folder: Path,
         if not images:
             others = f", but {len(other)} other files such as {other[0]}" if other else ""
             fail(f"{os.path.join(folder, name)} holds no image that Pillow reads{others}; fill or remove it"
-                 + ", or convert them to .png" * bool(other))
+                 + ", or convert or rename them to .png or the like" * bool(other))
         rows.append((number[same_letters(name)], images))
     rows.sort(key=lambda row: row[0])
     return ([file for _, images in rows for file in images],

@@ -277,7 +277,10 @@ def main(argv=None):
              f"{' '.join(beside) or 'run the phases first'}")
     results = read_results(args.folder)
     if not results:
-        fail(f"{args.folder} holds no evaluation (<run>/eval/<student>.json); run train_eval.py first")
+        near = args.folder.parent if (args.folder / "eval").is_dir() else next(
+            (path.parents[2] for path in args.folder.glob("*/*/eval/*.json")), None)
+        fail(f"{args.folder} holds no evaluation (<run>/eval/<student>.json); "
+             + (f"name {near}" if near else "run train_eval.py first"))
     lines, notes = rows(args.folder.resolve().name, results)
     print("\n".join([table(HEADER, lines), *[""] * bool(notes), *notes]))
 

@@ -116,9 +116,8 @@ def class_indices(split: Split, kept: Tensor, classes: list[str], ipc: int, tile
     fewest = min(range(len(classes)), key=lambda label: len(members[label]))
     if (found := len(members[fewest])) < ipc * tiles:
         used = f" with --mosaic {round(tiles ** 0.5)} takes {ipc * tiles}, which" * (tiles > 1)
-        fail(f"--ipc {ipc}{used} is more than the {found} training images of class {classes[fewest]} "
-             f"(without those that --holdout, --imbalance and --prune-ratio leave out); use at most "
-             f"{found // tiles}")
+        fail(f"--ipc {ipc}{used} is more than the {found} training images in use of class "
+             f"{classes[fewest]}; use at most {found // tiles}")
     return members
 
 

@@ -1,12 +1,12 @@
 """Collect statistics: the data set's moments at every convolution (phase 2 of 5).
 G-VBSM, arXiv:2311.17950, Eq. 9.
 
-One pass over the training images, with the training augmentation and without gradients, through each backbone
-in eval mode. At the input of every Conv2d: mean and biased variance of each channel, and of each cell of a
-grid of patches. Eq. 9 averages them over batches (here by their size: a last one may be smaller). A variance
-is thus the mean of the batches' variances (Eq. 10 compares it with that of a batch), smaller than that of the
-data set by the variance of the batches' means. --class-statistics adds the moments of each
-class alone, there and at the input of every BatchNorm2d (after Teddy's Eq. 11).
+One pass over the training images, augmented as for squeeze.py (the paper does not say) and without gradients,
+through each backbone in eval mode. At the input of every Conv2d: mean and biased variance of each channel
+and of each patch of the map. Eq. 9 averages them over batches (here by their size: a last one may be
+smaller). A variance is thus the mean of the batches' variances (Eq. 10 compares it with that of a batch),
+smaller than that of the data set by the variance of the batches' means. --class-statistics adds the moments
+of each class alone, there and at the input of every BatchNorm2d (after Teddy's Eq. 11).
 
 reads   data/<dataset>/...                                           the training images
         runs/<dataset>/teachers/<teachers>/<backbone>.pt             squeeze.py
@@ -82,8 +82,8 @@ def new_sums(classes: int = 0) -> dict:
 
 
 def image_moments(x: Tensor, patch: int = 0) -> list[Tensor]:
-    """First and second moment of each image of x [B, C, H, W]: of its channels over (H, W), [B, C], and with
-    `patch` of its cells over (C, h, w), [B, cells].   -> list of them"""
+    """Mean and mean square of each image of x [B, C, H, W]: of its channels over (H, W), [B, C], and with
+    `patch` of its patches over (C, h, w), [B, patches].   -> list: mean, mean square, of patches the same"""
     x = x.float()
     moments = [x.mean((2, 3)), x.square().mean((2, 3))]
     if patch:
@@ -93,7 +93,7 @@ def image_moments(x: Tensor, patch: int = 0) -> list[Tensor]:
 
 
 def add_up(*sums: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """The total of sums by layer; those over no batches are empty."""
+    """The total of sums, layer by layer; an empty dict counts as 0."""
     first, *others = [part for part in sums if part] or [{}]
     return {name: [sum(vectors) for vectors in zip(first[name], *(part[name] for part in others))]
             for name in first}
@@ -108,7 +108,8 @@ def dataset_statistics(states: list[dict]) -> dict[str, list[Tensor]]:
 
 
 def class_statistics(states: list[dict]) -> dict[str, list[Tensor]]:
-    """Mean and biased variance over all pixels of all images of each class, from the same states, in float64.
+    """Mean and biased variance of each class from the same states, in float64: unlike Eq. 9's over all images
+    at once.
     -> {layer: [channel_mean, channel_var], of a convolution also patch_mean, patch_var, each [classes, n]}"""
     seen = sum(state["class_seen"] for state in states)[:, None]
     moments = {name: [total.cpu() / seen for total in vectors]
@@ -122,7 +123,8 @@ def training_views(split: Split, kept: Tensor, data: dict, *, crop: str, seed: i
     """The training images `kept` once, augmented and normalised, and their labels, in batches: this
     process's, without the first `done`.   data: mean, std and image_size of `describe`"""
     rng, mean_std = generator("collect_stats", seed), torch.tensor([data["mean"], data["std"]], device=device)
-    order = kept[torch.randperm(len(kept), generator=rng)]           # mixes classes: Eq. 9 averages variances
+    # shuffled: a batch of one class has too small a variance, and Eq. 9 averages those of batches
+    order = kept[torch.randperm(len(kept), generator=rng)]
     batches = order.split(batch_size)
     views = [draw_view(len(batch), data["image_size"], crop, True, 0, rng)
              for batch in batches if not split.streamed]
@@ -149,7 +151,7 @@ def stored_backbones(args: argparse.Namespace, folder: Path, records: dict[str, 
     return found
 
 
-def get_parser():
+def get_parser():    # its defaults hold where utils/presets.py has none
     parser = identity_flags(Parser(__doc__))
     add = parser.add_argument_group("method").add_argument
     add("--patch", type=number(int, 1),

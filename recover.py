@@ -43,12 +43,12 @@ from utils.teachers import load_backbones, make_matchers, warn_of_backbones, war
 
 def make_batches(num_classes: int, ipc: int, batch_size: int, loop: str) -> list[list[tuple[int, int]]]:
     """Fig. 4.   -> batches of (class, index)
-    reorder (G-VBSM): as many images a class as fit, so that densification sees several images of one class;
-    original (SRe2L): at most one image of each class."""
+    reorder (G-VBSM): whole classes, batch_size // ipc of them (a larger one is split), so that densification
+    sees several images of one class; original (SRe2L): at most one image of each class."""
     one_of("loop", loop, "reorder", "original")
     if loop == "original":
         rows = [[(label, index) for label in range(num_classes)] for index in range(ipc)]
-    else:                                                            # whole classes, or parts of a large one
+    else:
         classes = max(1, batch_size // ipc)
         rows = [[(label, index) for label in range(first, min(first + classes, num_classes))
                  for index in range(ipc)] for first in range(0, num_classes, classes)]
@@ -70,17 +70,17 @@ def draw_iterations(iterations: int, matchers: list, image_size: int, *, seed: i
                     batches: Iterable[int] = (0,), choice: str = "uniform", subset: int = 0, slot: int = 0,
                     drop_rate: float = 0.4, crop: str = "resized", flip: bool = False,
                     roll: int = 0) -> list[dict]:
-    """What is random in T iterations: a function of (seed, T), views also of a batch's number in `batches`.
-    All batches have the same sequence of backbones and dropped layers, so that they can share a pass.
-    choice: uniform, Eq. 7, or cycle; subset: so many backbones, drawn for a slot, act together instead;
-    drop_rate: beta_dr, of convolutions, never of BatchNorms; crop, flip, roll: see `utils.augment.draw_view`.
-    -> T dicts: backbones, a tuple; kept, {backbone: bool [layers], false where a convolution is dropped};
-    view, tensors [batches, ...], one view for a whole batch"""
+    """What is random in a run of T iterations: a function of seed and T, views also of a batch's number in
+    `batches`. All batches have the same backbones and dropped layers, so that they can share a pass.
+    choice: uniform, Eq. 7, or cycle; subset (Teddy): so many backbones act in every iteration, drawn by
+    (seed, slot); drop_rate: beta_dr, of convolutions, never of BatchNorms; crop, flip, roll: of `draw_view`
+    -> T dicts: backbones, a tuple of numbers; kept, {number: bool [layers of matcher.targets], false where a
+    convolution is dropped}; view, tensors [batches, ...], one view for a whole batch"""
     T, K, rng = iterations, len(matchers), generator("iterations", seed, iterations)
     one_of("choice", choice, "uniform", "cycle")
     if subset > K:
         raise ValueError(f"a subset of {subset} is more than the {K} matchers")
-    uniform = torch.randint(K, (T,), generator=rng)                  # Eq. 7; cycle too: drops the same layers
+    uniform = torch.randint(K, (T,), generator=rng)      # Eq. 7; cycle draws it too, to drop the same layers
     backbones = [(k,) for k in (uniform if choice == "uniform" else torch.arange(T) % K).tolist()]
     if subset:                                                       # Teddy: the same in each iteration
         drawn = torch.randperm(K, generator=generator("subset", seed, slot))[:subset]
@@ -98,20 +98,22 @@ def draw_iterations(iterations: int, matchers: list, image_size: int, *, seed: i
 
 
 def apply_views(pixels: Tensor, view: dict[str, Tensor]) -> Tensor:
-    """A view of each batch of pixels [G, B, 3, S, S], as of an image of 3*B channels.   -> [G*B, 3, S, S]"""
+    """The one view of each batch, whose images are channels here.   [G, B, 3, S, S] -> [G*B, 3, S, S]"""
     return apply_view(pixels.flatten(1, 2), view).view(-1, *pixels.shape[2:])
 
 
 def matching_gradient(matcher, labels: Tensor, ce_weight: float, pixels: Tensor, view: dict[str, Tensor],
                       kept: Tensor, state, dropped: Iterable[str] = ()) -> tuple:
-    """Gradient of CE + w (L'_BN + L'_Conv) at pixels [G, B, 3, S, S] under a view of each batch. dropped: the
-    layers left out, kept: the others, as a mask for CUDA graphs; state: moving averages of Eq. 6, Eq. 10.
+    """Gradient of ce_weight CE + L'_BN + L'_Conv, weighted by the matcher, at pixels [G, B, 3, S, S] under a
+    view of each batch. dropped: names of layers without a hook; kept: the others, as a mask for CUDA graphs,
+    which hook all; state: moving averages of Eq. 6, Eq. 10.
     -> gradient, losses (classification, BatchNorm, convolutions) summed over batches, new state"""
     pixels = pixels.detach().requires_grad_()
     views = apply_views(pixels, view)
     with matcher.hooks(dropped) as inputs:
         logits = matcher.model(views)
-    # closed form: bn and conv have no graph, their gradient comes in at the layers' inputs
+    # closed form: bn and conv are values; the backward pass of ce adds their gradient at the layers' inputs,
+    # so weigh them in `layer_weights`, not here. --statistics plain: they have a graph
     bn, conv, state = matcher.inject(inputs, state, kept)
     ce = ce_weight * F.cross_entropy(logits, labels.flatten(), reduction="sum") / labels.shape[1]
     gradient, = torch.autograd.grad(ce + bn + conv, pixels)
@@ -123,14 +125,15 @@ def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[di
                   tau: float = 4.0, dd_scale: str = "sum", dd_on: str = "pixels", dd_autograd: bool = False,
                   unit_gradients: bool = False, averages: list | None = None,
                   gradient: Callable = matching_gradient, resume: dict | None = None) -> Iterator[tuple]:
-    """Minimise Eq. 2, CE + L'_BN (Eq. 6) + L'_Conv (Eq. 10) + L_DD (Eq. 5), by a backbone at a time (Eq. 7).
-    images [G, B, 3, S, S] in normalised units, changed in place: G batches, each as if alone, up to rounding;
+    """Minimise CE (Eq. 2) + L'_BN (Eq. 6) + L'_Conv (Eq. 10) + L_DD (Eq. 5), by a backbone at a time (Eq. 7).
+    images [G, B, 3, S, S] in normalised units, changed in place: G batches ("groups"), each as if alone;
     labels [G, B]; matchers: `ClosedFormMatching` or `Matching` of each backbone; draws: of `draw_iterations`;
-    bounds: low, high [3, 1, 1] of valid pixels. dd_on: pixels, or the view the backbones see; dd_autograd:
-    Eq. 5 by autograd; unit_gradients: scale each backbone's gradient of a batch to norm 1, so that none sets
-    the size of Adam's steps; averages: those to start from, of another state(); resume: a state().
-    Yields after every Adam step: t, losses {ce, bn, conv, dd, gradient: its norm}, summed over batches, and
-    state, a function that gives what to resume from. ValueError where shapes do not fit."""
+    bounds: low, high [3, 1, 1] of valid pixels. dd_on: pixels, or the view the backbones see (the paper
+    leaves it open); dd_autograd: Eq. 5 by autograd; unit_gradients: scale each backbone's gradient of a batch
+    to norm 1, so that none sets the size of Adam's steps; averages: to start from, of another state(), or new
+    ones (DEVIATION(paper), Eq. 6: not those of all past batches); resume: a state().
+    Yields after every Adam step: t, the weighted losses {ce, bn, conv, dd, gradient: its norm}, summed over
+    batches, and state, a function that gives what to resume from. ValueError where shapes do not fit."""
     if labels.dim() != 2 or images.dim() != 5 or images.shape[:2] != labels.shape:
         raise ValueError(f"images of shape {tuple(images.shape)}, labels of shape {tuple(labels.shape)}; "
                          "expected [groups, batch, 3, size, size] and [groups, batch], as images[None] and "
@@ -186,7 +189,7 @@ def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: d
     """Optimise all images by `recover_batch`; torchrun's processes share batches, not with --ema-carry."""
     data, size = recorder.data, recorder.data["image_size"]
     batches = make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)
-    # images of one slot share a subset of backbones: the i-th of all classes, or where reordered a batch
+    # by which a batch's subset of backbones is drawn (Teddy): its images' number in their classes, or its own
     slots = [args.subset and (batch[0][1] if args.loop == "original" else i)
              for i, batch in enumerate(batches)]
     match = partial(make_matchers, models, statistics, plain=args.statistics == "plain", alpha=args.alpha,
@@ -196,11 +199,8 @@ def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: d
                          [(len(batch), slot) for batch, slot in zip(batches, slots)],
                          matching_gradient, match, size, device)
     todo = [numbers for numbers in passes if not recorder.load_existing([batches[i] for i in numbers])]
-    barrier()                                                        # until all processes have looked
-    if args.ema_carry:                                               # process 0 goes from batch to batch
-        todo = [] if rank() else todo
-    else:
-        todo = shard(todo)
+    barrier()                                                        # none writes until all have looked
+    todo = shard(todo) if not args.ema_carry else [] if rank() else todo     # carried: from batch to batch
     run.start(args.iterations * sum(map(len, todo)), "iterations")
     for numbers in todo:
         together = [batches[i] for i in numbers]
@@ -226,7 +226,7 @@ def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: d
         recorder.write(images)
 
 
-def get_parser():
+def get_parser():    # its defaults hold where utils/presets.py has none
     parser = identity_flags(Parser(__doc__))
     share, weight, count = number(float, 0, 1), number(float, 0), number(int, 0)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)

@@ -1,7 +1,8 @@
 """Relabel: soft labels by the ensemble of backbones (phase 4 of 5).   G-VBSM, arXiv:2311.17950, Eq. 8.
 
 For each epoch every image is cropped, flipped and mixed (CutMix); the backbones see the mixed image, and
-their logits are averaged after logit normalisation (Eq. 8; for large students --no-logit-norm, Table 6).
+their logits are averaged after logit normalisation (Eq. 8; for ResNet50, ResNet101 and transformers as
+students --no-logit-norm, Table 6).
 Logits are stored, so Eq. 3's temperature is the student's choice. What was drawn is stored beside them, a row
 for each mixed sample, so that training replays what was labelled, in batches of any size.
 
@@ -40,14 +41,15 @@ SATURATING_PIXELS = 1 << 20       # so many in a pass (1024 images of 32x32) kee
 @torch.inference_mode()
 def label_epoch(images: Tensor, mean_std: Tensor, draw: dict[str, Tensor], batch_size: int,
                 models: list[nn.Module], mix: str, logit_norm: bool, together: int = 1) -> Tensor:
-    """Ensemble logits of one epoch's mixed samples, Eq. 8 batch by batch; `together` batches share a pass.
+    """Ensemble logits of one epoch's mixed samples. The norms of Eq. 8 are those of one batch; `together`
+    batches share a pass.
     images: uint8 [N, 3, S, S]; mean_std: [2, 3]; draw: from `draw_epoch`   -> [N, classes] by image"""
     draw, logits = send(draw, images.device), []
     for rows in draw["order"].split(batch_size * together):
         mixed = apply_epoch(images, draw, rows, mix, mean_std)
         outputs = torch.stack([model(mixed) for model in models])
         logits += [ensemble_logits(output, logit_norm) for output in outputs.split(batch_size, dim=1)]
-    return torch.cat(logits)[draw["order"].argsort()]
+    return torch.cat(logits)[draw["order"].argsort()]                # back to the order of the images
 
 
 def label_epochs(images: Tensor, mean_std: Tensor, models: dict[str, nn.Module],
@@ -88,7 +90,7 @@ def warn_of_scales(rms: dict[str, float]) -> None:
              "--schedule, or leave it out")
 
 
-def get_parser():
+def get_parser():    # its defaults hold where utils/presets.py has none
     parser = identity_flags(Parser(__doc__))
     switch = dict(action=argparse.BooleanOptionalAction, default=True)
     add = parser.add_argument_group("method").add_argument

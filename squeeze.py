@@ -51,12 +51,13 @@ from utils.train import (Record, Training, channels_last, fit, make_step, shuffl
 PROBE = ["probe_epochs", "probe_lr", "probe_weight_decay"]
 
 
-def classify(model: nn.Module, optimizer: torch.optim.Optimizer, record: Record, split: Split,
-             mean_std: Tensor, *, crop: str, cuda_graphs: bool = False) -> Callable:
-    """-> train_epoch of `fit`: cross-entropy on flipped and cropped images; streamed ones come so already.
-    record: of `forgetting_record`, which this goes on counting; mean_std [2, 3] on the device"""
+def supervised_epochs(model: nn.Module, optimizer: torch.optim.Optimizer, record: Record, split: Split,
+                      mean_std: Tensor, *, crop: str, cuda_graphs: bool = False) -> Callable:
+    """The `train_epoch` that `fit` calls: cross-entropy on random crops and flips; streamed images arrive
+    cropped and flipped. It also counts, in the record of `forgetting_record`, what --method forgetting
+    selects by. mean_std [2, 3] on the device"""
     parallel = in_parallel(model, mean_std.device)
-    batch, view = (), {}                                             # set by train_epoch
+    batch, view = (), {}                 # train_epoch sets them: loss_of takes tensors alone, for CUDA graphs
 
     def loss_of(images, labels, *params):
         """On this process's share of `batch`.   -> loss, whether each image is classified correctly"""
@@ -91,12 +92,13 @@ def forgetting_record(count: int, device: torch.device) -> Record:
 
 def train(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, training: Training,
           checkpoint: Checkpoint, record: Record) -> Iterator[int]:
-    """Supervised training in place on the images `rows` [N] of a split.   -> generator of `fit`"""
+    """Supervised training in place on the images `rows` [N] of a split, while iterated: yields the number of
+    each epoch done."""
     optimizer, schedule = training.optimizer(model)
     return fit((model, optimizer, schedule, record),
                shuffled(rows, training.batch_size, "squeeze", training.seed),
-               classify(model, optimizer, record, split, mean_std, crop=training.crop,
-                        cuda_graphs=training.cuda_graphs),
+               supervised_epochs(model, optimizer, record, split, mean_std, crop=training.crop,
+                                 cuda_graphs=training.cuda_graphs),
                epochs=training.epochs, name=f"{training.name} {checkpoint.result.stem}",
                remedy=training.remedy, resume=checkpoint.load(),
                save=checkpoint.save_if_due if rank() == 0 else None)  # all processes' state is the same
@@ -166,7 +168,8 @@ def stored_teachers(names: list[str], args: argparse.Namespace, folder: Path) ->
 
 
 def save_teacher(path: Path, model: nn.Module, test: Split, mean_std: Tensor, about: dict) -> dict:
-    """Test a model and write its checkpoint, with more `about` it.   -> {"top1": %, "first_bn_variance"}"""
+    """Test a model and write its checkpoint, with more `about` it.   -> {"top1": %, "first_bn_variance": only
+    reported (SC-DD, Table 2)}"""
     top1 = split_accuracy(model, test, mean_std, jointly=True)
     print_rank0(f"{path.stem}: {top1:.2f} % of the test images")
     weights = {key: value.cpu() for key, value in model.state_dict().items()}
@@ -189,7 +192,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
     if args.objective == "supervised":
         splits["train"].check_crop("resized" if args.weights else args.crop)
     check_models("--backbones", args.backbones, len(data["classes"]), data["image_size"])
-    if args.method in SELECTIONS:
+    if args.method in SELECTIONS:                                    # stops where a class has too few images
         class_indices(splits["train"], torch.arange(len(splits["train"])), data["classes"], args.ipc)
     if splits["test"].streamed and not args.pretrained:              # a damaged one is told before training
         for _ in splits["test"].batches(500):
@@ -264,7 +267,7 @@ def check_flags(args: argparse.Namespace, device: torch.device) -> None:
         fail(f"--epochs {args.epochs} is too few for --warmup-epochs {args.warmup_epochs}; use more")
 
 
-def get_parser():
+def get_parser():    # its defaults hold where utils/presets.py has none
     parser = identity_flags(Parser(__doc__))
     rate, count, positive = number(float, 0), number(int, 0), number(int, 1)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
@@ -312,7 +315,8 @@ def main(argv=None):
     if args.weights:
         if not args.weights.is_file():
             fail(f"--weights {args.weights}: no such file; name a checkpoint")
-        args.weights, args.pretrained = f"sha256:{fingerprint(args.weights)[:16]}", False  # whatever its path
+        # results compare it by content, not path
+        args.weights, args.pretrained = f"sha256:{fingerprint(args.weights)[:16]}", False
     device, paths = begin(args)
     check_flags(args, device)
     names = [one for name in args.backbones for one in teachers_of(name, args.save_epochs, args.pruned)]

@@ -46,7 +46,7 @@ from utils.train import (Graphed, Record, channels_last, class_accuracies, fit, 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay only on tensors of two or more dimensions."""
+    """Weight decay only on tensors of two or more dimensions, as in the release; the paper is silent."""
     parameters = list(model.parameters())
     return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
@@ -60,7 +60,8 @@ def hard_loss(logits: Tensor, labels: Tensor, partner_labels: Tensor, ratio: Ten
 
 def student_loss(logits: Tensor, y: Tensor, soft: Tensor, partner_y: Tensor, ratio: Tensor, *, kind: str,
                  gamma: float, temperature: float) -> Tensor:
-    """The loss that --loss names, or, by kind "hard", that of hard labels, which ignores `soft` [B, C]."""
+    """The loss of logits [B, C] that --loss names, or, by kind "hard", that of hard labels. y, partner_y [B]:
+    classes of both images; mse_gt takes that of the first alone, as the paper's Eq. 11 has one class."""
     if kind == "hard":
         return hard_loss(logits, y, partner_y, ratio)
     if kind == "mse_gt":
@@ -71,11 +72,12 @@ def student_loss(logits: Tensor, y: Tensor, soft: Tensor, partner_y: Tensor, rat
 def learn(model: nn.Module, optimizer: torch.optim.Optimizer, train_data: dict, loss_of: Callable,
           record: Record, *, label_epochs: int, ema_decay: float = 0.0,
           cuda_graphs: bool = False) -> Callable:
-    """-> train_epoch of `fit`: a student learns mixed samples of the distilled images, and cycles through the
-    labels of the epochs 0 .. label_epochs - 1. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
+    """The `train_epoch` that `fit` calls: a student learns mixed samples of the distilled images; epoch e has
+    the labels of epoch e % label_epochs. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
     record["average"]: running averages of `floating(model)`, at ema_decay a step"""
     images, classes, labels = (train_data[key] for key in ("images", "classes", "labels"))
-    weights, draw = floating(model) if ema_decay else [], {}
+    weights = floating(model) if ema_decay else []
+    draw = {}                                                        # of this epoch; train_epoch sets it
 
     def mixed_samples(batch, *rows):                                 # takes only tensors, as `Graphed` needs
         drawn = dict(zip(draw, rows))
@@ -101,8 +103,8 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, train_data: dict, 
 
 def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespace, checkpoint: Checkpoint,
                   piece: str, *, model: nn.Module | None = None, penalty: Callable = lambda: 0) -> Record:
-    """Train a student from scratch, or `model` further, in place; after a kill from `piece` of the checkpoint
-    on. train_data: from `load_train_data`; args: from `for_student`; penalty(): added to the loss
+    """Train a student from scratch, or `model` further, in place, and resume from `piece` of the checkpoint.
+    train_data: from `load_train_data`; args: from `for_student`, lr as text; penalty(): added to the loss
     -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch}"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
     data, count, device = train_data["data"], len(train_data["images"]), train_data["images"].device
@@ -119,12 +121,13 @@ def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespa
     record = Record(device, top1={}, top1_by_class=None, average=[value.clone() for value in weights])
     loss = partial(student_loss, kind="hard" if args.labels == "hard" else args.loss, gamma=args.gamma,
                    temperature=args.temperature)
-    order, batch_size = generator("order", seed, name), full_batch(count, args.whole_up_to, args.batch_size)
+    batch_size = full_batch(count, args.whole_up_to, args.batch_size)
+    rng = generator("order", seed, name)     # one for all epochs; batches need not be those of relabel.py
     train_epoch = learn(model, optimizer, train_data, lambda *inputs: loss(*inputs) + penalty(), record,
                         label_epochs=args.label_epochs or args.epochs, ema_decay=args.ema_decay,
                         cuda_graphs=args.cuda_graphs)
     for epoch in fit((model, optimizer, schedule, record),
-                     lambda epoch: (order, split_batches(torch.randperm(count, generator=order), batch_size)),
+                     lambda epoch: (rng, split_batches(torch.randperm(count, generator=rng), batch_size)),
                      train_epoch, epochs=args.epochs, name=f"train_eval {name} seed {seed}",
                      resume=checkpoint.load(piece), save=partial(checkpoint.save_if_due, piece=piece)):
         # `evaluations` evenly spaced epochs, the last of them the last epoch
@@ -156,7 +159,7 @@ def train_piece(name: str, piece: str, seed: int, make_data: Callable, checkpoin
                  sparse, lambda weights: checkpoint.save({"weights": weights}, f"{piece}-sparse"))
 
 
-def get_parser():
+def get_parser():    # its defaults hold where utils/presets.py has none
     parser = identity_flags(Parser(__doc__))
     share, weight, count = number(float, 0, 1), number(float, 0), number(int, 1)
     switch = argparse.BooleanOptionalAction
@@ -170,7 +173,7 @@ def get_parser():
     add("--label-epochs", type=count,
         help="reuse the labels of the first N epochs; only these need be stored; default all")
     add("--loss", choices=["mse_gt", "kl", "kl_t2"], default="mse_gt",
-        help="Eq. 11, or SRe2L's divergence, or that times the squared temperature")
+        help="Eq. 11 as a mean over images and classes; or SRe2L's divergence, or that times tau squared")
     add("--gamma", type=weight, default=0.1, help="weight of the class in mse_gt, 0 = off [gamma]")
     add("--temperature", type=number(float, 1e-3), default=20.0, help="of kl and kl_t2 [tau, Eq. 3]")
     add("--logit-norm", action=switch, default=True, help="with --labels online [LN, Eq. 8]")
@@ -236,7 +239,7 @@ def main(argv=None):
         return
     train_data = load_train_data(args, paths, sources, device)
     pieces, classes = trainings(args, train_data), train_data["data"]["classes"]
-    # alone, a student's result before the next student; by torchrun, the work of all students is shared
+    # one process finishes a student before the next; those of torchrun share the trainings of all students
     for names in [todo] if world_size() > 1 else [[name] for name in todo]:
         with ExitStack() as stack:
             works = {name: stack.enter_context(runs[name].work(extends=bool(earlier[name])))

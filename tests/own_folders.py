@@ -29,7 +29,8 @@ CLASSES, PIXELS, IMAGES = (2, 3, 5, 10, 20, 50, 200), (16, 32, 48, 64, 96), (20,
 METHODS = "random", "gvbsm"
 PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 RECORDED = {"image_size", "backbones", "students", "epochs", "iterations", "batch_size", "lr", "optimizer"}
-LARGE, HUGE = 20 * 16 ** 2, 80 * 32 ** 2    # pixels of one image of each class, beyond which a cell is `shorter`
+# pixels of one image of each class, beyond which a cell is `shorter`
+LARGE, HUGE = 20 * 16 ** 2, 80 * 32 ** 2
 
 
 def shorter(classes, pixels, images, ipc):

@@ -23,7 +23,7 @@ def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale: tupl
     aspect = uniform(*torch.tensor(ratio).log().tolist(), n, 10).exp()
     height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     place = uniform(0, 1, n, 2)
-    fits = (height.clamp(max=width) >= 1) & (height.clamp(min=width) <= size)
+    fits = (height.minimum(width) >= 1) & (height.maximum(width) <= size)
     first = fits.int().argmax(1, keepdim=True)                       # the first attempt that fits
     sides = torch.cat([height.gather(1, first), width.gather(1, first)], 1)
     sides = torch.where(fits.any(1, keepdim=True), sides, torch.tensor(float(size)))
@@ -89,9 +89,10 @@ def crop_floor(crop: str, n: int, floor: float = 0.08) -> float | torch.Tensor:
 
 def draw_view(n: int, size: int, crop: str, flip: bool, roll: int,
               generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One view of each of n images: crop none, pad<pixels> (RandomCrop with padding), resized
-    (RandomResizedCrop), or linear or cosine (the same, see `crop_floor`); then flip (bool: every second one,
-    by chance); then roll (a circular shift of 0 .. roll pixels on both axes).   -> dict"""
+    """n views, of n images or of a batch in n iterations: crop none, pad<pixels> (RandomCrop with padding),
+    resized (RandomResizedCrop), or of iterations linear or cosine (the same, see `crop_floor`); then flip
+    (bool: every second one, by chance); then roll (a circular shift of 0 .. roll pixels on both axes).
+    -> dict"""
     draw = {}
     if crop in ("resized", "linear", "cosine"):
         draw["crop"] = draw_resized_crop(n, size, generator, (crop_floor(crop, n), 1.0))
@@ -162,9 +163,9 @@ def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Ge
 
 def apply_epoch(images: torch.Tensor, draw: dict[str, torch.Tensor], index: torch.Tensor, mix: str,
                 units: torch.Tensor | None = None) -> torch.Tensor:
-    """The mixed samples `index` [B] of a draw of `draw_epoch`, for images [N, C, S, S] (all of them), with
-    units (mean, std) uint8 ones that `normalize` brings into them.   -> [B, C, S, S].  The bytes do not
-    depend on which samples make a batch."""
+    """The mixed samples `index` [B] of a draw of `draw_epoch` for all images [N, C, S, S]: normalised floats,
+    or uint8 with their units (mean, std), which `normalize` takes.   -> [B, C, S, S].  A sample is bit for
+    bit the same in any batch."""
     def augmented(chosen):
         view = images[chosen] if units is None else normalize(images[chosen], *units)
         return apply_flip(apply_resized_crop(view, draw["crop"][chosen]), draw["flip"][chosen])
@@ -201,7 +202,8 @@ def apply_colour(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.T
     for operation in draw["order"][:, :, None, None, None].unbind(1):
         factor = draw["factor"].gather(1, operation[:, :, 0, 0]).to(images)[:, :, None, None]
         grey = luma(changed)
-        other = grey * (operation == 2)                              # operation 0: black
+        # blended with: black (0, brightness), the mean grey (1, contrast), grey (2, saturation)
+        other = grey * (operation == 2)
         other = torch.where(operation == 1, grey.mean((2, 3), keepdim=True), other)
         blend = (factor * changed + (1 - factor) * other).clamp(0, 1)
         changed = torch.where(operation == 3, turn_hue(changed, factor), blend)

@@ -1,6 +1,7 @@
 """The soft-label files of a run: relabel.py writes them, train_eval.py and other training loops read them.
 
-One row for each mixed sample; sample i of an epoch is image i, mixed with image partner[i].
+One row for each mixed sample; sample i of an epoch is image i under crop[i] and flip[i], with the box, or by
+mixup a share, of image p = partner[i] under crop[p] and flip[p]. utils/README.md makes it in numpy.
 
     logits.npy     float16 [epochs, N, classes]   mean of the teachers' logits of the mixed sample, Eq. 8
     crop.npy       int16 [epochs, N, 4]           top, left, height, width in pixels: the crop of image i
@@ -115,7 +116,8 @@ def load_arrays(folder: str | Path) -> dict[str, np.ndarray]:
 
 
 def draw_rows(arrays: dict[str, np.ndarray], epoch, rows=slice(None)) -> dict[str, Tensor]:
-    """What was drawn in an epoch for these images: as from `draw_epoch`, without "order"."""
+    """What was drawn in an epoch, a number or one for each of rows, for these images: as from `draw_epoch`,
+    without "order"."""
     draw = {key: torch.from_numpy(np.array(arrays[key][epoch, rows])) for key in DRAWN}
     return {key: value.long() if key in ("crop", "partner", "box") else value for key, value in draw.items()}
 
@@ -131,7 +133,8 @@ def drawing(args: argparse.Namespace, size: int) -> Callable:
 
 class OnlineLabels:
     """Labels made while a student trains: what `draw` (from `drawing`) draws for `count` images, and the
-    teachers' logits of the classes `seen`, by default all. For hard labels: only what is drawn."""
+    teachers' logits of the classes `seen`, by default all, by the norms of the student's batch (Eq. 8). For
+    hard labels: only what is drawn."""
 
     def __init__(self, draw, mix, count, teachers=(), logit_norm=True, seen=slice(None)):
         self.draw, self.mix, self.count, self.teachers, self.logit_norm, self.seen = (
@@ -190,7 +193,7 @@ class SeenLabels:
     def __init__(self, stored, epochs, rows, seen):
         partner, rows = stored.drawn["partner"][:epochs], rows.numpy().copy()
         fits = rows[partner[:, rows]]                                # [epochs, n]: is the partner among them?
-        while not fits.any(0).all():                                 # an image that goes was a partner too
+        while not fits.any(0).all():                                 # who goes is no partner any more
             rows[rows.nonzero()] = fits.any(0)
             fits = rows[partner[:, rows]]
         if not rows.any():

@@ -13,8 +13,9 @@ def sds_match(current: torch.Tensor, target: torch.Tensor, ema: torch.Tensor | N
         loss = sum over groups of || current - target - sg(current - ema') ||_2
 
     current [groups, n], target [n] or [groups, n], ema like current or None. alpha = 0 is Eq. 1.
-    Returns the scalar loss and ema', detached. The loss has the value of || ema' - target ||_2; its gradient
-    reaches `current` with weight 1, not 1 - alpha (Eq. 15), and is 0 where the norm is 0.
+    Returns the scalar loss and ema', detached. The loss has the value of || ema' - target ||_2, and the
+    gradient (ema' - target) / || ema' - target || at `current`: Eq. 15, without a factor 1 - alpha; 0 where
+    the norm is 0. Tests compare with it; recover.py runs `ClosedFormMatching` or `Matching`.
     """
     ema = current.detach() if ema is None else alpha * ema + (1 - alpha) * current.detach()
     return torch.linalg.vector_norm(current - target - (current.detach() - ema), dim=-1).sum(), ema
@@ -23,8 +24,8 @@ def sds_match(current: torch.Tensor, target: torch.Tensor, ema: torch.Tensor | N
 def pooled_rows(images: torch.Tensor, scale: str = "sum") -> torch.Tensor:
     """Eq. 4: images [B, C, H, W] -> rows [B, C*32*32] (smaller images keep their size).
 
-    scale "sum" is the paper's Gram matrix, whose eigenvalues are of the order of the row length; "mean"
-    divides it by that length, so that Eq. 5 does not saturate.
+    scale "sum" is the paper's Gram matrix: its eigenvalues grow with the length D of a row, until both
+    softmaxes of Eq. 5 are one-hot and its gradient vanishes; "mean" divides the matrix by D.
     """
     if max(images.shape[-2:]) > 32:
         images = F.adaptive_avg_pool2d(images, [min(side, 32) for side in images.shape[-2:]])
@@ -93,7 +94,8 @@ def ensemble_logits(logits: torch.Tensor, normalize: bool) -> torch.Tensor:
 
 def mse_gt_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, labels: torch.Tensor,
                 gamma: float) -> torch.Tensor:
-    """Eq. 11: mean over B*C of (f(x) - z)^2 + gamma * CE(f(x), y).   logits [B, C], labels [B] -> scalar.
+    """Eq. 11: the mean over B*C of (f(x) - z)^2, plus gamma * CE(f(x), y), a mean over B.
+    logits [B, C], labels [B] -> scalar.
     DEVIATION(paper): it writes the squared norm; gamma = 0.1 / 0.15 was tuned with the mean."""
     return F.mse_loss(student_logits, soft_logits) + gamma * F.cross_entropy(student_logits, labels)
 

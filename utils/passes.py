@@ -1,4 +1,4 @@
-"""How the passes of recover.py share a GPU: several image batches in one, and each as one launch."""
+"""How recover.py fills a GPU: several image batches in one pass, and a pass as one CUDA graph."""
 import math
 from collections.abc import Callable
 from itertools import groupby
@@ -14,8 +14,8 @@ SATURATING_PIXELS = 1 << 22      # in a pass that leaves no GPU idle: 81 batches
 
 def make_passes(checkpoint: Checkpoint, asked: int | str, kinds: list[tuple], gradient: Callable,
                 match: Callable, image_size: int, device: torch.device) -> list[list[int]]:
-    """Numbers of the batches that share a pass, neighbours of one kind; saved with the unfinished work, so
-    that every process and every restart has the same.
+    """Numbers of the batches that share a pass: neighbours of one size and slot, as a pass has one draw of
+    backbones; saved with the unfinished work, so that every process and every restart has the same.
     asked: how many, or auto: as many as fill a GPU; kinds: (number of images, slot) of each batch;
     gradient: `recover.matching_gradient`; match: function(labels [1, B]) -> matchers"""
     if rank() == 0 and (checkpoint.read("passes") or {}).get("asked") != asked:
@@ -53,7 +53,7 @@ def fitting_groups(gradient: Callable, matchers: list, batch_size: int, image_si
 
 def graphed(gradient: Callable) -> Callable:
     """`recover.matching_gradient`, replayed as a CUDA graph for each matcher, for one call of recover_batch:
-    the labels are those of the first iteration. Layers are dropped by the mask `kept` alone."""
+    labels and ce_weight are frozen into it. Layers are dropped by the mask `kept` alone."""
     pool, graphs = torch.cuda.graph_pool_handle(), {}
 
     def replayed(matcher, labels, ce_weight, pixels, view, kept, state, dropped=()):

@@ -172,10 +172,11 @@ class Log:
     "iteration"; what was logged before a restart is not logged again. Each process writes into a file of its
     own until they are merged."""
 
-    def __init__(self, run, first):
-        self.run, self.first, self.path = run, first, run / f"log{f'-{rank()}' if rank() else ''}.jsonl"
+    def __init__(self, folder, first):
+        self.folder, self.first = folder, first
+        self.path = folder / f"log{f'-{rank()}' if rank() else ''}.jsonl"
         self.written = self._entries("log*.jsonl")
-        self._write_whole(self._entries(self.path.name))
+        self._write_whole(self._entries(self.path.name))             # without a line that a kill cut short
 
     def write(self, entry: dict) -> None:
         if (entry["batches"][0], entry["iteration"]) not in self.written:
@@ -184,12 +185,12 @@ class Log:
 
     def merge(self) -> None:
         self._write_whole(self._entries("log*.jsonl"))
-        for path in self.run.glob("log-*.jsonl"):
+        for path in self.folder.glob("log-*.jsonl"):
             path.unlink()
 
     def _entries(self, files):
         found = {}
-        for path in self.run.glob(files):
+        for path in self.folder.glob(files):
             for line in path.read_text(errors="replace").splitlines():
                 with suppress(ValueError, KeyError, TypeError, IndexError):  # `first`, or what was cut short
                     entry = json.loads(line)

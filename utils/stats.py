@@ -19,8 +19,8 @@ def channel_stats(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def patch_stats(x: Tensor, patch: int, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """x [groups*B, C, H, W] -> mean, biased variance over (B, C, h, w) of each cell of a grid of patch*patch
-    pixels, each [groups, ceil(H/patch)*ceil(W/patch)], row-major, in float32 at least."""
+    """x [groups*B, C, H, W] -> mean, biased variance over (B, C, h, w) of each patch of the map, patch*patch
+    positions, each [groups, ceil(H/patch)*ceil(W/patch)], row-major, in float32 at least."""
     x = at_least_float32(whole_patches(x, patch)).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     var, mean = torch.var_mean(x.unflatten(0, (groups, -1)), dim=(1, 2, 4, 6), correction=0)
     return mean.flatten(1), var.flatten(1)
@@ -55,8 +55,8 @@ def matched_layers(model: nn.Module) -> dict[str, nn.Module]:
 def layer_weights(model: nn.Module, bn_weight: float, conv_weight: float,
                   first_multiplier: float) -> dict[str, float]:
     """{layer name: weight of its statistics}; the first of weight > 0 counts first_multiplier times: the
-    convolution whose input is the image, as in the release, or at conv_weight 0 the first BatchNorm, as in
-    SRe2L."""
+    convolution whose input is the image, or at conv_weight 0 the first BatchNorm, as in SRe2L.
+    DEVIATION(paper), App. A: it names one weight for all; the release counts the first ten times."""
     weights = {name: bn_weight if isinstance(layer, nn.BatchNorm2d) else conv_weight
                for name, layer in matched_layers(model).items()}
     if first := [name for name, weight in weights.items() if weight][:1]:
@@ -100,7 +100,7 @@ def require_eval(model: nn.Module) -> None:
 @torch.no_grad()
 def statistics_of(model: nn.Module, batches: Iterable[Tensor], patch: int = 4) -> dict[str, list[Tensor]]:
     """Eq. 9: mean and variance of each channel and of each patch at the input of every Conv2d, averaged over
-    batches by their size. What Eq. 10 matches.
+    batches by their size. What Eq. 10 matches. For other code; collect_stats.py can also stop and resume.
     model: in eval mode; batches: of normalised images [B, 3, S, S]; patch: pixels a side
     -> {layer name: [channel_mean, channel_var, patch_mean, patch_var]}, float32.   ValueError in train mode
     or without images"""
@@ -187,7 +187,8 @@ class Matching:
 
     def inject(self, inputs: dict[str, Tensor], state: dict,
                kept: Tensor | None = None) -> tuple[Tensor, Tensor, dict]:
-        """kept: unused, `hooks` left the dropped layers out.   -> L'_BN, L'_Conv, new state"""
+        """Measures the inputs of a forward pass, moves the averages. kept: unused, dropped layers have no
+        hook.   -> L'_BN, L'_Conv, new state"""
         groups, state = state["groups"], dict(state)
         bn = conv = next(self.model.parameters()).new_zeros(())
         for name, x in inputs.items():

@@ -45,7 +45,7 @@ def fit(trained: tuple, draw_batches: Callable, train_epoch: Callable, *, epochs
         rng, batches = draw_batches(epoch)
         sizes = [len(batch) for batch in batches]
         progress = progress or Progress(name, epochs * sum(sizes), "images")
-        if epoch < first:                                # drawn all the same: the generator must advance
+        if epoch < first:                                # drawn all the same: students' one generator goes on
             progress.skip(sum(sizes))
             continue
         if resume and epoch == first:
@@ -102,8 +102,8 @@ def full_batch(count: int, whole_up_to: int, batch_size: int) -> int:
 
 
 def make_step(optimizer: torch.optim.Optimizer, loss_of: Callable, cuda_graphs: bool = False) -> Callable:
-    """-> step(*inputs), which takes a step down the loss of loss_of(*inputs) -> (loss, *others), and returns
-    them, the loss detached.   cuda_graphs: both passes are replayed, a graph for each size of a batch"""
+    """-> step(*inputs): calls loss_of(*inputs) -> (loss, *others), updates the weights and returns (loss,
+    *others), the loss detached.   cuda_graphs: both passes are replayed, a graph for each size of a batch"""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def loss_and_gradients(*inputs):
@@ -115,12 +115,12 @@ def make_step(optimizer: torch.optim.Optimizer, loss_of: Callable, cuda_graphs: 
     graphs = defaultdict(partial(Graphed, loss_and_gradients))
 
     def step(*inputs):
-        found = (graphs[len(inputs[0])] if cuda_graphs else loss_and_gradients)(*inputs)
-        losses, gradients = found[:-len(parameters)], found[-len(parameters):]
+        results = (graphs[len(inputs[0])] if cuda_graphs else loss_and_gradients)(*inputs)
+        outputs, gradients = results[:-len(parameters)], results[-len(parameters):]
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient  # a replayed graph fills it and does not set .grad
         optimizer.step()
-        return losses
+        return outputs
     return step
 
 

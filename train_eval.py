@@ -12,7 +12,7 @@ writes  runs/<dataset>/<run>/eval/<student>[-online|-hard].json  top1 of the las
         runs/<dataset>/<run>/eval/<student>...-<protocol>.json   of --protocol continual and prune
 
 python train_eval.py --dataset cifar100 --ipc 10                                  # paper setting, Table 9
-python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20 --overwrite   # SRe2L's loss, Fig. 6
+python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20 --overwrite  # KL, Fig. 6
 python train_eval.py --dataset shapes                                             # smoke run: a minute
 """
 import argparse

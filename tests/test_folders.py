@@ -1,5 +1,6 @@
 """Folders as people have them: each kind is read, counted or refused in one line."""
 import json
+import os
 import unicodedata
 from pathlib import Path
 
@@ -105,9 +106,10 @@ def test_a_link_that_leads_back_is_not_followed(tmp_path):
     assert len(load_split(str(root), "x", "train")) == 4
 
 
-def test_a_link_to_nothing_is_named(tmp_path, capsys):
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("gone.png"), os.mkfifo])
+def test_a_link_to_nothing_and_a_pipe_are_named(make, tmp_path, capsys):
     root = make_folder(tmp_path)
-    (root / "train/cat/9.png").symlink_to(root / "gone.png")
+    make(root / "train/cat/9.png")
     assert_fails(capsys, ["train/cat/9.png", "replace or remove"], look, str(root), "x")
 
 

@@ -4,9 +4,11 @@ Pillow reads.
 Hidden files and folders (a leading dot) and those that systems leave behind are passed over; other files that
 are no images are counted.
 """
+import errno
 import hashlib
 import io
 import os
+import stat
 import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -220,6 +222,8 @@ def stamp(files: list[str], root: Path) -> str:
         digest.update(os.fsencode(os.path.relpath(file, root)) + b"\0")
         if len(files) <= MANY_FILES:
             status = os.stat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "no regular file", file)
             digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
 

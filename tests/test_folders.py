@@ -99,6 +99,16 @@ def test_pixels_that_are_no_number_or_brighter_than_those_of_training_are_refuse
     assert_fails(capsys, ["val/cat/0.png", "60000", "0 .. 4095"], load_split, str(root), "x", "test")
 
 
+def test_an_image_of_a_far_smaller_range_is_a_warning(tmp_path, capsys):
+    root = make_folder(tmp_path, shape=(8, 8))
+    for split, name, value in ("train", "a", 60000), ("train", "b", 2000), ("val", "a", 200):
+        save(root / split / f"cat/{name}.png", np.full((8, 8), value, np.uint16))
+    for split in "train", "test":
+        load_split(str(root), "x", split)
+    assert [line.split(",")[1] for line in capsys.readouterr().err.splitlines()] == [
+        f" such as {root / file}" for file in ("train/cat/b.png", "train/cat/b.png", "val/cat/a.png")]
+
+
 def test_a_link_that_leads_back_is_not_followed(tmp_path):
     root = make_folder(tmp_path)
     (root / "train/cat/loop").symlink_to(root / "train")

@@ -118,12 +118,13 @@ def test_unfinished_work_is_not_called_missing(project, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(recover, "matching_gradient", interrupted)
         project.call("recover")
-    tells(project.mistake("relabel"), "result.json is unfinished", "recover.py")
+    tells(project.mistake("relabel"), "result.json is unfinished; run again: python recover.py --ipc 2 ",
+          "--iterations 6")
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(squeeze, "train", interrupted)
         project.call("squeeze", "--backbones convnet_w4")
-    tells(project.mistake("collect_stats", "--backbones convnet_w4"), "convnet_w4.pt is unfinished",
-          "squeeze.py")
+    error = project.mistake("collect_stats", "--backbones convnet_w4")
+    tells(error, "convnet_w4.pt is unfinished; run again: python squeeze.py ", "--epochs")
 
 
 def interrupted(*_, **__):
@@ -276,6 +277,12 @@ def test_teachers_trained_anew_since_the_images_were_made(phase, flags, relabell
     relabelled.call("squeeze", "--seed 1 --overwrite --backbones wrn10_1")
     tells(relabelled.mistake(phase, flags), "gvbsm-ipc2/result.json was made from other weights (wrn10_1)",
           "--overwrite")
+
+
+def test_images_of_other_backbones(relabelled):
+    relabelled.call("recover", "--tag one --backbones convnet_w8")
+    tells(relabelled.mistake("relabel", "--tag one"),
+          "was made from weights of convnet_w8, not of convnet_w8 wrn10_1; name the same --backbones")
 
 
 def test_a_recovery_from_teachers_or_statistics_made_anew_is_not_repeated(relabelled):
@@ -752,24 +759,27 @@ def test_a_folder_that_may_not_be_written(phase, bare):
 WEIGHTS = "shufflenetv2_x0.5-f707e7126e.pth"                # as torchvision names the file
 
 
-def test_pretrained_weights_that_are_not_there(bare, tmp_path, monkeypatch):
+def test_pretrained_weights_of_other_classes_are_told_before_they_are_fetched(bare, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    tells(bare.mistake("squeeze", "--pretrained --backbones shufflenetv2_05"), WEIGHTS, "--download")
+    for flags in "", " --download":
+        error = bare.mistake("squeeze", f"--pretrained --backbones shufflenetv2_05{flags}")
+        tells(error, "of 1000 classes, the data has 4", "--no-pretrained")
     tells(bare.mistake("squeeze", "--pretrained"), "--pretrained", "convnet_w8", "--no-pretrained")
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "text", "a tensor", "code", "of other classes"])
+@pytest.mark.parametrize("damage", ["empty", "half", "text", "a tensor", "code", "of other classes",
+                                    "missing"])
 def test_pretrained_weights_that_do_not_fit(damage, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     path, model = tmp_path / "checkpoints" / WEIGHTS, build_model("shufflenetv2_05", 1000, 224)
     path.parent.mkdir()
     torch.save(build_model("shufflenetv2_05", 7, 224).state_dict(), path)
-    DAMAGE.get(damage, str)(path)
+    {**DAMAGE, "missing": Path.unlink}.get(damage, str)(path)
     with pytest.raises(SystemExit) as end:
         squeeze.load_pretrained("shufflenetv2_05", model, download=False)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1
-    tells(error, WEIGHTS)
+    tells(error, WEIGHTS, "--download")
     assert not path.with_name("ran").exists()
 
 

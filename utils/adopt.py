@@ -33,15 +33,15 @@ def load_pretrained(name: str, model: nn.Module, download: bool) -> None:
         weights = pretrained_weights(name)
     except ValueError as error:
         fail(f"--pretrained: {error}; name other --backbones or use --no-pretrained")
+    classes, mine = len(weights.meta["categories"]), len(model.get_submodule(classifier_of(model)).weight)
+    if mine != classes:
+        fail(f"--pretrained: the weights of {name} are of {classes} classes, the data has {mine}; use "
+             "--no-pretrained, or --weights FILE with --objective probe")
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     remedy = "put torchvision's file there, or remove it and pass --download"
     if not cached.exists() and download:
         weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     state_dict = load_torch(cached, remedy)
-    classes = len(weights.meta["categories"])
-    if (mine := len(model.get_submodule(classifier_of(model)).weight)) != classes:
-        fail(f"--pretrained: the weights of {name} are of {classes} classes, the data has {mine}; use "
-             "--no-pretrained, or --weights FILE with --objective probe")
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:

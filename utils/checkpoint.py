@@ -33,7 +33,7 @@ def load_torch(path: str | Path, remedy: str, keys: Iterable[str] = ()) -> dict:
     try:
         return with_keys(torch.load(path, map_location="cpu", weights_only=True), keys)
     except FileNotFoundError:
-        fail(f"{Path(path).absolute()} is {absent(path)}; {remedy}")
+        fail(f"{Path(path).absolute()} is {absent(path, remedy)}")
     except Exception as error:                                       # a damaged pickle may raise anything
         foreign = isinstance(error, (LookupError, UnpicklingError))
         why = "torch.save did not write it" if foreign else reason(error)

@@ -1,6 +1,7 @@
 """Whole files: a result is there in full or not at all, and says why it cannot be read."""
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,14 +46,19 @@ def load_json(path: str | Path, remedy: str, keys: Iterable[str] = ("args",)) ->
     try:
         return with_keys(json.loads(Path(path).read_text()), keys)
     except FileNotFoundError:
-        fail(f"{Path(path).absolute()} is {absent(path)}; {remedy}")
+        fail(f"{Path(path).absolute()} is {absent(path, remedy)}")
     except (OSError, ValueError) as error:
         fail(f"{path} is no whole result file ({reason(error)}); {remedy}")
 
 
-def absent(path: str | Path) -> str:
-    """Why a result is not there."""
-    return "unfinished" if unfinished(Path(path)).exists() else "missing"
+def absent(path: str | Path, remedy: str) -> str:
+    """Why a result is not there, and the remedy: that, or the command that began it."""
+    left, begun = unfinished(Path(path)), []
+    with suppress(OSError, ValueError, AttributeError):
+        begun = json.loads((left / "begun.json").read_text()).get("typed")
+    if begun:
+        return f"unfinished; run again: {shlex.join(begun)}"
+    return f"{'unfinished' if left.exists() else 'missing'}; {remedy}"
 
 
 def with_keys(value, keys: Iterable[str]) -> dict:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils import fail
+from utils.processes import warn
 
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information",
                "Thumbs.db", "desktop.ini"}
@@ -110,11 +111,11 @@ def sampled(files: list[str]) -> list[str]:
     return files[::-(-len(files) // SAMPLE) or 1]
 
 
-def white_levels(files: list[str]) -> dict[str, int]:
+def white_levels(files: list[str], white: dict[str, int] | None = None) -> dict[str, int]:
     """What is white in the images of more than 8 bits among the files, the smallest range that holds them
-    all.
+    all, or `white`, that of the training images. Far darker images are a warning.
     -> {"I" (integers): 255, 1023, 4095, 16383 or 65535, "F": 1 or 255}; fails for pixels in no such range"""
-    white = {}
+    found = {"I": {}, "F": {}}                                       # {mode: {file: its own range}}
     for file in sampled(files):
         with suppress(UnreadableImage), opened(file) as image:       # whoever needs its pixels tells
             if (mode := image.mode[0]) in "IF":
@@ -124,7 +125,12 @@ def white_levels(files: list[str]) -> dict[str, int]:
                 if not fitting:
                     fail(f"{file} has pixels of {low:g} .. {high:g}; write them as floats of 0 .. 1, or as "
                          f"integers of 8 to 16 bits")
-                white[mode] = max(white.get(mode, 0), fitting[0])
+                found[mode][file] = fitting[0] if high else WHITES[-1]                 # a black one is none
+    white = white or {mode: max(levels.values()) for mode, levels in found.items() if levels}
+    for mode, levels in found.items():
+        if dark := [file for file, level in levels.items() if 16 * level <= white.get(mode, 0)]:
+            warn(f"{len(dark)} images, such as {dark[0]}, have pixels of 0 .. {levels[dark[0]]} where others "
+                 f"have 0 .. {white[mode]}, and are read as nearly black; write all in one range")
     return white
 
 

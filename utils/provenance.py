@@ -84,21 +84,26 @@ def check_inputs(stored: dict, now: dict, path: Path, remedy: str = AGAIN) -> No
         if kind == "data" and kind not in stored:                    # older than fingerprints of data sets
             continue
         before = stored.get(kind)
-        before, found = (value if isinstance(value, dict) else {"": value} for value in (before, found))
+        before, found = ({name: one for name, one in value.items() if one} if isinstance(value, dict)
+                         else {"": value} for value in (before, found))
         changed = [name for name in before | found if before.get(name) != found.get(name)]
         if changed and kind == "data":
             fail(f"the images of the data set have changed since {path} was made; run all phases from "
                  "squeeze.py on with --overwrite, or name another --run-dir")
+        if changed and before.keys() != found.keys():
+            had, has = (" ".join(names) or "none" for names in (before, found))
+            fail(f"{path} was made from {kind} of {had}, not of {has}; {remedy}")
         if changed:
             names = f" ({' '.join(sorted(changed))})" if all(changed) else ""
             fail(f"{path} was made from other {kind}{names} than the present ones; {remedy}")
 
 
-def check_classes(found: list[str], expected: list[str], where: str | Path, other: str | Path) -> None:
+def check_classes(found: list[str], expected: list[str], where: str | Path, other: str | Path,
+                  remedy: str = "use the same data set for both") -> None:
     """Stop unless two files or folders have the same classes in the same order."""
     if list(found) != list(expected):
         pair = next(((a, b) for a, b in zip(found, expected) if a != b), None)
         what = f"{len(found)} classes, not {len(expected)}"
         if pair:
             what = f"class {pair[0]!r} stands where {pair[1]!r} does"
-        fail(f"{where} and {other} differ in their classes ({what}); use the same data set for both")
+        fail(f"{where} and {other} differ in their classes ({what}); {remedy}")

@@ -38,7 +38,8 @@ def need_files(args: argparse.Namespace, folder: Path, suffix: str, script: str)
     if not folder.exists() and (sets := sorted(path.name for path in folder.parent.glob("*/"))):
         more += f"; or name one of the --teachers that are there: {' '.join(sets)}"
     path = (folder / f"{missing[0]}{suffix}").absolute()
-    fail(f"{path} is {absent(path)}; {command} --backbones {' '.join(names)}{more}")
+    remedy = f"{command} --backbones {' '.join(names)}{more}"
+    fail(f"{path} is {absent(path, remedy)}")
 
 
 def load_teachers(args: argparse.Namespace, folder: Path,
@@ -61,7 +62,8 @@ def load_teachers(args: argparse.Namespace, folder: Path,
         models[name] = with_precision(model.eval().requires_grad_(False).to(device), device, args.precision)
         records[name] = record | {"fingerprint": fingerprint(path)}
         check_alike(records, name, args.backbones[0], folder)
-    check_classes(data["classes"], sorted(data["classes"]), f"the teachers in {folder}", "every data set")
+    check_classes(data["classes"], sorted(data["classes"]), f"the teachers in {folder}", "every data set",
+                  "train them again with squeeze.py --overwrite")
     return models, records, data
 
 

@@ -91,7 +91,7 @@ def check_inputs(stored: dict, now: dict, path: Path, remedy: str = AGAIN) -> No
             fail(f"the images of the data set have changed since {path} was made; run all phases from "
                  "squeeze.py on with --overwrite, or name another --run-dir")
         if changed and before.keys() != found.keys():
-            had, has = (" ".join(names) or "none" for names in (before, found))
+            had, has = (" ".join(sorted(names)) or "none" for names in (before, found))
             fail(f"{path} was made from {kind} of {had}, not of {has}; {remedy}")
         if changed:
             names = f" ({' '.join(sorted(changed))})" if all(changed) else ""

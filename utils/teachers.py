@@ -169,8 +169,8 @@ def at_chance(top1: float, classes: int, tested: int) -> bool:
 def warn_at_chance(name: str, top1: float, classes: int, tested: int, remedy: str) -> None:
     """Say that a network knows nothing, if its accuracy is within two standard errors of a guess."""
     if at_chance(top1, classes, tested):
-        warn(f"{name} is right on {top1:.1f} % of {tested} test images, which a guess ({100 / classes:.1f} %) "
-             f"may reach too; look at the images, or {remedy}")
+        warn(f"{name} is right on {top1:.1f} % of {tested} test images, which a guess ({100 / classes:.1f} "
+             f"%) may reach too; look at the images, or {remedy}")
 
 
 def warn_of_backbones(records: dict[str, dict], num_classes: int) -> None:

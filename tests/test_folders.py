@@ -76,6 +76,12 @@ def test_more_than_eight_bits_are_scaled_by_the_range_of_the_data_set(tmp_path, 
     assert (load_folder(tmp_path, 8)[0] == shown).all()
 
 
+def test_a_black_image_tells_nothing_of_the_range(tmp_path, capsys):
+    save(tmp_path / "cat/0.png", np.zeros((8, 8), np.uint16))
+    save(tmp_path / "cat/1.png", np.full((8, 8), 4095, np.uint16))
+    assert load_folder(tmp_path, 8)[0][:, 0, 0, 0].tolist() == [0, 255] and not capsys.readouterr().err
+
+
 def test_a_dark_image_keeps_its_place_in_the_range_of_the_others(tmp_path):
     save(tmp_path / "cat/0.png", np.full((8, 8), 257, np.uint16))
     save(tmp_path / "cat/1.png", np.full((8, 8), 65535, np.uint16))

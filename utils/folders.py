@@ -125,7 +125,8 @@ def white_levels(files: list[str], white: dict[str, int] | None = None) -> dict[
                 if not fitting:
                     fail(f"{file} has pixels of {low:g} .. {high:g}; write them as floats of 0 .. 1, or as "
                          f"integers of 8 to 16 bits")
-                found[mode][file] = fitting[0] if high else WHITES[-1]                 # a black one is none
+                if high:                                             # a black one tells nothing
+                    found[mode][file] = fitting[0]
     white = white or {mode: max(levels.values()) for mode, levels in found.items() if levels}
     for mode, levels in found.items():
         if dark := [file for file, level in levels.items() if 16 * level <= white.get(mode, 0)]:

@@ -758,7 +758,7 @@ def test_images_of_one_set_of_teachers_take_labels_of_another(project):
     project.call("squeeze", "--teachers other --seed 1")
     project.call("recover")
     line = project.mistake("relabel", "--backbones wrn10_1")
-    assert "other weights" in line
+    assert "was made from weights of convnet_w8 wrn10_1, not of wrn10_1;" in line
     project.call("relabel", "--teachers other")
     project.call("train_eval", "--teachers other")
 

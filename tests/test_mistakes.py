@@ -117,9 +117,10 @@ def test_images_of_an_unfinished_run_are_not_labelled(recovered):
 def test_unfinished_work_is_not_called_missing(project, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(recover, "matching_gradient", interrupted)
-        project.call("recover")
-    tells(project.mistake("relabel"), "result.json is unfinished; run again: python recover.py --ipc 2 ",
-          "--iterations 6")
+        project.call("recover", "--overwrite")
+    error = project.mistake("relabel")
+    tells(error, "result.json is unfinished; run again: python recover.py --ipc 2 ", "--iterations 6")
+    assert "--overwrite" not in error                                # it would start anew
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(squeeze, "train", interrupted)
         project.call("squeeze", "--backbones convnet_w4")

@@ -198,6 +198,12 @@ def test_the_table_shows_what_train_eval_wrote(project, capsys):
     assert "| 2   | convnet_w8 | soft   | gvbsm |" in lines[2]
 
 
+def test_a_variant_is_not_missed_under_hard_labels(write, tmp_path):
+    write(top1=50, tag="ablation-kl")
+    assert {row[2] for row in report.rows("cifar10",
+                                          report.read_results(tmp_path / "cifar10"))[0]} == {"soft"}
+
+
 def test_a_number_whose_data_set_the_paper_does_not_name_is_not_shown():
     assert ("teddy", "imagenet", "resnet50", "stored") not in report.PUBLISHED
 

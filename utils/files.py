@@ -52,12 +52,12 @@ def load_json(path: str | Path, remedy: str, keys: Iterable[str] = ("args",)) ->
 
 
 def absent(path: str | Path, remedy: str) -> str:
-    """Why a result is not there, and the remedy: that, or the command that began it."""
+    """Why a result is not there, and the remedy: that, or to go on with the command that began it."""
     left, begun = unfinished(Path(path)), []
     with suppress(OSError, ValueError, AttributeError):
         begun = json.loads((left / "begun.json").read_text()).get("typed")
     if begun:
-        return f"unfinished; run again: {shlex.join(begun)}"
+        return f"unfinished; run again: {shlex.join(word for word in begun if word != '--overwrite')}"
     return f"{'unfinished' if left.exists() else 'missing'}; {remedy}"
 
 

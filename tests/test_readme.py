@@ -61,7 +61,7 @@ class Understood(Exception):
 @pytest.mark.parametrize("block", blocks())
 def test_every_command_of_the_pages_is_understood(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = "path/to/folder", *set(re.findall("data/cifar10(?:0-[a-h]|-500)", block))     # of transfer_sets.py
+    folders = "path/to/folder", *set(re.findall("data/cifar10(?:0-[a-h]|-1?500)", block))     # of transfer_sets.py
     for folder, split, label in product(folders, ("train", "val"), ("ant", "bee")):
         (tmp_path / folder / split / label).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / folder / split / label / "1.png")

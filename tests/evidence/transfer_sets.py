@@ -1,11 +1,11 @@
 """Eight data sets of ten classes each, made of CIFAR-100: five to choose settings by, three to test them on
-once. And one of as many images of CIFAR-10.
+once. And two of CIFAR-10's classes, with as many images and with three times as many.
 
 python -m tests.evidence.transfer_sets --data-dir data
-# writes data/cifar100-a ... -h and data/cifar10-500, ignored by git
+# writes data/cifar100-a ... -h, data/cifar10-500 and data/cifar10-1500, ignored by git
 
-Classes are dealt at random with a fixed seed and are disjoint. Each set has 500 training and 100 test images
-a class, of CIFAR-10 the first ones. Choose by a to e, with --holdout; f, g and h are for the end.
+Classes are drawn at random with a fixed seed and are disjoint. Each set has 500 training and 100 test images
+a class, of CIFAR-10 the first 500 or 1500. Choose by a to e, with --holdout; f, g and h are for the end.
 """
 import argparse
 from pathlib import Path
@@ -17,6 +17,7 @@ from utils.data import load_split
 
 CHOOSE, TEST = "abcde", "fgh"
 IMAGES = {"train": 500, "test": 100}                                             # of a class
+OF_CIFAR10 = {"cifar10-500": 500, "cifar10-1500": 1500}                          # training images of a class
 
 
 def class_sets(classes):
@@ -48,7 +49,8 @@ def main(argv=None):
                         for name in ("cifar10", "cifar100"))
         for name, chosen in class_sets(hundred.classes).items():
             write_split(root / f"cifar100-{name}" / split, hundred, chosen, count)
-        write_split(root / "cifar10-500" / split, ten, ten.classes, count)
+        for name, training in OF_CIFAR10.items():
+            write_split(root / name / split, ten, ten.classes, training if split == "train" else count)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Structured pruning: channels of convolutions removed, with all that belongs to them. Needs torch alone.
 
     kept = random_channels(model, 0.66, generator)           # {convolution: channels}; or largest_scales
-    shrink(model, kept)                                      # then all there is to store: the state dict and
-    left = {layer: len(index) for layer, index in kept.items()}
-    model = build_model(name, num_classes, image_size, left) # models/__init__.py: shrink() again
+    shrink(model, kept)
+    left = {layer: len(index) for layer, index in kept.items()}      # to store with the state dict
+    model = build_model(name, num_classes, image_size, left)         # models/__init__.py: shrink() again
 """
 import math
 import operator
+from bisect import bisect_left
 from collections import Counter
 
 import torch
@@ -26,23 +27,18 @@ ADDITIONS = operator.add, operator.iadd, torch.add, "add", "add_"
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, module, name):
-        # ConvNet's own pooling
-        return isinstance(module, nn.AvgPool2d) or super().is_leaf_module(module, name)
+        return isinstance(module, nn.AvgPool2d) or super().is_leaf_module(module, name)    # ConvNet's pooling
 
 
 def _flattens(node, layers):
-    """Whether a torch.fx node is flatten(1) of its input [N, C, H, W]."""
+    """Whether a torch.fx node is flatten(1) of its input [N, C, H, W], or the mean over its pixels."""
     if node.op == "call_module":
         layer = layers[node.target]
         return isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+    if node.target in (torch.mean, "mean"):
+        return not node.kwargs and [*node.args[1:]] in ([(2, 3)], [[2, 3]])
     bounds = {"end_dim": -1} | dict(zip(("start_dim", "end_dim"), node.args[1:])) | node.kwargs
     return node.target in (torch.flatten, "flatten") and bounds == {"start_dim": 1, "end_dim": -1}
-
-
-def _averages(node):
-    """Whether a torch.fx node is the mean over the pixels of its input: [N, C, H, W] -> [N, C]."""
-    dims = [*node.args[1:]]
-    return node.target in (torch.mean, "mean") and not node.kwargs and dims in ([(2, 3)], [[2, 3]])
 
 
 def coupled(model: nn.Module) -> dict[str, tuple]:
@@ -50,28 +46,12 @@ def coupled(model: nn.Module) -> dict[str, tuple]:
     of a residual stage, the same of all convolutions that are added. On their way to the next convolutions,
     or to the linear layer behind a flatten or a mean over the pixels, every layer acts on each channel by
     itself. A concatenation, a grouped convolution or a layer called twice on the way rules them out.
-
-    -> {first convolution: (all convolutions, norms, consumers)}, tuples of names. An error of torch.fx where
-    the flow of the model depends on values.
-    """
-    return {convs[0]: (convs, norms, consumers) for convs, norms, consumers, _ in _channel_groups(model)}
-
-
-def prunable(model: nn.Module) -> dict[str, tuple]:
-    """Those of `coupled` that are of one convolution and added to nothing.
-    -> {convolution: (names of the norms behind it, names of the consumers)}"""
-    return {convs[0]: (norms, consumers) for convs, norms, consumers, added in _channel_groups(model)
-            if not added}
-
-
-def _channel_groups(model):
-    """-> [(convolutions, norms, consumers, whether there is an addition), ...], each group in the order of
-    the network."""
+    -> {first convolution: (all convolutions, norms, consumers)}, tuples of names in the order of the network.
+    An error of torch.fx where the flow of the model depends on values."""
     layers, parent = dict(model.named_modules()), {}
     nodes = _Tracer().trace(model).nodes
     calls = Counter(node.target for node in nodes)
-    # (node of the channels, name)
-    found = {kind: [] for kind in ("convs", "norms", "consumers", "added", "fixed")}
+    found = {kind: [] for kind in ("convs", "norms", "consumers", "fixed")}    # (node of the channels, name)
     flat = set()                                                     # nodes [N, C*H*W]
 
     def root(node):
@@ -83,41 +63,35 @@ def _channel_groups(model):
         inputs, parent[node] = node.all_input_nodes, node
         layer = layers[node.target] if node.op == "call_module" else None
         once, is_flat = calls[node.target] == 1, any(one in flat for one in inputs)
-        if once and not is_flat and isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        if once and (isinstance(layer, nn.Linear) if is_flat
+                     else isinstance(layer, nn.Conv2d) and layer.groups == 1):
             found["consumers"].append((inputs[0], node.target))
-            found["convs"].append((node, node.target))
-            continue
-        if once and is_flat and isinstance(layer, nn.Linear):
-            found["consumers"].append((inputs[0], node.target))
-            found["fixed"].append((node, None))
+            found["fixed" if is_flat else "convs"].append((node, node.target))
             continue
         norm = once and not is_flat and (isinstance(layer, nn.BatchNorm2d) or isinstance(layer, nn.GroupNorm)
                                          and layer.num_groups == layer.num_channels)
         add = not is_flat and not node.kwargs and node.target in ADDITIONS and len(inputs) == 2
-        flattens = not is_flat and (_flattens(node, layers) or _averages(node))
+        flattens = not is_flat and _flattens(node, layers)
         for other in inputs:
             parent[root(other)] = root(node)
         if norm:
             found["norms"].append((node, node.target))
-        elif add:
-            found["added"].append((node, None))
-        elif flattens or is_flat:
+        if flattens or is_flat:
             flat.add(node)
         if not (norm or add or flattens or isinstance(layer, CHANNELWISE)
                 or layer is None and node.target in CHANNELWISE_CALLS):
-            found["fixed"].append((node, None))                      # which also ties its inputs
+            found["fixed"].append((node, node.target))               # which also ties its inputs
     groups = {}
     for kind, members in found.items():
         for node, name in members:
-            groups.setdefault(root(node), {kind: [] for kind in found})[kind].append(name)
-    return [(*(tuple(group[kind]) for kind in ("convs", "norms", "consumers")), bool(group["added"]))
+            groups.setdefault(root(node), {kind: () for kind in found})[kind] += (name,)
+    return {group["convs"][0]: (group["convs"], group["norms"], group["consumers"])
             for group in groups.values() if group["convs"] and group["consumers"] and not group["fixed"]
-            and len({layers[name].out_channels for name in group["convs"]}) == 1]
+            and len({layers[name].out_channels for name in group["convs"]}) == 1}
 
 
 def _select(layer, index, dim, names):
-    """layer.<name> = its entries `index` along dim, for every name; parameters stay parameters, trainable or
-    not."""
+    """layer.<name> = its entries `index` along dim, for every name; parameters keep their requires_grad."""
     for name in names:
         if (tensor := getattr(layer, name, None)) is not None:
             part = tensor.detach().index_select(dim, index.to(tensor.device))
@@ -127,25 +101,19 @@ def _select(layer, index, dim, names):
 
 def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
     """Remove all output channels but `kept`, {name of a convolution: indices} as `coupled` names them, in
-    place.   -> model
-
-    What computes with them goes along: norms with their running statistics, inputs of the next layers. The
-    parameters are new ones: an optimiser is made afterwards. ValueError if a convolution is to lose all
-    channels or is not prunable.
-    """
+    place, and what computes with them: of norms, also running statistics, and inputs of the next layers. The
+    parameters are new ones: an optimiser is made afterwards.   -> model
+    ValueError if a convolution is to lose all channels or is not prunable."""
     layers, plan = dict(model.named_modules()), coupled(model)
     for name, index in kept.items():
         if name not in plan or not len(index):
             raise ValueError(f"{name} is not prunable" if len(index) else f"{name} would lose all channels")
         (convs, norms, consumers), channels, width = plan[name], layers[name].out_channels, len(index)
         for consumer in map(layers.get, consumers):
-            if isinstance(consumer, nn.Linear):             # a channel is a run of H*W features
-                run = torch.arange(consumer.in_features // channels)
-                _select(consumer, (index.cpu()[:, None] * len(run) + run).flatten(), 1, ["weight"])
-                consumer.in_features = len(run) * width
-            else:
-                _select(consumer, index, 1, ["weight"])
-                consumer.in_channels = width
+            size = "in_features" if isinstance(consumer, nn.Linear) else "in_channels"
+            run = torch.arange(getattr(consumer, size) // channels)      # of a channel's H*W features, or one
+            _select(consumer, (index.cpu()[:, None] * len(run) + run).flatten(), 1, ["weight"])
+            setattr(consumer, size, len(run) * width)
         for norm in map(layers.get, norms):
             _select(norm, index, 0, ["weight", "bias", "running_mean", "running_var"])
             if isinstance(norm, nn.GroupNorm):
@@ -158,54 +126,46 @@ def shrink(model: nn.Module, kept: dict[str, torch.Tensor]) -> nn.Module:
     return model
 
 
-def _parameters_left(model, plan, channels):
-    """Number of parameters of the model with {conv name: number} channels; plan: of `coupled`."""
-    layers, rows, columns = dict(model.named_modules()), {}, {}
-    for name, number in channels.items():
-        convs, norms, consumers = plan[name]
-        part = number / layers[name].out_channels
-        rows |= dict.fromkeys((*convs, *norms), part)
-        columns |= dict.fromkeys(consumers, part)
-    owners = ((name.rpartition(".")[0], tensor) for name, tensor in model.named_parameters())
-    return round(sum(tensor.numel() * rows.get(layer, 1) * (columns.get(layer, 1) if tensor.dim() > 1 else 1)
-                     for layer, tensor in owners))
-
-
 def random_channels(model: nn.Module, share: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Channels drawn at random, the same part of all that are `coupled` and at least one, such that about
-    `share` of the model's parameters are left: the smallest part with no fewer, so more where one channel
-    each is still more. Teddy (arXiv:2410.07579) keeps 7.72 of ResNet-18's 11.69 million and 1.2 of its 1.8
-    billion multiply-adds at 224 pixels, which this does too.
+    `share` of the model's parameters are left: the smallest part, to a millionth, with no fewer. Teddy
+    (arXiv:2410.07579) keeps 7.72 of ResNet-18's 11.69 million and 1.2 of its 1.8 billion multiply-adds at 224
+    pixels, which this does too.
     -> {conv name: sorted indices}, as `shrink` takes them; {} if nothing can be removed"""
     layers, plan = dict(model.named_modules()), coupled(model)
-    target = share * sum(tensor.numel() for tensor in model.parameters())
+    owners = [(name.rpartition(".")[0], tensor) for name, tensor in model.named_parameters()]
+    scale = 2 ** 20
 
     def channels(part):
-        return {name: max(1, round(part * layers[name].out_channels)) for name in plan}
+        return {name: max(1, round(part / scale * layers[name].out_channels)) for name in plan}
 
-    low, high = 0.0, 1.0
-    for _ in range(20):                                     # to a millionth: finer than one channel
-        middle = (low + high) / 2
-        enough = _parameters_left(model, plan, channels(middle)) >= target
-        low, high = (low, middle) if enough else (middle, high)
+    def parameters(part):
+        rows, columns = {}, {}                              # {layer: what is left of them}
+        for name, number in channels(part).items():
+            convs, norms, consumers = plan[name]
+            left = number / layers[name].out_channels
+            rows |= dict.fromkeys((*convs, *norms), left)
+            columns |= dict.fromkeys(consumers, left)
+        return round(sum(tensor.numel() * rows.get(layer, 1)
+                         * (columns.get(layer, 1) if tensor.dim() > 1 else 1) for layer, tensor in owners))
+
+    part = bisect_left(range(scale), share * parameters(scale), key=parameters)
     return {name: torch.randperm(layers[name].out_channels, generator=generator)[:number].sort().values
-            for name, number in channels(high).items()}
+            for name, number in channels(part).items()}
 
 
 def channel_scales(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The BatchNorm scales that decide over channels in network slimming.
-    -> {prunable convolution: parameter [C]}, of those with one BatchNorm and no other norm behind them"""
+    """The BatchNorm scales that decide over channels in network slimming: of the convolutions of `coupled`
+    that are added to no other and have one norm, a BatchNorm.   -> {convolution: parameter [C]}"""
     layers = dict(model.named_modules())
-    norms = {name: [layers[norm] for norm in found] for name, (found, _) in prunable(model).items()}
-    return {name: found[0].weight for name, found in norms.items() if len(found) == 1
-            and isinstance(found[0], nn.BatchNorm2d)}
+    return {name: layers[norms[0]].weight for name, (convs, norms, _) in coupled(model).items()
+            if len(convs) == len(norms) == 1 and isinstance(layers[norms[0]], nn.BatchNorm2d)}
 
 
 def largest_scales(model: nn.Module, sparsity: float, least: float = 0.1) -> dict[str, torch.Tensor]:
     """Network slimming (Liu et al., arXiv:1708.06519): all channels of `channel_scales` but the part
     `sparsity` of them (0 .. below 1) with the smallest |scale| in the whole network. Each convolution keeps
-    the part `least` of its own with the largest: where all scales of a layer are small, one threshold alone
-    cuts the network in two.
+    at least the part `least`: one threshold alone would cut a network in two where a layer's are all small.
     -> {conv name: sorted indices}, as `shrink` takes them"""
     scales = {name: scale.detach().abs() for name, scale in channel_scales(model).items()}
     for scale in scales.values():

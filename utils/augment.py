@@ -7,22 +7,22 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale: tuple = (0.08, 1.0),
-                      ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> torch.Tensor:
+                      ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Tensor:
     """n boxes of random area and aspect ratio in a square of `size` pixels, distributed as torchvision's
     RandomResizedCrop: ten attempts, then the whole image.   -> [n, 4]
     scale: smallest and largest share of the area, numbers, or [n, 1] where boxes differ"""
-    def uniform(low, high, *shape):
-        return torch.empty(*shape).uniform_(low, high, generator=generator)
+    def uniform(low, high, attempts):
+        return torch.empty(n, attempts).uniform_(low, high, generator=generator)
 
     low, high = scale
-    area = (uniform(0, 1, n, 10) * (high - low) + low if torch.is_tensor(low)
-            else uniform(low, high, n, 10)) * size * size
-    aspect = uniform(*torch.tensor(ratio).log().tolist(), n, 10).exp()
+    share = uniform(0, 1, 10) * (high - low) + low if torch.is_tensor(low) else uniform(low, high, 10)
+    area, aspect = share * size * size, uniform(*torch.tensor(ratio).log().tolist(), 10).exp()
+    place = uniform(0, 1, 2)
     height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
-    place = uniform(0, 1, n, 2)
     fits = (height.minimum(width) >= 1) & (height.maximum(width) <= size)
     first = fits.int().argmax(1, keepdim=True)                       # the first attempt that fits
     sides = torch.cat([height.gather(1, first), width.gather(1, first)], 1)
@@ -31,8 +31,8 @@ def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale: tupl
     return torch.cat([corner, sides], 1).long()
 
 
-def apply_resized_crop(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Cut each box and resize it bilinearly to the size of the images, as torchvision's resized_crop,
+def apply_resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
+    """Each box, resized bilinearly to the size of the images as by torchvision's resized_crop,
     differentiably; nothing outside the box is seen."""
     S = images.shape[-1]
     top, left, height, width = boxes.to(images).unbind(1)
@@ -42,42 +42,39 @@ def apply_resized_crop(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tenso
         pixel = (centres * length[:, None] - 0.5).clamp_(min=0).minimum(length[:, None] - 1) + start[:, None]
         return (2 * pixel + 1) / S - 1
 
-    rows, columns = coordinates(top, height), coordinates(left, width)
-    grid = torch.stack([columns[:, None, :].expand(-1, S, -1), rows[:, :, None].expand(-1, -1, S)], dim=-1)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    rows, columns = coordinates(top, height)[:, :, None], coordinates(left, width)[:, None, :]
+    grid = torch.stack([columns.expand(-1, S, -1), rows.expand(-1, -1, S)], dim=-1)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def draw_flip(n: int, generator: torch.Generator) -> torch.Tensor:
+def draw_flip(n: int, generator: torch.Generator) -> Tensor:
     """-> [n] booleans, true with probability 1/2."""
     return torch.rand(n, generator=generator) < 0.5
 
 
-def apply_flip(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+def apply_flip(images: Tensor, flip: Tensor) -> Tensor:
     """Mirror the images where flip [N] is true."""
     return torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
-def draw_shift(n: int, low: int, high: int, generator: torch.Generator) -> torch.Tensor:
+def draw_shift(n: int, low: int, high: int, generator: torch.Generator) -> Tensor:
     """n vertical and horizontal shifts of low .. high pixels.   -> [n, 2]"""
     return torch.randint(low, high + 1, (n, 2), generator=generator)
 
 
-def apply_shift(images: torch.Tensor, shift: torch.Tensor, wrap: bool = False) -> torch.Tensor:
+def apply_shift(images: Tensor, shift: Tensor, wrap: bool = False) -> Tensor:
     """Move each image down and right by shift [N, 2] pixels. Pixels that enter are 0 (RandomCrop with
     padding), or with `wrap` those that left on the opposite side (circular)."""
     H, W = images.shape[2:]
     down, right = shift.to(images.device).unbind(1)
-    rows = torch.arange(H, device=images.device) - down[:, None]  # [N, H], source
-    columns = torch.arange(W, device=images.device) - right[:, None]
-    moved = images.take_along_dim((rows % H)[:, None, :, None], 2)
-    moved = moved.take_along_dim((columns % W)[:, None, None, :], 3)
-    if wrap:
-        return moved
-    inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[:, None, None, :]
-    return moved * inside.to(moved.dtype)
+    rows = (torch.arange(H, device=images.device) - down[:, None])[:, None, :, None]       # to read from
+    columns = (torch.arange(W, device=images.device) - right[:, None])[:, None, None, :]
+    moved = images.take_along_dim(rows % H, 2).take_along_dim(columns % W, 3)
+    inside = (rows == rows % H) & (columns == columns % W)
+    return moved if wrap else moved * inside.to(moved.dtype)
 
 
-def crop_floor(crop: str, n: int, floor: float = 0.08) -> float | torch.Tensor:
+def crop_floor(crop: str, n: int, floor: float = 0.08) -> float | Tensor:
     """The smallest share of the area that each of n crops takes: `floor`, or by CDA's curriculum (Sec. 3.2)
     in iteration t of n floor + (1 - floor) f, f = 1 - t/n (linear) or (1 + cos(pi t/n)) / 2 (cosine).
     -> number, or [n, 1]"""
@@ -87,12 +84,10 @@ def crop_floor(crop: str, n: int, floor: float = 0.08) -> float | torch.Tensor:
     return floor + (1 - floor) * ((1 + torch.cos(math.pi * done)) / 2 if crop == "cosine" else 1 - done)
 
 
-def draw_view(n: int, size: int, crop: str, flip: bool, roll: int,
-              generator: torch.Generator) -> dict[str, torch.Tensor]:
+def draw_view(n: int, size: int, crop: str, flip: bool, roll: int, generator: torch.Generator) -> dict:
     """n views, of n images or of a batch in n iterations: crop none, pad<pixels> (RandomCrop with padding),
     resized (RandomResizedCrop), or of iterations linear or cosine (the same, see `crop_floor`); then flip
-    (bool: every second one, by chance); then roll (a circular shift of 0 .. roll pixels on both axes).
-    -> dict"""
+    (bool: with probability 1/2); then roll (a circular shift of 0 .. roll pixels on both axes)."""
     draw = {}
     if crop in ("resized", "linear", "cosine"):
         draw["crop"] = draw_resized_crop(n, size, generator, (crop_floor(crop, n), 1.0))
@@ -107,7 +102,7 @@ def draw_view(n: int, size: int, crop: str, flip: bool, roll: int,
     return draw
 
 
-def apply_view(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
+def apply_view(images: Tensor, draw: dict[str, Tensor]) -> Tensor:
     """Images [N, C, S, S] under a draw of `draw_view`, differentiably."""
     if "crop" in draw:
         images = apply_resized_crop(images, draw["crop"])
@@ -128,7 +123,7 @@ def draw_beta(alpha: float, generator: torch.Generator) -> float:
             return x / (x + y)
 
 
-def draw_cutmix_box(size: int, generator: torch.Generator) -> torch.Tensor:
+def draw_cutmix_box(size: int, generator: torch.Generator) -> Tensor:
     """The box [4] of CutMix: sides size * sqrt(1 - lambda), lambda of Beta(1, 1), uniform centre, clipped."""
     side = int(size * (1 - draw_beta(1.0, generator)) ** 0.5)
     centre = torch.randint(size, (2,), generator=generator)
@@ -137,15 +132,12 @@ def draw_cutmix_box(size: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Generator,
-               scale: tuple[float, float] = (0.08, 1.0), flip: bool = True) -> dict[str, torch.Tensor]:
+               scale: tuple[float, float] = (0.08, 1.0), flip: bool = True) -> dict[str, Tensor]:
     """What is random in one pass over n images of `size` pixels: crop, flip, and the mixing of batches of
     `batch_size` in random order; partners are a permutation of the batch, lambda or box one for the batch.
-
-    mix: "cutmix", "mixup" (lambda of Beta(0.8, 0.8)) or "none"; flip: whether images are mirrored, which
-    changes nothing else that is drawn.
+    mix: cutmix, mixup (lambda of Beta(0.8, 0.8)) or none; flip: whether to mirror, which changes nothing else
     -> a row for each *mixed sample*, named by its base image: crop [n, 4], flip [n], partner [n], box [n, 4]
-    (0 but for cutmix), ratio [n] (the share of the base image); order [n], the images batch by batch.
-    """
+    (0 but for cutmix), ratio [n] (the share of the base image); order [n], the images batch by batch"""
     if mix not in ("cutmix", "mixup", "none"):
         raise ValueError(f"mix {mix!r} is none of 'cutmix', 'mixup', 'none'")
     draw = {"crop": draw_resized_crop(n, size, generator, scale), "flip": draw_flip(n, generator) & flip,
@@ -161,11 +153,10 @@ def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Ge
     return draw
 
 
-def apply_epoch(images: torch.Tensor, draw: dict[str, torch.Tensor], index: torch.Tensor, mix: str,
-                units: torch.Tensor | None = None) -> torch.Tensor:
-    """The mixed samples `index` [B] of a draw of `draw_epoch` for all images [N, C, S, S]: normalised floats,
-    or uint8 with their units (mean, std), which `normalize` takes.   -> [B, C, S, S].  A sample is bit for
-    bit the same in any batch."""
+def apply_epoch(images: Tensor, draw: dict[str, Tensor], index: Tensor, mix: str,
+                units: Tensor | None = None) -> Tensor:
+    """The mixed samples `index` [B] of a draw of `draw_epoch` for all images [N, C, S, S], normalised floats,
+    or uint8 with units (mean, std).   -> [B, C, S, S].  A sample is bit for bit the same in any batch."""
     def augmented(chosen):
         view = images[chosen] if units is None else normalize(images[chosen], *units)
         return apply_flip(apply_resized_crop(view, draw["crop"][chosen]), draw["flip"][chosen])
@@ -180,14 +171,13 @@ def apply_epoch(images: torch.Tensor, draw: dict[str, torch.Tensor], index: torc
     pixel = torch.arange(images.shape[-1], device=images.device)
     top, left, height, width = draw["box"][index].to(images.device)[:, :, None].unbind(1)
     rows, columns = (pixel >= top) & (pixel < top + height), (pixel >= left) & (pixel < left + width)
-    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], partner, base)
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], partner, base)
 
 
-def draw_colour(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def draw_colour(n: int, generator: torch.Generator) -> dict[str, Tensor]:
     """MoCo's change of colours for each of n images: with probability 0.8 torchvision's ColorJitter(0.4, 0.4,
-    0.4, 0.1), then with 0.2 its Grayscale.   -> dict: jitter, gray [n] booleans; order [n, 4], a permutation
-    of the four operations; factor [n, 4] of brightness, contrast and saturation (0.6 .. 1.4), and the turn of
-    the hue (-0.1 .. 0.1)"""
+    0.4, 0.1), then with 0.2 its Grayscale.   -> jitter, gray [n] booleans; order [n, 4] of the operations;
+    factor [n, 4]: of brightness, contrast, saturation (0.6 .. 1.4), and the turn of the hue (-0.1 .. 0.1)"""
     jitter, gray = torch.rand(2, n, generator=generator)
     spread = (2 * torch.rand(n, 4, generator=generator) - 1) * torch.tensor([0.4, 0.4, 0.4, 0.1])
     return {"jitter": jitter < 0.8, "gray": gray < 0.2,
@@ -195,7 +185,7 @@ def draw_colour(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
             "factor": torch.tensor([1.0, 1.0, 1.0, 0.0]) + spread}
 
 
-def apply_colour(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
+def apply_colour(images: Tensor, draw: dict[str, Tensor]) -> Tensor:
     """RGB images [N, 3, H, W] of 0 .. 1 under a draw of `draw_colour`."""
     draw = {key: rows.to(images.device) for key, rows in draw.items()}
     changed = images
@@ -203,21 +193,20 @@ def apply_colour(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.T
         factor = draw["factor"].gather(1, operation[:, :, 0, 0]).to(images)[:, :, None, None]
         grey = luma(changed)
         # blended with: black (0, brightness), the mean grey (1, contrast), grey (2, saturation)
-        other = grey * (operation == 2)
-        other = torch.where(operation == 1, grey.mean((2, 3), keepdim=True), other)
+        other = torch.where(operation == 1, grey.mean((2, 3), keepdim=True), grey * (operation == 2))
         blend = (factor * changed + (1 - factor) * other).clamp(0, 1)
         changed = torch.where(operation == 3, turn_hue(changed, factor), blend)
     changed = torch.where(draw["jitter"][:, None, None, None], changed, images)
     return torch.where(draw["gray"][:, None, None, None], luma(changed), changed)
 
 
-def luma(images: torch.Tensor) -> torch.Tensor:
+def luma(images: Tensor) -> Tensor:
     """Grey of RGB images, ITU-R 601.   -> [N, 1, H, W]"""
     red, green, blue = images.split(1, 1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
-def turn_hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue of RGB images of 0 .. 1 by `turn` [N, 1, 1, 1] of the circle; value and chroma stay."""
     red, green, blue = images.split(1, 1)
     value = images.amax(1, keepdim=True)
@@ -230,20 +219,20 @@ def turn_hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return value - chroma * place.minimum(4 - place).clamp(0, 1)
 
 
-def normalize(images: torch.Tensor, mean, std) -> torch.Tensor:
+def normalize(images: Tensor, mean, std) -> Tensor:
     """Images [N, 3, S, S] of 0 .. 255 -> float32 in the units the networks see.   mean, std: three numbers
-    each; as tensors on the images' device they cost no transfer."""
+    each; as tensors on the images' device they cost no transfer"""
     return (images.float() / 255 - _channel(mean, images)) / _channel(std, images)
 
 
-def to_uint8(images: torch.Tensor, mean, std) -> torch.Tensor:
+def to_uint8(images: Tensor, mean, std) -> Tensor:
     """The inverse of `normalize`, clamped to 0 .. 255 and rounded (the release truncates)."""
     images = images.detach().float() * _channel(std, images) + _channel(mean, images)
     return (images * 255).clamp(0, 255).round().to(torch.uint8)
 
 
-def pixel_bounds(mean, std) -> list[torch.Tensor]:
-    """Black and white in the units the networks see, three numbers each.   -> low, high, each [3, 1, 1]"""
+def pixel_bounds(mean, std) -> list[Tensor]:
+    """Black and white in the units the networks see.   -> low, high, each [3, 1, 1]"""
     return [(torch.tensor([value - m for m in mean]) / torch.tensor(std))[:, None, None] for value in (0, 1)]
 
 
@@ -254,17 +243,16 @@ def _channel(values, images):
 SIAMESE = "colour", "crop", "cutout", "flip", "scale", "rotate"
 
 
-def draw_siamese(size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One of the families of differentiable siamese augmentation (DSA, arXiv:2102.08259; one strategy at a
-    time), and its parameters at the strengths of the authors' code: brightness 1, saturation 2, contrast 0.5,
-    crop 1/8, cutout 1/2, flip 1/2, scale 1.2, rotate 15 degrees.   -> one entry, for all images alike"""
+def draw_siamese(size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """One family of differentiable siamese augmentation (DSA, arXiv:2102.08259), with parameters for all
+    images alike at the strengths of the authors' code: brightness 1, saturation 2, contrast 0.5, crop 1/8,
+    cutout 1/2, flip 1/2, scale 1.2, rotate 15 degrees.   -> {family: parameters}"""
     family = SIAMESE[torch.randint(len(SIAMESE), (), generator=generator)]
     u = torch.rand(3, generator=generator)
     if family == "colour":
         draw = torch.stack([u[0] - 0.5, 2 * u[1], u[2] + 0.5])     # added; factors of saturation, contrast
     elif family == "crop":
-        reach = int(size / 8 + 0.5)
-        draw = draw_shift(1, -reach, reach, generator)
+        draw = draw_shift(1, -int(size / 8 + 0.5), int(size / 8 + 0.5), generator)
     elif family == "cutout":                                         # the box may reach over the border
         side = int(size / 2 + 0.5)
         low = torch.randint(size + 1 - side % 2, (2,), generator=generator) - side // 2
@@ -279,7 +267,7 @@ def draw_siamese(size: int, generator: torch.Generator) -> dict[str, torch.Tenso
     return {family: draw}
 
 
-def apply_siamese(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.Tensor:
+def apply_siamese(images: Tensor, draw: dict[str, Tensor]) -> Tensor:
     """Images [N, C, S, S] in normalised units, all with the parameters of a draw of `draw_siamese`;
     differentiable twice. What enters is 0, the mean."""
     (family, draw), = draw.items()
@@ -288,8 +276,7 @@ def apply_siamese(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.
     if family == "flip":
         return apply_flip(images, draw)
     if family == "cutout":
-        top, left, bottom, right = draw.tolist()
-        kept = torch.ones_like(images[0, 0])
+        (top, left, bottom, right), kept = draw.tolist(), torch.ones_like(images[0, 0])
         kept[top:bottom, left:right] = 0
         return images * kept
     if family == "colour":
@@ -302,9 +289,9 @@ def apply_siamese(images: torch.Tensor, draw: dict[str, torch.Tensor]) -> torch.
     return apply_linear_map(images, draw)
 
 
-def apply_linear_map(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Each pixel reads, bilinearly and 0 outside, at matrix [2, 2] times its place (x, y) from the centre:
-    what grid_sample gives on affine_grid's grid, with derivatives of every order."""
+def apply_linear_map(images: Tensor, matrix: Tensor) -> Tensor:
+    """Each pixel reads, bilinearly and 0 outside, at matrix [2, 2] times its place (x, y) from the centre: as
+    grid_sample on affine_grid's grid, which has no second derivative."""
     S = images.shape[-1]
     place = torch.arange(S, device=images.device, dtype=images.dtype) - (S - 1) / 2
     grid = torch.stack(torch.meshgrid(place, place, indexing="xy"))  # x, y: [2, S, S]

@@ -502,7 +502,7 @@ def test_a_layer_that_does_not_fit_its_targets_is_named_with_the_shapes(form):
     matching = form(net, targets, weights)
     with matching.hooks() as inputs:
         net(randn(3, 3, 8, 8).requires_grad_())
-    with pytest.raises(ValueError, match="is not 2 batches of one size"):
+    with pytest.raises(ValueError, match="layer .*: 3 inputs are not 2 batches of one size"):
         matching.inject(inputs, matching.start(2))
 
 

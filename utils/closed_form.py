@@ -6,8 +6,7 @@ losses and gradients equal those of utils/stats.py: Matching. `freeze` makes a b
 """
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 import torch.fx
@@ -19,8 +18,7 @@ from utils.stats import (at_least_float32, check_input, checked_targets, layer_i
 
 
 def _batch_moments(x, groups):
-    """x [groups*B, C, H, W] -> mean, biased variance over B of every pixel of every channel, each [groups, C,
-    H, W]."""
+    """x [groups*B, C, H, W] -> mean, biased variance over B of every pixel, each [groups, C, H, W]."""
     order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.stride(1) == 1 else ((0, 1, 2, 3),) * 2   # as in memory
     x = x.permute(order)
     rows, shape = at_least_float32(x).flatten(1), (groups, *x.shape[1:])
@@ -60,8 +58,8 @@ def bn_stats(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
 
 class Inject(torch.autograd.Function):
     """Identity on x whose backward pass adds the gradient of the statistics at x. terms, a dict filled after
-    the forward pass: `affine_terms` of the channels under 0, [2, groups, C], of the patches under 2, [2,
-    groups, patches]. ValueError while it is empty, as the gradient would lack them silently."""
+    the forward pass: `affine_terms` [2, groups, n] of the n channels under 0, of the patches under 2.
+    ValueError while it is empty, as the gradient would lack them silently."""
 
     @staticmethod
     def forward(ctx, x: Tensor, terms: dict, patch: int) -> Tensor:
@@ -72,8 +70,7 @@ class Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         if not ctx.terms:
-            raise ValueError("backward() came before inject(); call bn, conv, state = "
-                             "matching.inject(inputs, state) first")
+            raise ValueError("backward() came before inject(); call matching.inject(inputs, state) first")
         x, = ctx.saved_tensors
         if 0 not in ctx.terms:  # of a layer called twice, the input before the last
             return grad, None, None
@@ -90,8 +87,7 @@ class Inject(torch.autograd.Function):
 
 def _add_affine(grad, x, channels, patches, patch):
     """grad + (scale * x + shift) / n for the channels, of n = B*H*W values, and the patches, of n =
-    B*C*patch*patch. channels, patches (or None): scale and shift, [2, groups, C] and [2, groups, number of
-    patches]"""
+    B*C*patch*patch. channels, patches (or None): scale and shift [2, groups, number of them]"""
     (C, H, W), groups = x.shape[1:], channels.shape[1]
     layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
     spread = torch.empty(2 * groups, C, H, W, dtype=channels.dtype, device=x.device, memory_format=layout)
@@ -116,23 +112,19 @@ def affine_terms(mean: Tensor, mean_slope: Tensor, var_slope: Tensor) -> Tensor:
 
 
 class FrozenNorm(nn.BatchNorm2d):
-    """A BatchNorm2d in eval mode as the affine map gain * x + offset, gain and offset [C]. `folded`: the
-    convolution before it has taken the map into its weights, and x comes mapped already; `overwritten`: so
-    may be what it returns."""
+    """A BatchNorm2d in eval mode as the affine map gain * x + offset, gain and offset [C]; `freeze` makes it.
+    `folded`: the convolution before it has taken the map into its weights, and x comes mapped already;
+    `overwritten`: so may be what it returns."""
+    folded = overwritten = False
 
-    def __init__(self, layer):
-        super().__init__(layer.num_features, layer.eps, layer.momentum, layer.affine, True,
-                         layer.running_var.device, layer.running_var.dtype)
-        self.load_state_dict(layer.state_dict())
-        self.eval().requires_grad_(False)
-        weight, bias = (self.weight, self.bias) if layer.affine else (1, 0)
+    def freeze(self) -> None:
+        weight, bias = (self.weight, self.bias) if self.affine else (1, 0)
         self.register_buffer("gain", weight * (self.running_var + self.eps).rsqrt(), persistent=False)
         self.register_buffer("offset", bias - self.running_mean * self.gain, persistent=False)
-        self.folded = self.overwritten = False
 
     def fold_into(self, convolution: nn.Conv2d, overwritten: bool) -> None:
-        weight = convolution.weight.detach() * self.gain[:, None, None, None]
-        bias = 0 if convolution.bias is None else convolution.bias.detach()
+        weight = convolution.weight * self.gain[:, None, None, None]
+        bias = 0 if convolution.bias is None else convolution.bias
         convolution.weight = nn.Parameter(weight, requires_grad=False)
         convolution.bias = nn.Parameter(bias * self.gain + self.offset, requires_grad=False)
         self.folded, self.overwritten = True, overwritten
@@ -144,8 +136,7 @@ class FrozenNorm(nn.BatchNorm2d):
 
 
 def _leaves_alone(user, node, layers):
-    """Whether a torch.fx node that reads another surely does not overwrite it; += looks like + to
-    torch.fx."""
+    """Whether a torch.fx node that reads another surely does not overwrite it; += looks like + there."""
     if user.op == "call_module":
         layer = layers[user.target]
         return isinstance(layer, nn.Conv2d) or type(layer).__module__ == nn.ReLU.__module__
@@ -156,25 +147,25 @@ def _leaves_alone(user, node, layers):
 def freeze(model: nn.Module) -> nn.Module:
     """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding, and
     nothing in it is trainable any more. Every BatchNorm2d becomes a `FrozenNorm`, and a convolution takes it
-    into its weights where torch.fx can tell that nobody else reads what the convolution gives, and where no
-    gain is so small that the norm's input could not be told from its output. The model is put into
-    channels_last layout, unless it has a GroupNorm, whose backward pass is several times slower in it. A
-    frozen model is returned as it is; its weights fit no other model, so state_dict() raises ValueError, as
-    does train mode."""
+    into its weights where torch.fx can tell that nobody else reads what the convolution gives, and no gain is
+    so small that the norm's input could not be told from its output. The layout becomes channels_last, but
+    for a model with a GroupNorm, whose backward pass is several times slower in it. A frozen model is
+    returned as it is. ValueError for one in train mode, and later by state_dict(), whose weights would fit no
+    other model."""
     require_eval(model)
     model.requires_grad_(False)
     layers = dict(model.named_modules())
-    if any(isinstance(layer, FrozenNorm) for layer in layers.values()):
+    norms = {name: layer for name, layer in layers.items() if isinstance(layer, nn.BatchNorm2d)}
+    if any(isinstance(norm, FrozenNorm) for norm in norms.values()):
         return model
     try:
         nodes = torch.fx.Tracer().trace(model).nodes
     except Exception:                                       # its flow depends on values
         nodes = ()
     calls = Counter(node.target for node in nodes)
-    norms = {name: FrozenNorm(layer) for name, layer in layers.items() if isinstance(layer, nn.BatchNorm2d)}
-    for name, norm in norms.items():
-        parent, _, child = name.rpartition(".")
-        setattr(layers[parent], child, norm)
+    for norm in norms.values():
+        norm.__class__ = FrozenNorm
+        norm.freeze()
     for node in nodes:
         if node.target in norms:
             norm, source, convolution = norms[node.target], node.args[0], layers.get(node.args[0].target)
@@ -199,14 +190,7 @@ def _keep_weights(model, prefix, keep_vars):
 class ClosedFormMatching:
     """Eq. 6 and Eq. 10 as `utils.stats.Matching`, with the same arguments, errors and calls, but without a
     graph through any statistic: the losses that `inject` returns are values, and any backward pass through
-    the model adds their gradient. model: perhaps of `freeze`.
-
-        state = matching.start(groups)                             # once for each image batch
-        with matching.hooks(dropped) as inputs:
-            logits = model(images)
-        bn, conv, state = matching.inject(inputs, state)           # losses [], the value of the terms
-        classification_loss.backward()                             # adds the gradient of the matching terms
-    """
+    the model, as of the classification loss alone, adds their gradient. model: perhaps of `freeze`."""
 
     def __init__(self, model, targets, weights, *, alpha=0.8, patch=4):
         self.model, self.alpha, self.patch, self.terms = model, alpha, patch, {}
@@ -217,20 +201,20 @@ class ClosedFormMatching:
         self.segments = [(name, kind) for name, target in self.targets.items()
                          for kind in range(0, len(target), 2)]
         pairs = [torch.stack(self.targets[name][kind:kind + 2]) for name, kind in self.segments]
-        pairs = [pair if pair.dim() == 3 else pair[:, None] for pair in pairs]  # [2, groups or 1, n]
-        self.sizes, names = [pair.shape[2] for pair in pairs], list(self.targets)
+        self.sizes, device = [pair.shape[-1] for pair in pairs], next(model.parameters()).device
+        pairs = [pair.view(2, -1, size) for pair, size in zip(pairs, self.sizes)]     # [2, groups or 1, n]
         nothing = next(model.parameters()).new_zeros(2, pairs[0].shape[1] if pairs else 1, 0)
         self.target = torch.cat([nothing, *pairs], dim=2)
         self.weight = nothing.new_tensor([weights[name] for name, _ in self.segments])
-        device, sizes = nothing.device, torch.tensor(self.sizes, dtype=torch.long)
-        self.segment = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
-        owner = [names.index(name) for name, _ in self.segments]
-        self.owner = torch.tensor(owner, dtype=torch.long, device=device)
+        counts, names = torch.tensor(self.sizes, dtype=torch.long), list(self.targets)
+        self.segment = torch.arange(len(counts)).repeat_interleave(counts).to(device)
+        self.owner = torch.tensor([names.index(name) for name, _ in self.segments], dtype=torch.long,
+                                  device=device)
         self.is_bn = torch.tensor([len(self.targets[name]) == 2 for name, _ in self.segments], device=device)
         # a folded norm's input comes mapped: (input - offset) * unit is what it was
         self.offset, self.unit = torch.zeros_like(self.target[:, :1]), torch.ones_like(self.target[:, :1])
-        rows = (row.split(self.sizes, dim=2) for row in (self.offset, self.unit))
-        for (name, _), offset, unit in zip(self.segments, *rows):
+        rows = zip(self.segments, self.offset.split(self.sizes, 2), self.unit.split(self.sizes, 2))
+        for (name, _), offset, unit in rows:
             if getattr(layer := layers[name], "folded", False):
                 offset[0], unit[0], unit[1] = layer.offset, 1 / layer.gain, 1 / layer.gain ** 2
 
@@ -239,16 +223,14 @@ class ClosedFormMatching:
         return (self.target.new_zeros(2, groups, self.target.shape[2]),
                 torch.zeros(len(self.targets), dtype=torch.bool, device=self.target.device))
 
-    @contextmanager
-    def hooks(self, dropped: Iterable[str] = ()) -> Iterator[dict[str, Tensor]]:
+    def hooks(self, dropped: Iterable[str] = ()):
         self.terms = {}
 
         def wrap(x):
             self.terms[id(x)] = {}
             return Inject.apply(x, self.terms[id(x)], self.patch)
 
-        with layer_inputs(self.model, self.targets.keys() - set(dropped), wrap) as inputs:
-            yield inputs
+        return layer_inputs(self.model, self.targets.keys() - set(dropped), wrap)
 
     @torch.no_grad()
     def inject(self, inputs: dict[str, Tensor], state: tuple[Tensor, Tensor],
@@ -260,8 +242,7 @@ class ClosedFormMatching:
         if not inputs:                                      # every layer dropped, or none has a weight
             return self.target.new_zeros(()), self.target.new_zeros(()), state
         if any(id(x) not in self.terms for x in inputs.values()):
-            raise ValueError("the inputs are not those of hooks(); run the model within `with "
-                             "matching.hooks() as inputs`")
+            raise ValueError("the inputs are not those of hooks(); use `with matching.hooks() as inputs`")
         if kept is None:
             kept = torch.tensor([name in inputs for name in self.targets], device=started.device)
         groups = ema.shape[1]

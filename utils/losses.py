@@ -2,41 +2,39 @@
 Needs torch alone."""
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def sds_match(current: torch.Tensor, target: torch.Tensor, ema: torch.Tensor | None,
-              alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+def sds_match(current: Tensor, target: Tensor, ema: Tensor | None,
+              alpha: float) -> tuple[Tensor, Tensor]:
     """Distance of a smoothed batch statistic from the dataset's, Eq. 6 and Eq. 10. Eq. 13 is its moving
     average, Eq. 14 its loss with the stop-gradient sg.
 
         ema' = alpha * ema + (1 - alpha) * current        (ema None, the first batch: ema' = current)
         loss = sum over groups of || current - target - sg(current - ema') ||_2
 
-    current [groups, n], target [n] or [groups, n], ema like current or None. alpha = 0 is Eq. 1.
-    Returns the scalar loss and ema', detached. The loss has the value of || ema' - target ||_2, and the
-    gradient (ema' - target) / || ema' - target || at `current`: Eq. 15, without a factor 1 - alpha; 0 where
-    the norm is 0. Tests compare with it; recover.py runs `ClosedFormMatching` or `Matching`.
-    """
+    current [groups, n], target [n] or [groups, n], ema like current or None; alpha = 0 is Eq. 1. The loss has
+    the value || ema' - target ||_2, and at `current` the gradient (ema' - target) / || ema' - target ||:
+    Eq. 15, without a factor 1 - alpha; 0 where the norm is 0.   -> loss, a scalar; ema', detached
+    Tests compare with it; recover.py runs `ClosedFormMatching` or `Matching`."""
     ema = current.detach() if ema is None else alpha * ema + (1 - alpha) * current.detach()
     return torch.linalg.vector_norm(current - target - (current.detach() - ema), dim=-1).sum(), ema
 
 
-def pooled_rows(images: torch.Tensor, scale: str = "sum") -> torch.Tensor:
+def pooled_rows(images: Tensor, scale: str = "sum") -> Tensor:
     """Eq. 4: images [B, C, H, W] -> rows [B, C*32*32] (smaller images keep their size).
-
     scale "sum" is the paper's Gram matrix: its eigenvalues grow with the length D of a row, until both
-    softmaxes of Eq. 5 are one-hot and its gradient vanishes; "mean" divides the matrix by D.
-    """
-    if max(images.shape[-2:]) > 32:
-        images = F.adaptive_avg_pool2d(images, [min(side, 32) for side in images.shape[-2:]])
+    softmaxes of Eq. 5 are one-hot and its gradient vanishes; "mean" divides the matrix by D."""
     if scale not in ("sum", "mean"):
         raise ValueError(f"scale {scale!r} is neither 'sum' nor 'mean'")
+    if max(images.shape[-2:]) > 32:
+        images = F.adaptive_avg_pool2d(images, [min(side, 32) for side in images.shape[-2:]])
     rows = images.flatten(1)
     return rows if scale == "sum" else rows / rows.shape[1] ** 0.5
 
 
-def data_densification(images: torch.Tensor, labels: torch.Tensor, tau: float = 4.0,
-                       scale: str = "sum") -> torch.Tensor:
+def data_densification(images: Tensor, labels: Tensor, tau: float = 4.0,
+                       scale: str = "sum") -> Tensor:
     """Eq. 5: sum over classes of KL( sg(softmax(lambda / tau)) || softmax(lambda) ), lambda the eigenvalues
     of the Gram matrix of the class.   images [B, C, H, W], labels [B] -> scalar; 0 with one image a class"""
     rows = pooled_rows(images, scale)
@@ -54,7 +52,7 @@ class ClosedFormDensification(torch.autograd.Function):
     2 V diag(softmax(lambda) - softmax(lambda / tau)) V^T rows, well defined for equal eigenvalues."""
 
     @staticmethod
-    def forward(ctx, rows: torch.Tensor, tau: float) -> torch.Tensor:
+    def forward(ctx, rows: Tensor, tau: float) -> Tensor:
         exact = rows.double() if rows.is_cuda else rows              # a GPU may take float32 factors as TF32
         gram = (exact @ exact.mT).cpu()  # for small matrices the host's eigh is the faster one
         eigenvalues, vectors = (part.to(rows) for part in torch.linalg.eigh(gram))
@@ -63,19 +61,19 @@ class ClosedFormDensification(torch.autograd.Function):
         return F.kl_div(sharp, soft, reduction="sum", log_target=True)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.saved_tensors[0], None
 
 
-def densification_closed_form(images: torch.Tensor, members: list[torch.Tensor], tau: float = 4.0,
-                              scale: str = "sum") -> torch.Tensor:
+def densification_closed_form(images: Tensor, members: list[Tensor], tau: float = 4.0,
+                              scale: str = "sum") -> Tensor:
     """`data_densification` without a graph through the eigenvalues and without a loop over classes.
     members: index tensors [K, n], one for each class size n, as `class_members` gives them.   -> scalar"""
     rows = pooled_rows(images, scale)
     return sum((ClosedFormDensification.apply(rows[index], tau) for index in members), rows.new_zeros(()))
 
 
-def class_members(labels: torch.Tensor) -> list[torch.Tensor]:
+def class_members(labels: Tensor) -> list[Tensor]:
     """labels [B] -> the images of each class as index tensors [K, n], one for each class size n > 1 (one
     image of a class adds nothing to Eq. 5)."""
     classes, counts = labels.unique(return_counts=True)
@@ -83,7 +81,7 @@ def class_members(labels: torch.Tensor) -> list[torch.Tensor]:
             for n in counts.unique().tolist() if n > 1]
 
 
-def ensemble_logits(logits: torch.Tensor, normalize: bool) -> torch.Tensor:
+def ensemble_logits(logits: Tensor, normalize: bool) -> Tensor:
     """Eq. 8: logits [K, B, C] of K backbones -> [B, C], their mean; normalize (LN) first scales each
     backbone's logits to the mean Frobenius norm over the backbones."""
     if normalize:
@@ -92,15 +90,15 @@ def ensemble_logits(logits: torch.Tensor, normalize: bool) -> torch.Tensor:
     return logits.mean(0)
 
 
-def mse_gt_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, labels: torch.Tensor,
-                gamma: float) -> torch.Tensor:
+def mse_gt_loss(student_logits: Tensor, soft_logits: Tensor, labels: Tensor,
+                gamma: float) -> Tensor:
     """Eq. 11: the mean over B*C of (f(x) - z)^2, plus gamma * CE(f(x), y), a mean over B.
     logits [B, C], labels [B] -> scalar.
     DEVIATION(paper): it writes the squared norm; gamma = 0.1 / 0.15 was tuned with the mean."""
     return F.mse_loss(student_logits, soft_logits) + gamma * F.cross_entropy(student_logits, labels)
 
 
-def kl_loss(student_logits: torch.Tensor, soft_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def kl_loss(student_logits: Tensor, soft_logits: Tensor, temperature: float) -> Tensor:
     """Eq. 3 and SRe2L's loss: KL( softmax(z / T) || softmax(f / T) ), mean over B, no factor T^2."""
     return F.kl_div((student_logits / temperature).log_softmax(-1),
                     (soft_logits / temperature).log_softmax(-1), reduction="batchmean", log_target=True)

@@ -1,11 +1,12 @@
 """Statistics of layer inputs, and matching them as the paper does.   G-VBSM, arXiv:2311.17950, Sec. 3.1, 3.3.
 
 Eq. 9: `statistics_of`. Eq. 6 and Eq. 10: `Matching`, by autograd; utils/closed_form.py has the same without a
-graph. Needs torch alone. A batch may hold `groups` independent batches, one after the other: x is
-[groups*B, C, H, W], and each group has statistics of its own.
+graph. Needs torch alone. x [groups*B, C, H, W] holds `groups` independent batches, one after another, each
+with statistics of its own; moments are float32 at least.
 """
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +14,22 @@ from torch import Tensor, nn
 
 
 def channel_stats(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """x [groups*B, C, H, W] -> mean, biased variance over (B, H, W), each [groups, C], at least float32."""
+    """x [groups*B, C, H, W] -> mean, biased variance over (B, H, W), each [groups, C]."""
     var, mean = torch.var_mean(at_least_float32(x).unflatten(0, (groups, -1)), dim=(1, 3, 4), correction=0)
     return mean, var
 
 
 def patch_stats(x: Tensor, patch: int, groups: int = 1) -> tuple[Tensor, Tensor]:
     """x [groups*B, C, H, W] -> mean, biased variance over (B, C, h, w) of each patch of the map, patch*patch
-    positions, each [groups, ceil(H/patch)*ceil(W/patch)], row-major, in float32 at least."""
+    positions, each [groups, ceil(H/patch)*ceil(W/patch)], row-major."""
     x = at_least_float32(whole_patches(x, patch)).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     var, mean = torch.var_mean(x.unflatten(0, (groups, -1)), dim=(1, 2, 4, 6), correction=0)
     return mean.flatten(1), var.flatten(1)
 
 
 def whole_patches(x: Tensor, patch: int) -> Tensor:
-    """x [N, C, H, W], resized bilinearly up to the next multiple of patch where H or W is not one (the
-    paper only writes ceil; this is the release's reading of it)."""
+    """x [N, C, H, W], resized bilinearly up to the next multiple of patch where H or W is not one: the
+    release's reading of the paper's ceil."""
     size = [-(-side // patch) * patch for side in x.shape[-2:]]
     if size == list(x.shape[-2:]):
         return x
@@ -66,28 +67,23 @@ def layer_weights(model: nn.Module, bn_weight: float, conv_weight: float,
 
 @contextmanager
 def layer_inputs(model: nn.Module, names=None, wrap: Callable | None = None) -> Iterator[dict[str, Tensor]]:
-    """Within the context a forward pass of the model fills the yielded dict with {layer name: input tensor},
-    for the Conv2d and BatchNorm2d layers, or those of `names`; `wrap(tensor)` may replace what a layer is
-    given, once for each distinct tensor. No hook outlives the context. Of a layer called twice in one pass
-    the last input is kept."""
+    """Within the context a forward pass of the model fills the yielded dict with {layer name: input tensor}
+    of the `matched_layers`, or those of `names`; `wrap(tensor)` may replace what a layer is given, once for
+    each distinct tensor. Of a layer called twice in one pass the last input is kept."""
     inputs, wrapped = {}, {}
 
-    def hook(name):
-        def keep(layer, args):
-            inputs[name] = x = args[0]
-            if wrap:
-                if id(x) not in wrapped:
-                    wrapped[id(x)] = wrap(x)
-                return (wrapped[id(x)], *args[1:])
-        return keep
+    def keep(name, layer, args):
+        inputs[name] = x = args[0]
+        if wrap:
+            if id(x) not in wrapped:
+                wrapped[id(x)] = wrap(x)
+            return (wrapped[id(x)], *args[1:])
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in matched_layers(model).items()
-               if names is None or name in names]
-    try:
+    with ExitStack() as hooks:                                       # no hook outlives the context
+        for name, layer in matched_layers(model).items():
+            if names is None or name in names:
+                hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
         yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def require_eval(model: nn.Module) -> None:
@@ -105,23 +101,22 @@ def statistics_of(model: nn.Module, batches: Iterable[Tensor], patch: int = 4) -
     -> {layer name: [channel_mean, channel_var, patch_mean, patch_var]}, float32.   ValueError in train mode
     or without images"""
     require_eval(model)
-    sums, count = {}, 0
     convolutions = [name for name, layer in matched_layers(model).items() if isinstance(layer, nn.Conv2d)]
+    sums, count = dict.fromkeys(convolutions, 4 * (0,)), 0
     for images in batches:
         with layer_inputs(model, convolutions) as inputs:
             model(images)
         for name in convolutions:
             vectors = *channel_stats(inputs[name]), *patch_stats(inputs[name], patch)
-            total = sums.get(name, 4 * (0,))
-            sums[name] = [a + len(images) * vector[0].double() for a, vector in zip(total, vectors)]
+            sums[name] = [total + len(images) * vector[0].double()
+                          for total, vector in zip(sums[name], vectors)]
         count += len(images)
     if not count:
         raise ValueError("no images to take statistics of")
     return {name: [(total / count).float() for total in vectors] for name, vectors in sums.items()}
 
 
-def checked_targets(model: nn.Module, targets: dict,
-                    weights: dict[str, float]) -> dict[str, tuple[Tensor, ...]]:
+def checked_targets(model: nn.Module, targets: dict, weights: dict[str, float]) -> dict[str, tuple]:
     """The targets of every layer that has a weight; where none are given, a BatchNorm2d's running statistics.
     -> {layer: 2 vectors (BatchNorm2d) or 4 (Conv2d)}.   ValueError names what is missing or misshapen."""
     require_eval(model)
@@ -153,18 +148,16 @@ def check_input(name: str, x: Tensor, target: tuple[Tensor, ...], patch: int, gr
         raise ValueError(f"layer {name!r}: an input of shape {tuple(x.shape)} has {cells} patches of {patch} "
                          f"pixels a side, its targets have {target[2].shape[-1]}; use their patch and size")
     if len(x) % groups:
-        raise ValueError(f"layer {name!r}: an input of shape {tuple(x.shape)} is not {groups} batches of one "
-                         "size")
+        raise ValueError(f"layer {name!r}: {len(x)} inputs are not {groups} batches of one size")
 
 
 class Matching:
     """L'_BN, Eq. 6, and L'_Conv, Eq. 10, by autograd.
 
     model: in eval mode; targets: {Conv2d's name: (channel_mean, channel_var, patch_mean, patch_var)}, Eq. 9,
-    each [n], or [groups, n] where groups differ; BatchNorm2d's are its own running statistics, unless (mean,
-    var) are given. weights: {layer name: weight in the loss}; a layer of weight 0 is left out. alpha: weight
-    of the past in the moving averages, 0 = Eq. 1; patch: pixels a side. ValueError names a layer that does
-    not fit.
+    each [n], or [groups, n] where groups differ; of a BatchNorm2d its running statistics, unless (mean, var)
+    are given. weights: {layer name: weight in the loss, 0 to leave it out}; alpha: weight of the past in the
+    moving averages, 0 = Eq. 1; patch: pixels a side. ValueError names a layer that does not fit.
 
         state = matching.start(groups)                             # once for each image batch
         with matching.hooks(dropped) as inputs:                    # dropped: names of layers left out
@@ -192,10 +185,9 @@ class Matching:
         groups, state = state["groups"], dict(state)
         bn = conv = next(self.model.parameters()).new_zeros(())
         for name, x in inputs.items():
-            is_conv = len(self.targets[name]) == 4                   # a BatchNorm2d has two
+            is_conv, loss = len(self.targets[name]) == 4, 0          # a BatchNorm2d has two
             check_input(name, x, self.targets[name], self.patch, groups)
             current = channel_stats(x, groups) + (patch_stats(x, self.patch, groups) if is_conv else ())
-            loss = 0
             for kind, (value, target) in enumerate(zip(current, self.targets[name])):
                 past, now = state.get((name, kind)), value.detach()         # as utils.losses.sds_match
                 ema = state[name, kind] = now if past is None else self.alpha * past + (1 - self.alpha) * now

@@ -5,14 +5,13 @@ real images it sees (Xu et al., ECCV 2024, arXiv:2305.18381).
 from a batch).
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from models import build_model
 from utils.augment import apply_siamese, draw_siamese, normalize
-from utils.data import Split
 from utils.recorder import Recorder
 from utils.run import generator
 from utils.selection import RealImages
@@ -30,7 +29,7 @@ def ite_norms(embed: Callable, synthetic: Tensor, features: Tensor, products: in
     features [N, d], as BiLP defines it for the loss L of `dm_loss`, with synthetic [n, 3, S, S] as D_s:
         ITE(x) = d L(D_r, D_s) / d D_s - d L(D_r without x, D_s) / d D_s,
     by a forward pass, a vector-Jacobian and a Jacobian-vector product of `products` copies of D_s, whatever N
-    is.   -> [N]
+    is; 16 err by 6 % in rank, 32 by 3 %.   -> [N]
 
     dL/dD_s = -2 J^T (m_r - m_s), J the Jacobian of m_s = mean embed(D_s), is linear in m_r, and leaving x_i
     out moves m_r by -a_i / (N - 1), a_i = f_i - m_r. So the Taylor form is exact (a factor (N - 1) / N where
@@ -66,26 +65,22 @@ def ite_norms(embed: Callable, synthetic: Tensor, features: Tensor, products: in
 def new_pruning(num_classes: int, num_images: int) -> dict[str, Tensor]:
     """State of adaptive pruning: running mean and variance of ||ITE|| per class (nan before the first), and
     which images of the data set are kept."""
-    return {"mean": torch.full((num_classes,), torch.nan, dtype=torch.float64),
-            "var": torch.full((num_classes,), torch.nan, dtype=torch.float64),
-            "keep": torch.ones(num_images, dtype=torch.bool)}
+    mean, var = torch.full((2, num_classes), torch.nan, dtype=torch.float64)
+    return {"mean": mean, "var": var, "keep": torch.ones(num_images, dtype=torch.bool)}
 
 
-def prune(state: dict[str, Tensor], label: int, index: Tensor, norms: Tensor, ratio: float,
-          momentum: float = 0.1) -> Tensor:
+def prune(state: dict[str, Tensor], label: int, index: Tensor, norms: Tensor, ratio: float) -> Tensor:
     """Update the class's running mean and variance by ||ITE|| [N] of its real images index [N], then keep the
     images between the quantiles ratio/2 and 1 - ratio/2 of the normal distribution with these moments, or all
     where none lies there. Changes state.   -> bool [N]
 
-    The supplement does not say how the ratio is shared between the tails; halves are ours. So is the variance
-    about the running mean: norms differ between networks as well as within a batch, and a batch's own
-    variance would prune more than the ratio.
-    """
+    Ours, as the supplement does not say: equal tails, and the variance about the running mean, since norms
+    differ between networks too, and a batch's own variance would prune more than the ratio."""
     norms = norms.double().cpu()
     for key in "mean", "var":
         now = norms.mean() if key == "mean" else (norms - state["mean"][label]).square().mean()
         before = state[key][label]
-        state[key][label] = now if before.isnan() else (1 - momentum) * before + momentum * now
+        state[key][label] = now if before.isnan() else 0.9 * before + 0.1 * now
     reach = torch.special.ndtri(torch.tensor(1 - ratio / 2, dtype=torch.float64)) * state["var"][label].sqrt()
     kept = (norms - state["mean"][label]).abs() <= reach
     state["keep"][index] = kept = kept | ~kept.any()
@@ -102,30 +97,30 @@ def random_embedding(num_classes: int, size: int, key: tuple, device: torch.devi
     return nn.Sequential(*layers).requires_grad_(False).to(device)
 
 
-def match_distributions(images: Tensor, members: list[Tensor], split: Split, units, *, iterations: int,
-                        seed: int, lr: float = 1.0, real_batch: int = 256, ratio: float = 0.0,
-                        period: int = 10, products: int = 16,
-                        resume: dict | None = None) -> Iterator[tuple[int, dict[str, Tensor], Callable]]:
-    """DM for all classes: images [classes, ipc, 3, S, S] in normalised units, changed in place and, as in the
-    original, not clamped. members: the real images of each class in `split`; units: (mean, std) of their
-    normalisation. An iteration's network is a function of (seed, iteration), a class's real images and
-    augmentation of the class too. With a ratio, every `period` iterations the real images are drawn from all
-    and scored anew, so that none is lost for ever; in between only kept ones are drawn. products: of
-    `ite_norms`; 16 err by 6 % in rank, 32 by 3 %. Yields after every step of SGD t, losses (dm, and the share
-    of real images kept), and state() to resume from."""
+def run_dm(recorder: Recorder, real: RealImages, by_class: list[list[tuple]], images: Tensor, *,
+           iterations: int, seed: int, lr: float, real_batch: int, ratio: float, period: int) -> None:
+    """DM for all classes, logged, saved and written. images [classes, ipc, 3, S, S] in normalised units,
+    numbered (class, index) as `by_class`, are changed in place and, as in the original, not clamped.
+
+    An iteration's network is a function of (seed, iteration), a class's real images and augmentation of the
+    class too. With a ratio, every `period` iterations the real images are drawn from all and scored anew, so
+    that none is lost for ever; in between only kept ones are drawn."""
+    units, size, device = (recorder.data["mean"], recorder.data["std"]), images.shape[-1], images.device
+    members, split = real.members, real.split.to(device)
+    recorder.run.start(iterations, "iterations")
     pixels = images.detach().requires_grad_()                        # the same memory
     optimizer = torch.optim.SGD([pixels], lr=lr, momentum=0.5)
     pixels.grad, pruning, first = torch.zeros_like(pixels), new_pruning(len(members), len(split)), 0
-    if resume:
+    if resume := recorder.begin([0], by_class, iterations):
         first, pruning = resume["iterations"], resume["pruning"]
         pixels.data.copy_(resume["pixels"])
         optimizer.load_state_dict(resume["sgd"])
     for t in range(first, iterations):
-        model = random_embedding(len(members), images.shape[-1], ("dm network", seed, t), images.device)
+        model = random_embedding(len(members), size, ("dm network", seed, t), device)
         renewing, total = ratio > 0 and t % period == 0, 0
         for label, pool in enumerate(members):
             rng = generator("dm", seed, t, label)
-            view, synthetic = draw_siamese(images.shape[-1], rng), pixels[label].detach().requires_grad_()
+            view, synthetic = draw_siamese(size, rng), pixels[label].detach().requires_grad_()
             pool = pool if renewing else pool[pruning["keep"][pool]]
             index = pool[torch.randperm(len(pool), generator=rng)[:real_batch]]
 
@@ -133,26 +128,15 @@ def match_distributions(images: Tensor, members: list[Tensor], split: Split, uni
                 return model(apply_siamese(images, view))
 
             with torch.no_grad():
-                real = embed(normalize(split.read(index).to(images.device), *units))
+                features = embed(normalize(split.read(index).to(device), *units))
             if renewing:
-                norms = ite_norms(embed, synthetic, real, products)
-                real = real[prune(pruning, label, index, norms, ratio).to(real.device)]
-            loss = dm_loss(real, embed(synthetic))
+                kept = prune(pruning, label, index, ite_norms(embed, synthetic, features), ratio)
+                features = features[kept.to(device)]
+            loss = dm_loss(features, embed(synthetic))
             pixels.grad[label], = torch.autograd.grad(loss, synthetic)
             total = total + loss.detach()
         optimizer.step()
-        yield t, {"dm": total, "kept": pruning["keep"].double().mean()}, lambda: {
-            "iterations": t + 1, "pixels": pixels.detach(), "sgd": optimizer.state_dict(), "pruning": pruning}
-
-
-def run_dm(recorder: Recorder, real: RealImages, by_class: list[list[tuple]], images: Tensor, *,
-                   iterations: int, **settings) -> None:
-    """`match_distributions` as recover.py runs it: logged, saved and written.
-    by_class: [[(class, index), ...], ...] of images [classes, ipc, 3, S, S]"""
-    units = recorder.data["mean"], recorder.data["std"]
-    recorder.run.start(iterations, "iterations")
-    resume = recorder.begin([0], by_class, iterations)
-    for t, losses, state in match_distributions(images, real.members, real.split.to(images.device), units,
-                                                iterations=iterations, resume=resume, **settings):
-        recorder.step(t, losses, images, state)
+        losses = {"dm": total, "kept": pruning["keep"].double().mean()}      # kept: share of the real images
+        recorder.step(t, losses, images, lambda: {"iterations": t + 1, "pixels": pixels.detach(),
+                                                  "sgd": optimizer.state_dict(), "pruning": pruning})
     recorder.write(images)

@@ -34,8 +34,7 @@ def make_passes(checkpoint: Checkpoint, asked: int | str, kinds: list[tuple], gr
 
 def fitting_groups(gradient: Callable, matchers: list, batch_size: int, image_size: int,
                    device: torch.device) -> int:
-    """How many batches fill a GPU and fit into its memory, measured on one of them; 1 on a CPU, which has no
-    use for more. gradient: `recover.matching_gradient`"""
+    """How many batches fill a GPU and fit into its memory, measured on one; 1 on a CPU."""
     if device.type != "cuda":
         return 1
     pixels, needed = torch.zeros(1, batch_size, 3, image_size, image_size, device=device), 0
@@ -52,8 +51,8 @@ def fitting_groups(gradient: Callable, matchers: list, batch_size: int, image_si
 
 
 def graphed(gradient: Callable) -> Callable:
-    """`recover.matching_gradient`, replayed as a CUDA graph for each matcher, for one call of recover_batch:
-    labels and ce_weight are frozen into it. Layers are dropped by the mask `kept` alone."""
+    """`recover.matching_gradient` as a CUDA graph for each matcher, for one call of recover_batch: labels and
+    ce_weight are frozen into it. Layers are dropped by the mask `kept` alone."""
     pool, graphs = torch.cuda.graph_pool_handle(), {}
 
     def replayed(matcher, labels, ce_weight, pixels, view, kept, state, dropped=()):

@@ -47,7 +47,7 @@ def prune_teacher(name: str, model: nn.Module, folder: Path, seed: int) -> dict[
 
 def fine_tuning(name: str, count: int, **more) -> Training:
     """How one of `count` pruned teachers is trained: 0 to LAST_EPOCHS epochs, more from one to the next, at a
-    rate of 0.1 that is 0.001 in the last."""
+    rate of 0.1 that falls to 0.001."""
     epochs = (int(name.partition("@pruned")[2]) - 1) * (LAST_EPOCHS + 1) // count
     return Training("squeeze", epochs, 32, 0.1, 1e-4, schedule="step", step_epochs=1,
                     step_factor=0.01 ** (1 / max(1, epochs - 1)), remedy="leave out --pruned", **more)
@@ -61,13 +61,10 @@ def check_pool(args: argparse.Namespace) -> None:
              "or --no-pretrained")
     if max(saved, default=1) > args.epochs:
         fail(f"--epochs {args.epochs} is too few for --save-epochs {args.save_epochs}; use more")
-    if (saved or args.pruned) and args.objective != "supervised":
-        fail(f"--objective {args.objective} makes no weak teachers; leave out --save-epochs and --pruned")
-    if (saved or args.pruned) and args.weights:
-        fail("--weights: adopted weights have no epochs and make no weak teachers; leave out --save-epochs "
-             "and --pruned")
+    if (saved or args.pruned) and (args.weights or args.objective != "supervised"):
+        flag = "--weights" if args.weights else f"--objective {args.objective}"
+        fail(f"{flag} makes no weak teachers; leave out --save-epochs and --pruned")
     for name in args.backbones if args.pruned else ():
         with torch.device("meta"):
             if not coupled(build_model(name, 10, 224)):
-                fail(f"--pruned {args.pruned}: {name} has no channels that can be removed; name other "
-                     "--backbones")
+                fail(f"--pruned {args.pruned}: no channel of {name} can be removed; name other --backbones")

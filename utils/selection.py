@@ -1,7 +1,7 @@
 """Which images of the original data to keep: coresets, forgetting, loss scores, crops.
 
 recover.py calls `real_images`. Functions look at the images of one class, but for `count_forgetting` and
-`drop_largest`.
+`drop_largest`; of equal images they take the first.
 """
 import argparse
 import json
@@ -27,10 +27,8 @@ def _require(count, images):
 
 def herding(features: Tensor, count: int) -> Tensor:
     """Herding (Welling, ICML 2009): greedily the image that brings the mean of the chosen closest to the mean
-    of all, argmin || mu - (sum of the chosen + f) / (k + 1) ||_2; of equals the first.
-
-    features [n, d] -> distinct indices [count], in the order of choice. ValueError unless 0 < count <= n.
-    """
+    of all, argmin || mu - (sum of the chosen + f) / (k + 1) ||_2.
+    features [n, d] -> distinct indices [count], in the order of choice. ValueError unless 0 < count <= n"""
     _require(count, len(features))
     mean, total, chosen = features.mean(0), torch.zeros_like(features[0]), []
     while len(chosen) < count:
@@ -43,7 +41,7 @@ def herding(features: Tensor, count: int) -> Tensor:
 
 def k_center(features: Tensor, count: int) -> Tensor:
     """Greedy k-center (Sener & Savarese, ICLR 2018): first the image nearest to the mean, then always the one
-    farthest from its nearest chosen; of equals the first.   features [n, d] -> distinct indices as chosen"""
+    farthest from its nearest chosen.   As `herding`."""
     _require(count, len(features))
     chosen = [int(torch.linalg.vector_norm(features - features.mean(0), dim=1).argmin())]
     distance = torch.full_like(features[:, 0], torch.inf)
@@ -63,7 +61,7 @@ def count_forgetting(events: Tensor, learned: Tensor, before: Tensor, right: Ten
 
 def most_forgotten(events: Tensor, learned: Tensor, count: int) -> Tensor:
     """The most events first, an image that was never learned before all others, as if forgotten infinitely
-    often; of equals the first.   events, learned [n], see `count_forgetting` -> indices [count]"""
+    often.   events, learned [n], see `count_forgetting` -> indices [count]"""
     _require(count, len(events))
     return torch.where(learned, events, events.max() + 1).argsort(descending=True, stable=True)[:count]
 
@@ -81,8 +79,8 @@ def last_epoch_weights(epochs: int, sigma: float = 3.0) -> Tensor:
 
 
 def drop_largest(scores: Tensor, labels: Tensor, ratio: float) -> Tensor:
-    """BiLP's preemptive pruning: of every class of n images the int(ratio * n) of largest score are dropped;
-    of equals the lower index first.   scores, labels [N] -> sorted indices of the kept"""
+    """BiLP's preemptive pruning: of every class of n images the int(ratio * n) of largest score are dropped.
+    scores, labels [N] -> sorted indices of the kept"""
     kept = []
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
@@ -102,11 +100,10 @@ def mosaic(images: Tensor, factor: int) -> Tensor:
 
 def lowest_loss_crops(losses: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """RDED (arXiv:2312.03526): of each image its crop of least loss, and of these the `count` of least loss,
-    in ascending order; of equals the first.   losses [images, crops] -> images [count], crops [count]"""
+    in ascending order.   losses [images, crops] -> images [count], crops [count]"""
     _require(count, len(losses))
-    crop = losses.argmin(1)
     images = losses.amin(1).argsort(stable=True)[:count]
-    return images, crop[images]
+    return images, losses.argmin(1)[images]
 
 
 def class_indices(split: Split, kept: Tensor, classes: list[str], ipc: int, tiles: int = 1) -> list[Tensor]:
@@ -116,8 +113,8 @@ def class_indices(split: Split, kept: Tensor, classes: list[str], ipc: int, tile
     fewest = min(range(len(classes)), key=lambda label: len(members[label]))
     if (found := len(members[fewest])) < ipc * tiles:
         used = f" with --mosaic {round(tiles ** 0.5)} takes {ipc * tiles}, which" * (tiles > 1)
-        fail(f"--ipc {ipc}{used} is more than the {found} training images in use of class "
-             f"{classes[fewest]}; use at most {found // tiles}")
+        fail(f"--ipc {ipc}{used} is more than the {found} training images in use of class {classes[fewest]}; "
+             f"use at most {found // tiles}")
     return members
 
 
@@ -126,6 +123,8 @@ def real_images(args: argparse.Namespace, paths: SimpleNamespace, data: dict, mo
     """`RealImages` for a method or an --init that takes some, else an object that starts from noise."""
     if args.mosaic > 1 and args.init == "noise":
         fail(f"--mosaic {args.mosaic} is of real images; name an --init")
+    if data["image_size"] % args.mosaic:
+        fail(f"--mosaic {args.mosaic}: use a divisor of the images' {data['image_size']} pixels")
     if args.method in UNMATCHED or args.init != "noise":
         return RealImages(args, paths, data, models, records, device)
     return SimpleNamespace(starts={}, fingerprint=None)
@@ -133,17 +132,11 @@ def real_images(args: argparse.Namespace, paths: SimpleNamespace, data: dict, mo
 
 class RealImages:
     """The training images that a method or an --init of recover.py takes: those that the first backbone was
-    trained on.
-
-    split: the data set; members: [LongTensor], those of each class; fingerprint: of both, for `Run.work`;
+    trained on.   split: the data set; members: [LongTensor], those of each class; fingerprint: of both;
     chosen: [LongTensor [ipc]], those of each class that a selection writes; starts: {(class, index): [3, S,
-    S]}, normalised, of --init, {} for noise
-    """
+    S]}, normalised, of --init, {} for noise"""
 
     def __init__(self, args, paths, data, models, records, device):
-        if data["image_size"] % args.mosaic:
-            fail(f"--mosaic {args.mosaic} does not divide the {data['image_size']} pixels of an image; use a "
-                 "number that does")
         self.data, self.seed, self.device, self.first = data, args.seed, device, args.backbones[0]
         self.model, self.record = models.get(self.first), records.get(self.first, {})
         self.split = training_split(args, paths.teachers, data, records)
@@ -183,17 +176,15 @@ class RealImages:
         return torch.cat(found)
 
     @torch.no_grad()
-    def select_starts(self, init: str, ipc: int, tiles: int,
-                      looked_at: int = 300) -> dict[tuple[int, int], Tensor]:
-        """init real, herding, kcenter: training images of each class, random or chosen. crops (RDED,
-        arXiv:2312.03526): of `looked_at` random ones (more where more are needed) the crop of least loss of
-        five random square ones each, of these those of least loss. tiles: images in each start, see `mosaic`.
+    def select_starts(self, init: str, ipc: int, tiles: int) -> dict[tuple[int, int], Tensor]:
+        """init real, herding, kcenter: training images of each class, random or chosen; crops: the
+        `best_crops` of 300 random ones, or more where needed. tiles: images in each start, see `mosaic`
         -> {(class, index): [3, S, S]}"""
         starts, count = {}, ipc * tiles
         selected = self.select(init, count) if init in ("herding", "kcenter") else None
         for label, pool in enumerate(self.members):
             rng = generator("init", self.seed, label)
-            several = max(looked_at, count) if init == "crops" else count
+            several = max(300, count) if init == "crops" else count
             random = pool[torch.randperm(len(pool), generator=rng)[:several]]
             images = self.split.read(selected[label] if selected else random).to(self.device)
             images = normalize(images, self.data["mean"], self.data["std"])
@@ -206,16 +197,14 @@ class RealImages:
 
 def best_crops(model: nn.Module, images: Tensor, label: int, count: int, rng: torch.Generator,
                crops: int = 5) -> Tensor:
-    """Of each image [n, 3, S, S] of a class the random square crop of least loss, and of these the `count` of
-    least loss.   -> [count, 3, S, S]"""
+    """RDED (arXiv:2312.03526): of `crops` random square crops of each image [n, 3, S, S] of a class the one
+    of least loss, and of these the `count` of least loss.   -> [count, 3, S, S]"""
     boxes = draw_resized_crop(len(images) * crops, images.shape[-1], rng, ratio=(1.0, 1.0))
     boxes = boxes.view(len(images), crops, 4).to(images.device)
-
-    def losses(part, box):
+    losses = []
+    for part, box in zip(images.split(100), boxes.split(100)):
         labels = torch.full((len(part),), label, device=images.device)
-        return F.cross_entropy(model(apply_resized_crop(part, box)), labels, reduction="none")
-
-    of_crops = [torch.cat([losses(*pair) for pair in zip(images.split(100), box.split(100))])
-                for box in boxes.unbind(1)]
-    image, crop = lowest_loss_crops(torch.stack(of_crops, dim=1), count)
+        losses.append(torch.stack([F.cross_entropy(model(apply_resized_crop(part, one)), labels,
+                                                   reduction="none") for one in box.unbind(1)], dim=1))
+    image, crop = lowest_loss_crops(torch.cat(losses), count)
     return apply_resized_crop(images[image], boxes[image, crop])

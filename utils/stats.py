@@ -185,9 +185,10 @@ class Matching:
         groups, state = state["groups"], dict(state)
         bn = conv = next(self.model.parameters()).new_zeros(())
         for name, x in inputs.items():
-            is_conv, loss = len(self.targets[name]) == 4, 0          # a BatchNorm2d has two
+            is_conv = len(self.targets[name]) == 4                   # a BatchNorm2d has two
             check_input(name, x, self.targets[name], self.patch, groups)
             current = channel_stats(x, groups) + (patch_stats(x, self.patch, groups) if is_conv else ())
+            loss = 0
             for kind, (value, target) in enumerate(zip(current, self.targets[name])):
                 past, now = state.get((name, kind)), value.detach()         # as utils.losses.sds_match
                 ema = state[name, kind] = now if past is None else self.alpha * past + (1 - self.alpha) * now

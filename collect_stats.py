@@ -1,12 +1,12 @@
 """Collect statistics: the data set's moments at every convolution (phase 2 of 5).
 G-VBSM, arXiv:2311.17950, Eq. 9.
 
-One pass over the training images, augmented as for squeeze.py (the paper does not say) and without gradients,
-through each backbone in eval mode. At the input of every Conv2d: mean and biased variance of each channel
-and of each patch of the map. Eq. 9 averages them over batches (here by their size: a last one may be
-smaller). A variance is thus the mean of the batches' variances (Eq. 10 compares it with that of a batch),
-smaller than that of the data set by the variance of the batches' means. --class-statistics adds the moments
-of each class alone, there and at the input of every BatchNorm2d (after Teddy's Eq. 11).
+One pass over the training images, augmented as for squeeze.py (the paper does not say), through each backbone
+in eval mode. At the input of every Conv2d: mean and biased variance of each channel and of each patch of the
+map. Eq. 9 averages them over batches (here by their size: a last one may be smaller). A variance is thus the
+mean of the batches' variances (Eq. 10 compares it with that of a batch), smaller than that of the data set by
+the variance of the batches' means. --class-statistics adds the moments of each class alone, there and at the
+input of every BatchNorm2d (after Teddy's Eq. 11).
 
 reads   data/<dataset>/...                                           the training images
         runs/<dataset>/teachers/<teachers>/<backbone>.pt             squeeze.py
@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -38,47 +37,44 @@ from utils.processes import barrier, rank, shard, world_size
 from utils.provenance import fingerprint, fingerprints, relevant
 from utils.run import Progress, Run, begin, generator, peak_memory, script, send
 from utils.stats import layer_inputs, matched_layers, require_eval, whole_patches
-from utils.teachers import costs, load_teachers, training_split
+from utils.teachers import check_statistics, costs, load_teachers, training_split
 from utils.train import channels_last
+
+EMPTY = {"sums": {}, "class_sums": {}, "seen": 0, "batches": 0}      # `sum_statistics` before the first batch
 
 
 @torch.inference_mode()
 def sum_statistics(model: nn.Module, batches: Iterable[tuple], patch: int, classes: int = 0,
-                   state: dict | None = None) -> Iterator[dict]:
+                   state: dict = EMPTY) -> Iterator[dict]:
     """The sums of Eq. 9 over batches of images [B, C, H, W] and labels [B]; with `classes` also by class.
-    state: one to continue from, by default `new_sums`
+    state: one to continue from
     -> yields after every batch {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]},
-    "seen": images, "batches", "class_sums": {layer: moments [classes, n] of `image_moments`}, "class_seen":
-    [classes]}; sums in float64"""
+    "class_sums": {layer: images [classes], moments [classes, n] of `image_moments`}, "seen": images,
+    "batches"}; sums in float64"""
     require_eval(model)
     layers = matched_layers(model)
     convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
-    state = state or new_sums(classes)
     for images, labels in batches:
         with layer_inputs(model, layers if classes else convolutions) as inputs:
             model(images)
-        sums, measured = {}, {}
+        sums, class_sums = {}, {}
         for name in convolutions:
-            x = inputs[name]
-            if id(x) not in measured:                                # layers may share an input
-                vectors = conv_stats(x.float(), patch)
-                measured[id(x)] = [vector[0].double() * len(images) for vector in vectors]
-            sums[name] = measured[id(x)]
-        state = state | {"sums": add_up(state["sums"], sums), "seen": state["seen"] + len(images),
-                         "batches": state["batches"] + 1}
+            vectors = conv_stats(inputs[name].float(), patch)
+            sums[name] = [vector[0].double() * len(images) for vector in vectors]
         if classes:
             members = F.one_hot(send(labels, images.device), classes).double()
-            moments = {name: image_moments(x, patch if name in convolutions else 0)
-                       for name, x in inputs.items()}
-            sums = {name: [members.T @ moment.double() for moment in each] for name, each in moments.items()}
-            state["class_sums"] = add_up(state["class_sums"], sums)
-            state["class_seen"] = state["class_seen"].to(members) + members.sum(0)
+            for name, x in inputs.items():
+                moments = image_moments(x, patch if name in convolutions else 0)
+                class_sums[name] = [members.sum(0), *(members.T @ moment.double() for moment in moments)]
+        state = {"sums": add_up(state["sums"], sums), "class_sums": add_up(state["class_sums"], class_sums),
+                 "seen": state["seen"] + len(images), "batches": state["batches"] + 1}
         yield state
 
 
-def new_sums(classes: int = 0) -> dict:
-    """The state of `sum_statistics` before the first batch."""
-    return {"sums": {}, "seen": 0, "batches": 0, "class_sums": {}, "class_seen": torch.zeros(classes)}
+def add_up(*parts: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """The sums of parts of the data set together, layer by layer; {} of no images."""
+    parts = [part for part in parts if part] or [{}]
+    return {name: [sum(vectors) for vectors in zip(*(part[name] for part in parts))] for name in parts[0]}
 
 
 def image_moments(x: Tensor, patch: int = 0) -> list[Tensor]:
@@ -92,63 +88,39 @@ def image_moments(x: Tensor, patch: int = 0) -> list[Tensor]:
     return moments
 
 
-def add_up(*sums: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """The total of sums, layer by layer; an empty dict counts as 0."""
-    first, *others = [part for part in sums if part] or [{}]
-    return {name: [sum(vectors) for vectors in zip(first[name], *(part[name] for part in others))]
-            for name in first}
-
-
 def dataset_statistics(states: list[dict]) -> dict[str, list[Tensor]]:
     """Eq. 9, of states of `sum_statistics`, each over a part of the data set.
     -> {convolution: [channel_mean, channel_var, patch_mean, patch_var]}, float32"""
     seen = sum(state["seen"] for state in states)
-    return {name: [(total / seen).float().cpu() for total in vectors]
-            for name, vectors in add_up(*(state["sums"] for state in states)).items()}
+    return {name: [(total / seen).float() for total in totals]
+            for name, totals in add_up(*(state["sums"] for state in states)).items()}
 
 
 def class_statistics(states: list[dict]) -> dict[str, list[Tensor]]:
     """Mean and biased variance of each class from the same states, in float64: unlike Eq. 9's over all images
     at once.
     -> {layer: [channel_mean, channel_var], of a convolution also patch_mean, patch_var, each [classes, n]}"""
-    seen = sum(state["class_seen"] for state in states)[:, None]
-    moments = {name: [total.cpu() / seen for total in vectors]
-               for name, vectors in add_up(*(state["class_sums"] for state in states)).items()}
-    return {name: [value for mean, square in zip(pairs[::2], pairs[1::2])
-                   for value in (mean, square - mean.square())] for name, pairs in moments.items()}
+    found = {}
+    for name, (seen, *totals) in add_up(*(state["class_sums"] for state in states)).items():
+        moments = [total / seen[:, None] for total in totals]
+        found[name] = [value for mean, square in zip(moments[::2], moments[1::2])
+                       for value in (mean, square - mean.square())]
+    return found
 
 
-def training_views(split: Split, kept: Tensor, data: dict, *, crop: str, seed: int, batch_size: int,
-                   device: torch.device, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def training_views(split: Split, kept: Tensor, mean_std: Tensor, *, crop: str, seed: int, batch_size: int,
+                   done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """The training images `kept` once, augmented and normalised, and their labels, in batches: this
-    process's, without the first `done`.   data: mean, std and image_size of `describe`"""
-    rng, mean_std = generator("collect_stats", seed), torch.tensor([data["mean"], data["std"]], device=device)
+    process's, without the first `done`.   mean_std [2, 3] on the device"""
+    rng = generator("collect_stats", seed)
     # shuffled: a batch of one class has too small a variance, and Eq. 9 averages those of batches
-    order = kept[torch.randperm(len(kept), generator=rng)]
-    batches = order.split(batch_size)
-    views = [draw_view(len(batch), data["image_size"], crop, True, 0, rng)
-             for batch in batches if not split.streamed]
+    batches = kept[torch.randperm(len(kept), generator=rng)].split(batch_size)
+    views = [{} if split.streamed else draw_view(len(batch), split.image_size, crop, True, 0, rng)
+             for batch in batches]
     todo = shard(range(len(batches)))[done:]
     for i, (images, labels) in zip(todo, split.batches([batches[i] for i in todo], crop_seed=seed)):
-        images = send(images, device)
-        if not split.streamed:
-            images = apply_view(images.float(), send(views[i], device))
-        yield normalize(images, *mean_std), labels
-
-
-def stored_backbones(args: argparse.Namespace, folder: Path, records: dict[str, dict],
-                     settings: dict) -> list[str]:
-    """The backbones whose statistics exist, are of these weights and settings, and complete."""
-    found = []
-    for name, record in records.items():
-        path = folder / f"{name}.stats.pt"
-        if stored := load_finished(path, args, settings=settings, keys=["checkpoint"]):
-            if stored["checkpoint"] != record["fingerprint"]:
-                fail(f"{path} belongs to other weights than {name}.pt; collect again with --overwrite")
-            if args.class_statistics and "class_statistics" not in stored:
-                fail(f"{path} holds no statistics of single classes; collect again with --overwrite")
-            found.append(name)
-    return found
+        images = send(images, mean_std.device).float()
+        yield normalize(apply_view(images, send(views[i], mean_std.device)), *mean_std), labels
 
 
 def get_parser():    # its defaults hold where utils/presets.py has none
@@ -173,22 +145,28 @@ def main(argv=None):
              "most that")
     settings = {key: relevant(args)[key] for key in ("patch", "crop", "batch_size", "seed", "precision")}
     run = Run("collect_stats", args, paths.teachers / "collect_stats.json", fingerprints(records))
-    found = stored_backbones(args, paths.teachers, records, settings)
-    todo, made, piece = [name for name in models if name not in found], {}, f"{rank()} of {world_size()}"
+    todo, made, piece = [], {}, f"{rank()} of {world_size()}"
+    for name in models:
+        path = paths.teachers / f"{name}.stats.pt"
+        if stored := load_finished(path, args, settings=settings, keys=["checkpoint"]):
+            check_statistics(stored, path, records[name], args.class_statistics)
+        else:
+            todo.append(name)
     if not todo and run.unchanged(settings | {"backbones": args.backbones}, made_from=run.inputs):
         return None
     if todo:
         split = training_split(args, paths.teachers, data, records).to(device)
         split.check_crop(args.crop)
+        mean_std = torch.tensor([data["mean"], data["std"]], device=device)
     classes = len(data["classes"]) if args.class_statistics else 0
     for name in todo:
         path, kept = paths.teachers / f"{name}.stats.pt", records[name].get("kept", torch.arange(len(split)))
         inputs = fingerprints({name: records[name]}) | {"data": fingerprint(json.dumps([data, len(split)]))}
         with Checkpoint(path, args, inputs, settings | {"class_statistics": classes > 0}) as checkpoint:
-            state = send(checkpoint.read(piece), device) or new_sums(classes)
+            state = send(checkpoint.read(piece), device) or EMPTY
             progress = Progress(f"collect_stats {name}", math.ceil(len(kept) / world_size()), "images")
             progress.skip(state["seen"])
-            views = training_views(split, kept, data, crop=args.crop, seed=args.seed, device=device,
+            views = training_views(split, kept, mean_std, crop=args.crop, seed=args.seed,
                                    batch_size=args.batch_size, done=state["batches"])
             for state in sum_statistics(channels_last(models[name]), views, args.patch, classes, state):
                 progress.step(count=state["seen"] - progress.done)
@@ -198,7 +176,8 @@ def main(argv=None):
             if rank() == 0:
                 states = [checkpoint.read(f"{other} of {world_size()}") for other in range(world_size())]
                 statistics = dataset_statistics(states)
-                check_finite(statistics, path)
+                if not all(torch.cat(vectors).isfinite().all() for vectors in statistics.values()):
+                    fail(f"{path} would hold statistics that are not finite; train the backbone again")
                 more = {"class_statistics": class_statistics(states)} if classes else {}
                 save_torch(path, more | {
                     "statistics": statistics, "patch": args.patch, "classes": data["classes"],
@@ -210,12 +189,6 @@ def main(argv=None):
     return run.finish({"convolutions": convolutions, "costs": spent}, f"statistics of {' '.join(models)}",
                       {"squeeze": {name: record["args"] for name, record in records.items()}},
                       sum(spent[name]["seconds"] for name in args.backbones if name in spent))
-
-
-def check_finite(statistics: dict[str, list[Tensor]], path: Path) -> None:
-    for layer, vectors in statistics.items():
-        if not all(vector.isfinite().all() for vector in vectors):
-            fail(f"{path} would hold statistics of {layer} that are not finite; train the backbone again")
 
 
 if __name__ == "__main__":

@@ -293,8 +293,7 @@ def test_a_recovery_from_teachers_or_statistics_made_anew_is_not_repeated(relabe
 
 
 @pytest.mark.parametrize("phase, flags", [
-    ("relabel", "--overwrite"), ("train_eval", ""), ("train_eval", "--labels hard"),
-    ("train_eval", "--labels online")])
+    ("relabel", "--overwrite"), ("train_eval", "--labels hard"), ("train_eval", "--labels online")])
 def test_other_images_than_were_recovered(phase, flags, relabelled):
     CHANGES["pixels"](relabelled.run() / "images")
     tells(relabelled.mistake(phase, flags), "images holds other images than recover.py wrote",
@@ -569,7 +568,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_labels_of_other_images(change, relabelled):
     CHANGES[change](relabelled.run() / "images")
-    tells(relabelled.mistake("train_eval"), "other images than recover.py wrote", "recover.py --overwrite")
+    tells(relabelled.mistake("train_eval"), "labels was made for other images than", "relabel.py --overwrite")
 
 
 @pytest.mark.slow

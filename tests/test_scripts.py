@@ -659,7 +659,7 @@ def test_pretrained_weights_come_from_torchs_hub_folder(tmp_path, monkeypatch):
 
 def last_sums(model, batches):
     """The sums of Eq. 9 after all batches of images."""
-    state = collect_stats.new_sums()
+    state = collect_stats.EMPTY
     for state in collect_stats.sum_statistics(model, ((x, None) for x in batches), 4):
         pass
     return state

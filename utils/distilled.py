@@ -16,7 +16,7 @@ from utils.files import load_json
 from utils.labels import OnlineLabels, StoredLabels, drawing
 from utils.processes import rank0_first
 from utils.provenance import check_classes, check_data, check_inputs, fingerprint, fingerprints, image_set
-from utils.teachers import check_models, load_teachers
+from utils.teachers import check_alike, check_models, load_teachers
 from utils.train import channels_last
 
 
@@ -42,9 +42,8 @@ def load_images(args: argparse.Namespace, folder: Path, data: dict, expected: st
     if args.images:
         check_count(classes, args.ipc, folder)
     if image_set(folder, files) != expected:
-        recovered = {} if args.images else earlier_result("recover", args, folder.parent)[0]
-        if labels and recovered.get("image_set") != expected:
-            fail(f"{labels} was made for other images than {folder}; run relabel.py --overwrite")
+        if labels:
+            fail(f"{labels} was made for other images than {folder} holds; run relabel.py --overwrite")
         fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them "
              "with --images")
     return images, classes
@@ -136,9 +135,7 @@ def load_train_data(args: argparse.Namespace, paths: SimpleNamespace, sources: S
     images, classes, labels = load_distilled(args, paths, sources, data, device)
     check_models("--students", args.students, len(data["classes"]), data["image_size"])
     for name, record in sources.origins.items():
-        if key := next((key for key in data if record["data"].get(key) != data[key]), None):
-            fail(f"{paths.teachers / name}.pt and the labels' data differ in {key}; train it again with "
-                 "squeeze.py --overwrite")
+        check_alike(record["data"], data, paths.teachers / f"{name}.pt", "what students are trained on")
     with rank0_first():
         test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers,
                           args.download, args.holdout).to(device)

@@ -61,7 +61,11 @@ def load_teachers(args: argparse.Namespace, folder: Path,
         check_data(data.get("fingerprint"), args, path)
         models[name] = with_precision(model.eval().requires_grad_(False).to(device), device, args.precision)
         records[name] = record | {"fingerprint": fingerprint(path)}
-        check_alike(records, name, args.backbones[0], folder)
+        first = records[args.backbones[0]]
+        check_alike(data, first["data"], path, f"{args.backbones[0]}.pt")
+        if not torch.equal(*(one.get("kept", torch.empty(0)) for one in (record, first))):
+            fail(f"{path} and {args.backbones[0]}.pt were trained on other images (--prune-ratio); train "
+                 "them again alike, or name those that were")
     check_classes(data["classes"], sorted(data["classes"]), f"the teachers in {folder}", "every data set",
                   "train them again with squeeze.py --overwrite")
     return models, records, data
@@ -80,14 +84,10 @@ def training_split(args: argparse.Namespace, folder: Path, data: dict, records: 
     return split
 
 
-def check_alike(records: dict[str, dict], name: str, other: str, folder: Path) -> None:
-    """Stop unless two teachers were trained on the same data and the same images of it."""
-    path, one, two = folder / f"{name}.pt", records[name], records[other]
-    if key := next((key for key in two["data"] if one["data"].get(key) != two["data"][key]), None):
-        fail(f"{path} and {other}.pt differ in {key}; train them again with squeeze.py --overwrite")
-    if not torch.equal(*(record.get("kept", torch.empty(0)) for record in (one, two))):
-        fail(f"{path} and {other}.pt were trained on other images (--prune-ratio); train them again alike, "
-             "or name those that were")
+def check_alike(data: dict, other: dict, path: Path, where: str) -> None:
+    """Stop unless a teacher's data, as of `describe`, are those of another teacher or of the labels."""
+    if key := next((key for key in other if data.get(key) != other[key]), None):
+        fail(f"{path} and {where} differ in {key}; train again with squeeze.py --overwrite")
 
 
 def load_statistics(args: argparse.Namespace, folder: Path, models: dict[str, nn.Module],
@@ -105,16 +105,22 @@ def load_statistics(args: argparse.Namespace, folder: Path, models: dict[str, nn
         layers, patch = matched_layers(model), stored[args.backbones[0]]["patch"]
         convolutions = {layer for layer, module in layers.items() if isinstance(module, nn.Conv2d)}
         check_classes(file["classes"], records[name]["data"]["classes"], path, f"{name}.pt")
-        if file["checkpoint"] != records[name]["fingerprint"]:
-            fail(f"{path} belongs to other weights than {name}.pt; {again}")
+        check_statistics(file, path, records[name], args.class_statistics, again)
         if file["statistics"].keys() != convolutions:
             fail(f"{path} does not hold the convolutions of {name}; {again}")
         if file["patch"] != patch:
             fail(f"{path} was collected with --patch {file['patch']}, {args.backbones[0]}'s with {patch}; "
                  f"{again}")
-        if args.class_statistics and file.get("class_statistics", {}).keys() != layers.keys():
-            fail(f"{path} holds no statistics of single classes; {again}")
     return stored
+
+
+def check_statistics(stored: dict, path: Path, record: dict, by_class: bool,
+                     again: str = "collect again with --overwrite") -> None:
+    """Stop unless a file of collect_stats.py is of the backbone's weights now, and by class if so asked."""
+    if stored["checkpoint"] != record["fingerprint"]:
+        fail(f"{path} belongs to other weights than {path.name.replace('.stats', '')}; {again}")
+    if by_class and "class_statistics" not in stored:
+        fail(f"{path} holds no statistics of single classes; {again}")
 
 
 def load_backbones(args: argparse.Namespace, folder: Path, device: torch.device) -> tuple:

@@ -56,7 +56,7 @@ def label_epochs(images: Tensor, mean_std: Tensor, models: dict[str, nn.Module],
                  draws: Iterable[tuple[int, dict]], *, batch_size: int, mix: str = "cutmix",
                  logit_norm: bool = True) -> Iterator[tuple[int, dict, Tensor]]:
     """Label each of `draws`, an iterable of (epoch, draw from `draw_epoch`).   models: {name: in eval mode}
-    -> yields epoch, draw, logits float16 [N, classes] on the CPU.   ValueError where logits are not finite"""
+    -> yields epoch, draw, logits float16 [N, classes] on the CPU. Stops where they are not finite"""
     pixels = images[0, 0].numel() * batch_size
     together = 1 if images.device.type == "cpu" else max(1, SATURATING_PIXELS // pixels)
     for epoch, draw in draws:
@@ -66,8 +66,8 @@ def label_epochs(images: Tensor, mean_std: Tensor, models: dict[str, nn.Module],
         logits = labels(list(models.values()), logit_norm)
         if not logits.isfinite().all():
             names = [name for name, model in models.items() if not labels([model]).isfinite().all()]
-            raise ValueError(f"the logits of {' '.join(names) or 'the ensemble'} are not finite in float16 "
-                             f"in epoch {epoch}")
+            fail(f"--backbones: the logits of {' '.join(names) or 'the ensemble'} are not finite in float16 "
+                 f"in epoch {epoch}; train again with squeeze.py, or name others")
         yield epoch, draw, logits
 
 
@@ -75,19 +75,17 @@ def label_epochs(images: Tensor, mean_std: Tensor, models: dict[str, nn.Module],
 def logit_rms(images: Tensor, mean_std: Tensor, draw: dict[str, Tensor], batch_size: int,
               models: dict[str, nn.Module], mix: str) -> dict[str, float]:
     """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}
-    A model with logits far larger than the others' decides the mean norm of Eq. 8, so the scale of all."""
+    A model with logits far larger than the others' decides the mean norm of Eq. 8, so the scale of all: warns
+    of one."""
     draw = send(draw, images.device)
     mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, mean_std)
-    return {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}
-
-
-def warn_of_scales(rms: dict[str, float]) -> None:
-    """Say whose logits are far larger than another's.   rms: from `logit_rms`"""
+    rms = {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}
     least, most = min(rms, key=rms.get), max(rms, key=rms.get)
     if rms[most] > 8 * rms[least]:
         warn(f"the logits of {most} are of size {rms[most]:.3g}, those of {least} {rms[least]:.3g}, as when "
              "a BatchNorm's running statistics have not settled; train it again with another --seed or "
              "--schedule, or leave it out")
+    return rms
 
 
 def get_parser():    # its defaults hold where utils/presets.py has none
@@ -110,22 +108,16 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     return parser
 
 
-def earlier_phases(args: argparse.Namespace, paths, records: dict[str, dict],
-                   data: dict) -> tuple[Path, dict, dict]:
-    """What the labels are made from.   -> folder of images, hashes, {phase: arguments}"""
+def main(argv=None):
+    args = parse_args(get_parser(), "relabel", argv)
+    device, paths = begin(args)
+    models, records, data = load_teachers(args, paths.teachers, device)
     folder, recovered, upstream = args.images or paths.images, {}, {}
     if not args.images:
         recovered, upstream = earlier_result("recover", args, paths.run)
         check_recovered(recovered, args, paths, data, records)
     upstream["squeeze"] = upstream.get("squeeze", {}) | {name: one["args"] for name, one in records.items()}
-    return folder, fingerprints(records) | {"images": images_hash(folder, recovered)}, upstream
-
-
-def main(argv=None):
-    args = parse_args(get_parser(), "relabel", argv)
-    device, paths = begin(args)
-    models, records, data = load_teachers(args, paths.teachers, device)
-    folder, inputs, upstream = earlier_phases(args, paths, records, data)
+    inputs = fingerprints(records) | {"images": images_hash(folder, recovered)}
     run = Run("relabel", args, paths.labels / "result.json", inputs)
     if run.finished():
         return None
@@ -138,7 +130,6 @@ def main(argv=None):
     with run.work() as checkpoint:
         writer = LabelWriter(checkpoint.folder, args.epochs, len(images), len(data["classes"]))
         rms = logit_rms(images, mean_std, draw(0, len(images)), batch_size, models, args.mix)
-        warn_of_scales(rms)
         done = {epoch for saved in checkpoint.states() for epoch in saved["done"]}
         if rank() == 0 and not done:
             writer.create()
@@ -148,21 +139,15 @@ def main(argv=None):
             writer.sync()
             return {"done": sorted(done)}
 
-        todo = shard([epoch for epoch in range(args.epochs) if epoch not in done])
-        if todo:
+        if todo := shard([epoch for epoch in range(args.epochs) if epoch not in done]):
             run.start(len(todo), "epochs")
             draws = ((epoch, draw(epoch, len(images))) for epoch in todo)
-            labelled = label_epochs(images, mean_std, models, draws, batch_size=batch_size, mix=args.mix,
-                                    logit_norm=args.logit_norm)
-            with writer.opened():
-                try:
-                    for epoch, drawn, logits in labelled:
-                        writer.write(epoch, logits, drawn)
-                        done.add(epoch)
-                        run.step(state=state, piece=piece)
-                except ValueError as error:
-                    fail(f"--backbones: {error}; train again with squeeze.py, or name others")
-                checkpoint.save(state(), piece)
+            for epoch, drawn, logits in label_epochs(images, mean_std, models, draws, batch_size=batch_size,
+                                                     mix=args.mix, logit_norm=args.logit_norm):
+                writer.write(epoch, logits, drawn)
+                done.add(epoch)
+                run.step(state=state, piece=piece)
+            checkpoint.save(state(), piece)
         barrier()
         if rank() == 0:
             writer.move(paths.labels)

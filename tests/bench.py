@@ -373,9 +373,8 @@ def bench_labels(rounds, quick, device):
         def write():
             file = RowFile(ours / "written.npy", (epochs, count, classes), np.float16)
             file.create()
-            with file.opened():
-                for epoch in range(epochs):
-                    file.write(epoch, logits.numpy())
+            for epoch in range(epochs):
+                file.write(epoch, logits.numpy())
 
         def write_files():
             for epoch in range(epochs):
@@ -415,11 +414,10 @@ def label(images, units, models, size, classes, epochs, folder):
              for epoch in range(epochs))
     writer = LabelWriter(folder, epochs, count, classes)
     writer.create()
-    with writer.opened():
-        for epoch, draw, logits in relabel.label_epochs(images, units, dict(enumerate(models)), draws,
-                                                        batch_size=size):
-            writer.write(epoch, logits, draw)
-        writer.sync()
+    for epoch, draw, logits in relabel.label_epochs(images, units, dict(enumerate(models)), draws,
+                                                    batch_size=size):
+        writer.write(epoch, logits, draw)
+    writer.sync()
 
 
 BENCHES = {"recover": bench_recover, "passes": bench_passes, "keeping": bench_keeping,

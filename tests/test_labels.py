@@ -21,10 +21,9 @@ def test_an_array_written_row_by_row_in_any_order_is_the_file_that_numpy_saves(d
     rows = np.random.default_rng(0).integers(0, 2, (5, 3, 4))
     one, other = (labels.RowFile(tmp_path / "rows.npy", rows.shape, dtype) for _ in range(2))  # two processes
     one.create()
-    with one.opened(), other.opened():
-        for i, file in zip([3, 0, 4, 1, 2], itertools.cycle([one, other])):
-            file.write(i, rows[i])
-        one.sync()
+    for i, file in zip([3, 0, 4, 1, 2], itertools.cycle([one, other])):
+        file.write(i, rows[i])
+    one.sync()
     np.save(tmp_path / "whole.npy", rows.astype(dtype))
     assert (tmp_path / "rows.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 

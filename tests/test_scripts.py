@@ -789,10 +789,9 @@ def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path)
         draws = ((epoch, draw_epoch(50, 8, 50, "cutmix", generator("relabel", 0, epoch)))
                  for epoch in range(epochs))
         tracemalloc.start()  # numpy's arrays, not torch's tensors
-        with writer.opened():
-            for epoch, draw, logits in relabel.label_epochs(images, units, {"convnet_w8": model}, draws,
-                                                            batch_size=50):
-                writer.write(epoch, logits, draw)
+        for epoch, draw, logits in relabel.label_epochs(images, units, {"convnet_w8": model}, draws,
+                                                        batch_size=50):
+            writer.write(epoch, logits, draw)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert np.load(tmp_path / str(epochs) / "logits.npy").shape == (epochs, 50, 40)

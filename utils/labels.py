@@ -15,8 +15,8 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -50,30 +50,21 @@ class RowFile:
                 file, {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape})
             file.truncate(file.tell() + self.dtype.itemsize * math.prod(self.shape))
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        with writable(self.path):
-            self.file = open(self.path, "r+b", buffering=0)
-        with self.file:
-            yield
-
     def write(self, index: int, row: np.ndarray) -> None:
         size = self.dtype.itemsize * math.prod(self.shape[1:])
-        rest = memoryview(np.ascontiguousarray(row, self.dtype)).cast("B")
-        with writable(self.path):
-            self.file.seek((index - self.shape[0]) * size, os.SEEK_END)  # rows end the file, behind a header
-            while rest:                                              # a full disk may take a part
-                rest = rest[self.file.write(rest):]
+        with writable(self.path), open(self.path, "r+b") as file:
+            file.seek((index - self.shape[0]) * size, os.SEEK_END)   # rows end the file, behind a header
+            file.write(np.ascontiguousarray(row, self.dtype))
 
     def sync(self) -> None:
         """What is written stays after a power cut."""
-        with writable(self.path):
-            os.fsync(self.file.fileno())
+        with writable(self.path), open(self.path, "r+b") as file:
+            os.fsync(file.fileno())
 
 
 class LabelWriter:
     """The label files of `epochs` epochs of `count` images, written epoch by epoch by any process.
-    One process calls `create`; inside `opened` any writes epochs; one process moves the finished files."""
+    One process calls `create`; then any writes epochs; one process moves the finished files."""
 
     def __init__(self, folder, epochs, count, classes):
         kinds = {"logits": (np.float16, (classes,)), **DRAWN}
@@ -83,13 +74,6 @@ class LabelWriter:
     def create(self) -> None:
         for file in self.files.values():
             file.create()
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for file in self.files.values():
-                stack.enter_context(file.opened())
-            yield
 
     def write(self, epoch: int, logits: Tensor, draw: dict[str, Tensor]) -> None:
         """logits: [N, classes]; draw: from `draw_epoch`"""

@@ -20,7 +20,8 @@ python squeeze.py --dataset shapes                                         # smo
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,12 +52,18 @@ from utils.train import (Record, Training, channels_last, fit, make_step, shuffl
 PROBE = ["probe_epochs", "probe_lr", "probe_weight_decay"]
 
 
-def supervised_epochs(model: nn.Module, optimizer: torch.optim.Optimizer, record: Record, split: Split,
-                      mean_std: Tensor, *, crop: str, cuda_graphs: bool = False) -> Callable:
-    """The `train_epoch` that `fit` calls: cross-entropy on random crops and flips; streamed images arrive
-    cropped and flipped. It also counts, in the record of `forgetting_record`, what --method forgetting
-    selects by. mean_std [2, 3] on the device"""
-    parallel = in_parallel(model, mean_std.device)
+def train(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, training: Training,
+          checkpoint: Checkpoint) -> Iterator[tuple[int, Record]]:
+    """Supervised training in place on the images `rows` [N] of a split, while iterated: cross-entropy on
+    random crops and flips; streamed images arrive cropped and flipped.   mean_std [2, 3] on the device
+    -> yields after each epoch its number, and what --method forgetting selects by: of each image of the
+    split "events" and whether "learned" (`count_forgetting`)"""
+    count, device = len(split), mean_std.device
+    flags = {key: torch.zeros(count, dtype=torch.bool, device=device)
+             for key in ("learned", "correct", "prev_correct")}
+    record = Record(device, events=torch.zeros(count, dtype=torch.int16, device=device), **flags)
+    optimizer, schedule = training.optimizer(model)
+    parallel = in_parallel(model, device)
     batch, view = (), {}                 # train_epoch sets them: loss_of takes tensors alone, for CUDA graphs
 
     def loss_of(images, labels, *params):
@@ -66,52 +73,28 @@ def supervised_epochs(model: nn.Module, optimizer: torch.optim.Optimizer, record
         loss = F.cross_entropy(logits, labels) * share_weight(len(images), len(batch))
         return loss, logits.argmax(1) == labels
 
-    step = make_step(optimizer, loss_of, cuda_graphs)
+    step = make_step(optimizer, loss_of, training.cuda_graphs)
 
     def train_epoch(epoch, batches, rng):
         nonlocal batch, view
         shares = split.batches([share(rows) for rows in batches], crop_seed=epoch)
         for batch, (images, labels) in zip(batches, shares):
-            view = {} if split.streamed else draw_view(len(batch), split.image_size, crop, True, 0, rng)
-            loss, correct = step(*send([images, labels, *map(share, view.values())], mean_std.device))
-            record["correct"][send(batch, mean_std.device)] = gathered(correct, len(batch))
+            if not split.streamed:
+                view = draw_view(len(batch), split.image_size, training.crop, True, 0, rng)
+            loss, correct = step(*send([images, labels, *map(share, view.values())], device))
+            record["correct"][send(batch, device)] = gathered(correct, len(batch))
             yield loss
-        correct = record["correct"]
-        record["events"], record["learned"] = count_forgetting(record["events"], record["learned"],
-                                                               record["prev_correct"], correct)
+
+    for epoch in fit((model, optimizer, schedule, record),
+                     shuffled(rows, training.batch_size, partial(generator, "squeeze", training.seed)),
+                     train_epoch, epochs=training.epochs, name=f"{training.name} {checkpoint.result.stem}",
+                     remedy=training.remedy, resume=checkpoint.load(),  # all processes' state is the same:
+                     save=checkpoint.save_if_due if rank() == 0 else None):
+        before, correct = record["prev_correct"], record["correct"]
+        record["events"], record["learned"] = count_forgetting(record["events"], record["learned"], before,
+                                                               correct)
         record["prev_correct"], record["correct"] = correct, torch.zeros_like(correct)
-    return train_epoch
-
-
-def forgetting_record(count: int, device: torch.device) -> Record:
-    """Of each of `count` images: forgetting events, whether ever learned, whether correct now and before."""
-    flags = {key: torch.zeros(count, dtype=torch.bool, device=device)
-             for key in ("learned", "correct", "prev_correct")}
-    return Record(device, events=torch.zeros(count, dtype=torch.int16, device=device), **flags)
-
-
-def train(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, training: Training,
-          checkpoint: Checkpoint, record: Record) -> Iterator[int]:
-    """Supervised training in place on the images `rows` [N] of a split, while iterated: yields the number of
-    each epoch done."""
-    optimizer, schedule = training.optimizer(model)
-    return fit((model, optimizer, schedule, record),
-               shuffled(rows, training.batch_size, "squeeze", training.seed),
-               supervised_epochs(model, optimizer, record, split, mean_std, crop=training.crop,
-                                 cuda_graphs=training.cuda_graphs),
-               epochs=training.epochs, name=f"{training.name} {checkpoint.result.stem}",
-               remedy=training.remedy, resume=checkpoint.load(),
-               save=checkpoint.save_if_due if rank() == 0 else None)  # all processes' state is the same
-
-
-def train_probe(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, training: Training,
-                checkpoint: Checkpoint) -> None:
-    """Train a new last linear layer of the model, in place, on its frozen features (SC-DD, Table 16)."""
-    probe = Probe(model, len(split.classes))
-    for _ in train(probe, split, rows, mean_std, training, checkpoint,
-                   forgetting_record(len(split), mean_std.device)):
-        pass
-    probe.classifier()
+        yield epoch, record
 
 
 def initial_model(name: str, args: argparse.Namespace, data: dict,
@@ -120,19 +103,16 @@ def initial_model(name: str, args: argparse.Namespace, data: dict,
     -> model, its name, {convolution: channels left by pruning}"""
     backbone, _, weak = name.partition("@")
     torch.manual_seed(generator("weights", args.seed, backbone).initial_seed())
-    if args.weights and has_large_stem(network(backbone, data), args.weights_file):
+    what = len(data["classes"]), data["image_size"]
+    if args.weights and has_large_stem(build_model(backbone, *what), args.weights_file):
         backbone += "_stem7"
-    model = network(backbone, data)
+    model = build_model(backbone, *what)
     if args.weights:
         adopt(model, args.weights_file, encoder=args.objective == "probe")
     elif args.pretrained:
         with rank0_first():
             load_pretrained(backbone, model, args.download)
     return model, backbone, prune_teacher(name, model, folder, args.seed) if weak else {}
-
-
-def network(backbone: str, data: dict) -> nn.Module:
-    return build_model(backbone, len(data["classes"]), data["image_size"])
 
 
 def settings(args: argparse.Namespace, name: str = "") -> dict:
@@ -151,26 +131,25 @@ def settings(args: argparse.Namespace, name: str = "") -> dict:
 
 
 def stored_teachers(names: list[str], args: argparse.Namespace, folder: Path) -> dict[str, dict]:
-    """The teachers that need not be made again.   -> {name: what `save_teacher` returns}"""
+    """The teachers that need not be made again.   names: a backbone before those that are made with it
+    -> {name: what `save_teacher` returns}"""
     found = {}
     for name in names:
-        path = folder / f"{name}.pt"
+        path, (backbone, _, weak) = folder / f"{name}.pt", name.partition("@")
         if record := load_finished(path, args, settings=settings(args, name), keys=TEACHER):
             check_data(record["data"].get("fingerprint"), args, path)
             found[name] = {"top1": record["top1"],
                            "first_bn_variance": first_bn_variance(name, record["weights"])}
-    for name in names:
-        backbone, _, weak = name.partition("@")
-        if name not in found and weak.isdigit() and backbone in found:
-            fail(f"{folder / name}.pt is missing; it can only be saved while {backbone}.pt is trained; "
-                 f"{AGAIN}, or name another --teachers")
+        elif weak.isdigit() and backbone in found:
+            fail(f"{path} is missing; it can only be saved while {backbone}.pt is trained; {AGAIN}, or name "
+                 "another --teachers")
     return found
 
 
 def save_teacher(path: Path, model: nn.Module, test: Split, mean_std: Tensor, about: dict) -> dict:
     """Test a model and write its checkpoint, with more `about` it.   -> {"top1": %, "first_bn_variance": only
     reported (SC-DD, Table 2)}"""
-    top1 = split_accuracy(model, test, mean_std, jointly=True)
+    top1, _ = split_accuracy(model, test, mean_std, jointly=True)
     print_rank0(f"{path.stem}: {top1:.2f} % of the test images")
     weights = {key: value.cpu() for key, value in model.state_dict().items()}
     variance = first_bn_variance(path.stem, weights)
@@ -212,17 +191,11 @@ def make_teachers(todo: list[str], args: argparse.Namespace, device: torch.devic
     if args.objective == "moco":
         check_contrasted(split, len(rows), args.batch_size)
     shared = dict(seed=args.seed, cuda_graphs=args.cuda_graphs)
-    probing = Training("probe", args.probe_epochs, 256, args.probe_lr, args.probe_weight_decay,
-                       remedy="use a smaller --probe-lr", **shared)
-
-    def place(model):
-        return with_precision(channels_last(model.to(device)), device, args.precision)
-
     for i, name in enumerate(todo):
         if (weak := name.partition("@")[2]).isdigit():
             continue                                                 # saved while its backbone was trained
         model, backbone, left = initial_model(name, args, data, folder)
-        model, forgetting = place(model), forgetting_record(len(split), device)
+        model = with_precision(channels_last(model.to(device)), device, args.precision)
         training = fine_tuning(name, args.pruned, crop=args.crop, **shared) if weak else Training(
             "squeeze", args.epochs, args.batch_size, args.lr, args.weight_decay, args.momentum,
             args.schedule, args.warmup_epochs, crop=args.crop, **shared)
@@ -231,12 +204,18 @@ def make_teachers(todo: list[str], args: argparse.Namespace, device: torch.devic
         identity = settings(args, name) | {"backbone": name, "save_epochs": args.save_epochs}
         with Checkpoint(files[i], args, hashes, identity, files[i + 1:]) as checkpoint:
             if args.objective == "moco" and checkpoint.read() is None:     # else the probe had begun
-                key = place(network(backbone, data))
+                key = build_model(backbone, len(data["classes"]), data["image_size"]).to(device)
+                key = with_precision(channels_last(key), device, args.precision)
                 train_moco(model, key, splits, rows, mean_std, training, args.queue, checkpoint)
-            if args.objective != "supervised":
-                train_probe(model, split, rows, mean_std, probing, checkpoint)
+            if args.objective != "supervised":       # a new last layer on frozen features (SC-DD, Table 16)
+                probe, training = Probe(model, len(split.classes)), Training(
+                    "probe", args.probe_epochs, 256, args.probe_lr, args.probe_weight_decay,
+                    remedy="use a smaller --probe-lr", **shared)
+                for _ in train(probe, split, rows, mean_std, training, checkpoint):
+                    pass
+                probe.classifier()
             elif weak or not (args.pretrained or args.weights):
-                for epoch in train(model, split, rows, mean_std, training, checkpoint, forgetting):
+                for epoch, forgetting in train(model, split, rows, mean_std, training, checkpoint):
                     if epoch in saved_epochs(args.save_epochs) and not weak:
                         path = folder / f"{name}@{epoch}.pt"
                         found[path.stem] = save_teacher(path, model, splits["test"], mean_std, about)

@@ -35,14 +35,13 @@ from utils.cli import for_student, identity_flags, parse_args
 from utils.distilled import load_sources, load_train_data
 from utils.losses import kl_loss, mse_gt_loss
 from utils.parser import Parser, number
-from utils.processes import barrier, rank, shard, warn, world_size
+from utils.processes import barrier, rank, shard, world_size
 from utils.protocols import earlier_seeds, metrics, prune, trainings
 from utils.report import accuracy, beside
 from utils.run import Run, begin, generator, script, send
 from utils.teachers import check_models, warn_at_chance
-from utils.train import (Graphed, Record, channels_last, class_accuracies, fit, floating, full_batch,
-                         learning_rates, make_step, network_inputs, split_accuracy, split_batches, swapped,
-                         with_precision)
+from utils.train import (Graphed, Record, channels_last, fit, full_batch, learning_rates, make_step, shuffled,
+                         split_accuracy, swapped, with_precision)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -69,91 +68,82 @@ def student_loss(logits: Tensor, y: Tensor, soft: Tensor, partner_y: Tensor, rat
     return kl_loss(logits, soft, temperature) * (temperature ** 2 if kind == "kl_t2" else 1)
 
 
-def learn(model: nn.Module, optimizer: torch.optim.Optimizer, train_data: dict, loss_of: Callable,
-          record: Record, *, label_epochs: int, ema_decay: float = 0.0,
-          cuda_graphs: bool = False) -> Callable:
-    """The `train_epoch` that `fit` calls: a student learns mixed samples of the distilled images; epoch e has
-    the labels of epoch e % label_epochs. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
-    record["average"]: running averages of `floating(model)`, at ema_decay a step"""
-    images, classes, labels = (train_data[key] for key in ("images", "classes", "labels"))
-    weights = floating(model) if ema_decay else []
+def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespace, checkpoint: Checkpoint,
+                  piece: str, *, model: nn.Module | None = None, penalty: Callable = lambda: 0) -> dict:
+    """Train a student from scratch, or `model` further, in place, on mixed samples of the distilled images,
+    and resume from `piece` of the checkpoint.
+    train_data: from `load_train_data`; args: from `for_student`, lr as text; penalty(): added to the loss
+    -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch;
+    "images": how many}"""
+    torch.manual_seed(generator("student", seed, name).initial_seed())
+    images, classes, labels, data = (train_data[key] for key in ("images", "classes", "labels", "data"))
+    device, mean_std = images.device, train_data["mean_std"]
+    if model is None:
+        model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
+    model = with_precision(channels_last(model), device, args.precision)
+    kind, more = torch.optim.AdamW, {}
+    if args.optimizer == "sgd":
+        kind, more = torch.optim.SGD, {"momentum": args.momentum}
+    optimizer = kind(parameter_groups(model, args.weight_decay), lr=float(args.lr[0]),
+                     fused=device.type == "cuda", **more)
+    schedule = learning_rates(optimizer, args.schedule, args.epochs * args.lr_stretch)
+    weights = [value for value in model.state_dict().values()
+               if args.ema_decay and value.is_floating_point()]
+    record = Record(device, top1={}, top1_by_class=None, average=[value.clone() for value in weights])
     draw = {}                                                        # of this epoch; train_epoch sets it
 
     def mixed_samples(batch, *rows):                                 # takes only tensors, as `Graphed` needs
         drawn = dict(zip(draw, rows))
-        mixed = apply_epoch(images, drawn, batch, labels.mix, train_data["mean_std"])
+        mixed = apply_epoch(images, drawn, batch, labels.mix, mean_std)
         return mixed, classes[batch], classes[drawn["partner"][batch]], drawn["ratio"][batch]
 
-    step = make_step(optimizer, lambda mixed, *targets: (loss_of(model(mixed), *targets),), cuda_graphs)
+    def loss_of(mixed, *targets):
+        loss = student_loss(model(mixed), *targets, kind="hard" if args.labels == "hard" else args.loss,
+                            gamma=args.gamma, temperature=args.temperature)
+        return loss + penalty(),
+
+    step = make_step(optimizer, loss_of, args.cuda_graphs)
     graphs = defaultdict(partial(Graphed, mixed_samples))  # by the size of a batch: the last may differ
 
     def train_epoch(epoch, batches, rng):
         nonlocal draw
-        labelled = epoch % label_epochs
-        draw = send(labels.epoch(labelled), images.device)
+        labelled = epoch % (args.label_epochs or args.epochs)
+        draw = send(labels.epoch(labelled), device)
         for batch in batches:
-            mix = graphs[len(batch)] if cuda_graphs else mixed_samples
-            mixed, y, partner_y, ratio = mix(send(batch, images.device), *draw.values())
+            mix = graphs[len(batch)] if args.cuda_graphs else mixed_samples
+            mixed, y, partner_y, ratio = mix(send(batch, device), *draw.values())
             loss, = step(mixed, y, labels.soft_logits(labelled, batch, mixed), partner_y, ratio)
-            if ema_decay:
-                torch._foreach_lerp_(record["average"], weights, 1 - ema_decay)
+            if weights:                                              # their running averages
+                torch._foreach_lerp_(record["average"], weights, 1 - args.ema_decay)
             yield loss
-    return train_epoch
 
-
-def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespace, checkpoint: Checkpoint,
-                  piece: str, *, model: nn.Module | None = None, penalty: Callable = lambda: 0) -> Record:
-    """Train a student from scratch, or `model` further, in place, and resume from `piece` of the checkpoint.
-    train_data: from `load_train_data`; args: from `for_student`, lr as text; penalty(): added to the loss
-    -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch}"""
-    torch.manual_seed(generator("student", seed, name).initial_seed())
-    data, count, device = train_data["data"], len(train_data["images"]), train_data["images"].device
-    if model is None:
-        model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
-    model = with_precision(channels_last(model), device, args.precision)
-    groups, fused = parameter_groups(model, args.weight_decay), device.type == "cuda"
-    if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=float(args.lr[0]), fused=fused)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=float(args.lr[0]), momentum=args.momentum, fused=fused)
-    schedule = learning_rates(optimizer, args.schedule, args.epochs * args.lr_stretch)
-    weights = floating(model) if args.ema_decay else []
-    record = Record(device, top1={}, top1_by_class=None, average=[value.clone() for value in weights])
-    loss = partial(student_loss, kind="hard" if args.labels == "hard" else args.loss, gamma=args.gamma,
-                   temperature=args.temperature)
-    batch_size = full_batch(count, args.whole_up_to, args.batch_size)
     rng = generator("order", seed, name)     # one for all epochs; batches need not be those of relabel.py
-    train_epoch = learn(model, optimizer, train_data, lambda *inputs: loss(*inputs) + penalty(), record,
-                        label_epochs=args.label_epochs or args.epochs, ema_decay=args.ema_decay,
-                        cuda_graphs=args.cuda_graphs)
+    batch_size = full_batch(len(images), args.whole_up_to, args.batch_size)
     for epoch in fit((model, optimizer, schedule, record),
-                     lambda epoch: (rng, split_batches(torch.randperm(count, generator=rng), batch_size)),
-                     train_epoch, epochs=args.epochs, name=f"train_eval {name} seed {seed}",
+                     shuffled(torch.arange(len(images)), batch_size, lambda epoch: rng), train_epoch,
+                     epochs=args.epochs, name=f"train_eval {name} seed {seed}",
                      resume=checkpoint.load(piece), save=partial(checkpoint.save_if_due, piece=piece)):
         # `evaluations` evenly spaced epochs, the last of them the last epoch
         if epoch * args.evaluations // args.epochs > (epoch - 1) * args.evaluations // args.epochs:
             with swapped(weights, record["average"]):
-                record["top1"][epoch] = split_accuracy(model, train_data["test"], train_data["mean_std"])
-                if epoch == args.epochs:
-                    inputs = network_inputs(train_data["test"], train_data["mean_std"])
-                    record["top1_by_class"] = class_accuracies(model, inputs, len(data["classes"]))
-    return record
+                record["top1"][epoch], record["top1_by_class"] = split_accuracy(model, train_data["test"],
+                                                                                mean_std)
+    return {"top1": record["top1"], "top1_by_class": record["top1_by_class"], "images": len(images)}
 
 
-def train_piece(name: str, piece: str, seed: int, make_data: Callable, checkpoint: Checkpoint,
+def train_piece(name: str, piece: str, seed: int, train_data: dict, checkpoint: Checkpoint,
                 args: argparse.Namespace, start: nn.Module | None) -> dict:
     """One piece of `trainings`.   start: the model to prune, or None   -> {"top1": {epoch: top1}, ...}"""
-    train_data = make_data()
     train = partial(train_student, name, seed, train_data, args, checkpoint)
-    if args.protocol != "prune":
-        record = train(piece)
-        return {"top1": record["top1"], "top1_by_class": record["top1_by_class"],
-                "images": len(train_data["images"])}
+    if start is None:
+        return train(piece)
 
     def train_stage(stage, model, penalty):
         return train(piece + "-sparse" * (stage == "sparse"), model=model, penalty=penalty)["top1"]
 
-    test = partial(split_accuracy, split=train_data["test"], mean_std=train_data["mean_std"])
+    def test(model):
+        return split_accuracy(model, train_data["test"], train_data["mean_std"])[0]
+
     sparse = (checkpoint.read(f"{piece}-sparse") or {}).get("weights")       # there once that stage is done
     return prune(channels_last(deepcopy(start).requires_grad_()), train_stage, test, args.sparsity, args.l1,
                  sparse, lambda weights: checkpoint.save({"weights": weights}, f"{piece}-sparse"))
@@ -227,12 +217,12 @@ def main(argv=None):
     suffix = "" if args.labels == "stored" else f"-{args.labels}"
     suffix += {"standard": "", "continual": f"-continual{args.steps}",
                "prune": f"-prune{100 * args.sparsity:g}"}[args.protocol]
-    args_of = {name: for_student(args, name) for name in args.students}      # a result for each student
     sources = load_sources(args, paths, device)
     runs, earlier, todo = {}, {}, []
-    for name, own in args_of.items():
-        runs[name] = Run("train_eval", own, paths.eval / f"{name}{suffix}.json", sources.hashes[name])
-        earlier[name] = earlier_seeds(runs[name].result, own, sources.hashes[name])
+    for name in args.students:                                       # a result for each
+        runs[name] = Run("train_eval", for_student(args, name), paths.eval / f"{name}{suffix}.json",
+                         sources.hashes[name])
+        earlier[name] = earlier_seeds(runs[name])
         if earlier[name] or not runs[name].finished():
             todo.append(name)
     if not todo:
@@ -247,9 +237,10 @@ def main(argv=None):
             for name, piece in shard([(name, piece) for name in names for piece in pieces
                                       if piece not in earlier[name]]):
                 if "finished" not in (works[name].read(piece) or {}):
-                    record = train_piece(name, piece, *pieces[piece], works[name], args_of[name],
-                                         sources.starts.get(name))
-                    works[name].save({"finished": True, **record}, piece)
+                    seed, make_data = pieces[piece]
+                    found = train_piece(name, piece, seed, make_data(), works[name], runs[name].args,
+                                        sources.starts.get(name))
+                    works[name].save({"finished": True, **found}, piece)
             barrier()
             for name in names if rank() == 0 else ():
                 done = [earlier[name].get(piece) or works[name].read(piece) for piece in pieces]

@@ -303,8 +303,7 @@ def bench_squeeze(rounds, quick, device):
         trained, last, first = (network(name, last).to(device) for last in (True, True, False))
         rows, units = torch.arange(count), torch.tensor(UNITS, device=device)
         times = interleaved([
-            lambda: list(squeeze.train(trained, split, rows, units, training, NOTHING_KEPT,
-                                       squeeze.forgetting_record(count, device))),
+            lambda: list(squeeze.train(trained, split, rows, units, training, NOTHING_KEPT)),
             bare(last), bare(first)], rounds)
         yield f"{name}, {count} images by 64", {**ratio(times), "bare/channels_first": times[1] / times[2]}
 

@@ -422,7 +422,7 @@ def test_a_teacher_that_knows_nothing_is_named(project, capsys):
 
 
 def test_a_teacher_that_learned_nothing_is_told_where_it_is_trained(project, capsys, monkeypatch):
-    monkeypatch.setattr(squeeze, "split_accuracy", lambda *_, **__: 25.0)
+    monkeypatch.setattr(squeeze, "split_accuracy", lambda *_, **__: (25.0, []))
     squeeze.main(project.arguments("squeeze", "--teachers weak --backbones convnet_w8 --epochs 1"))
     tells(capsys.readouterr().err, "warning: convnet_w8 is right on", "which a guess (25.0 %) may reach",
           "squeeze.py", "--epochs")

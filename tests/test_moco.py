@@ -16,7 +16,7 @@ from models import NAMES, build_model
 from tests.conftest import Project
 from tests.helpers import assert_near, gradient
 from utils import moco as moco_module
-from utils.moco import MoCo, Probe, SplitBatchNorm, as_encoder, join_norms, knn_top1, last_linear, split_norms
+from utils.moco import MoCo, Probe, SplitBatchNorm, as_encoder, knn_top1, last_linear, with_norms
 
 FLAGS = ("--objective moco --backbones wrn10_1 --batch-size 16 --queue 32 --epochs 2 --probe-epochs 2 --lr "
          "0.06 "
@@ -78,11 +78,11 @@ def test_turned_into_splits_and_back_a_model_is_what_it_was():
         if isinstance(layer, nn.BatchNorm2d):
             randomised(layer)
     plain, images = copy.deepcopy(model), torch.randn(16, 3, 16, 16, dtype=torch.float64)
-    split_norms(model)
+    with_norms(model, SplitBatchNorm)
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(model.eval()(images), plain.eval()(images))
     assert not torch.allclose(model.train()(images), plain.train()(images))
-    plain.load_state_dict(join_norms(model).state_dict())
+    plain.load_state_dict(with_norms(model, nn.BatchNorm2d).state_dict())
     assert torch.equal(model(images), plain(images))
     assert [type(layer) for layer in model.modules()] == [type(layer) for layer in plain.modules()]
 
@@ -204,7 +204,7 @@ def test_any_model_becomes_an_encoder_and_a_classifier_again(name):
         assert as_encoder(model)(images).shape == (16, 128)
         assert sum(isinstance(layer, SplitBatchNorm) for layer in model.modules()) == sum(
             isinstance(layer, nn.BatchNorm2d) for layer in plain.modules())
-        probe = Probe(join_norms(model), 7)
+        probe = Probe(with_norms(model, nn.BatchNorm2d), 7)
         assert probe(images).shape == (16, 7)
     classifier = probe.classifier()
     assert classifier is model and classifier.get_submodule(place) is probe.linear

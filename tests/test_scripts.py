@@ -5,6 +5,7 @@ import math
 import shutil
 import statistics
 import tracemalloc
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -914,7 +915,9 @@ def test_the_accuracy_of_each_class_is_that_of_the_last_epoch_and_goes_on_with_m
 
 def test_class_accuracies_are_those_of_a_slow_loop():
     logits, labels = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 3
-    found = train.class_accuracies(torch.nn.Identity(), zip(logits.split(7), labels.split(7)), 4)
+    split = SimpleNamespace(classes="abcd", batches=lambda _: zip(logits[..., None, None].split(7),
+                                                                  labels.split(7)))
+    _, found = train.split_accuracy(torch.nn.Flatten(), split, torch.tensor([4 * [0.0], 4 * [1.0]]))
     for label in range(3):
         guesses = [int(row.argmax()) for row, truth in zip(logits, labels) if truth == label]
         assert found[label] == round(100 * guesses.count(label) / len(guesses), 2)
@@ -922,12 +925,13 @@ def test_class_accuracies_are_those_of_a_slow_loop():
 
 
 def test_a_last_batch_of_one_image_joins_the_one_before():
-    batches = train.split_batches(torch.arange(65), 64)
-    assert [len(batch) for batch in batches] == [65] and torch.equal(torch.cat(batches), torch.arange(65))
-    assert [len(batch) for batch in train.split_batches(torch.arange(66), 64)] == [64, 2]
-    assert [len(batch) for batch in train.split_batches(torch.arange(3), 1)] == [1, 1, 1]
-    assert [len(batch) for batch in train.split_batches(torch.arange(1), 64)] == [1]
-    assert [len(batch) for batch in train.split_batches(torch.arange(65), 32, drop_last=True)] == [32, 32]
+    def sizes(count, batch_size, **how):
+        _, batches = train.shuffled(torch.arange(count), batch_size, partial(generator, "order"), **how)(0)
+        assert len(torch.cat(batches).unique()) == count - how.get("drop_last", False)
+        return [len(batch) for batch in batches]
+
+    assert sizes(65, 64) == [65] and sizes(66, 64) == [64, 2] and sizes(1, 64) == [1]
+    assert sizes(3, 1) == [1, 1, 1] and sizes(65, 32, drop_last=True) == [32, 32]
 
 
 def test_a_network_of_one_pixel_maps_trains_though_one_image_is_left_over(bare):
@@ -1098,7 +1102,7 @@ def test_the_averaged_weights_are_those_of_a_slow_loop_and_they_are_tested(relab
     monkeypatch.setattr(train_eval, "build_model",
                         lambda *args: students.append(build(*args)) or students[-1])
     before(train_eval, "apply_epoch", lambda: steps.append(weights()))
-    before(train, "accuracy", lambda: tested.append(weights()))
+    before(train_eval, "split_accuracy", lambda: tested.append(weights()))
     relabelled.call("train_eval", "--students wrn10_1 --epochs 3 --ema-decay 0.7 --batch-size 3 "
                     "--whole-up-to 0 --evaluations 1")
     steps.append(weights())

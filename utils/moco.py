@@ -3,7 +3,6 @@
 MoCo v2's CIFAR-10 recipe: no MLP head, BatchNorm in splits instead of several GPUs, asymmetric loss.
 """
 import argparse
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,7 +15,7 @@ from utils.augment import apply_colour, apply_view, draw_colour, draw_view, norm
 from utils.checkpoint import Checkpoint
 from utils.data import Split
 from utils.processes import print_rank0, world_size
-from utils.run import send
+from utils.run import generator, send
 from utils.train import Training, fit, make_step, shuffled
 
 
@@ -41,17 +40,12 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return parts.reshape(x.shape)
 
 
-def split_norms(model: nn.Module, old: type = nn.BatchNorm2d, new: type = SplitBatchNorm) -> nn.Module:
-    """Its BatchNorm2d layers become SplitBatchNorm, in place.   -> the model"""
+def with_norms(model: nn.Module, kind: type) -> nn.Module:
+    """Its BatchNorm2d layers become SplitBatchNorm, or nn.BatchNorm2d again, in place.   -> the model"""
     for layer in model.modules():
-        if isinstance(layer, old):
-            layer.__class__ = new
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.__class__ = kind
     return model
-
-
-def join_norms(model: nn.Module) -> nn.Module:
-    """The inverse of `split_norms`."""
-    return split_norms(model, SplitBatchNorm, nn.BatchNorm2d)
 
 
 def last_linear(model: nn.Module) -> str:
@@ -65,7 +59,7 @@ def as_encoder(model: nn.Module, dim: int = 128) -> nn.Module:
     name = last_linear(model)
     old = model.get_submodule(name)
     model.set_submodule(name, nn.Linear(old.in_features, dim).to(old.weight))
-    return split_norms(model)
+    return with_norms(model, SplitBatchNorm)
 
 
 class MoCo(nn.Module):
@@ -110,55 +104,47 @@ class MoCo(nn.Module):
 
 def train_moco(model: nn.Module, key: nn.Module, splits: dict[str, Split], rows: Tensor, mean_std: Tensor,
                training: Training, queue: int, checkpoint: Checkpoint) -> None:
-    """SC-DD, Sec. 2.4: train a classifier's features on the training images `rows` without labels, in place;
-    its last layer is then of no use. key: another model of its kind; queue: keys that MoCo contrasts with."""
-    moco = MoCo(as_encoder(model), as_encoder(key), size=queue).to(mean_std.device)
+    """SC-DD, Sec. 2.4: train a classifier's features on two views of each of the training images `rows`,
+    without labels, in place; its last layer is then of no use.
+    key: another model of its kind; queue: keys that MoCo contrasts with; mean_std [2, 3] on the device"""
+    split, device, name = splits["train"], mean_std.device, f"moco {checkpoint.result.stem}"
+    moco = MoCo(as_encoder(model), as_encoder(key), size=queue).to(device)
     optimizer, schedule = training.optimizer(moco.query)
     schedule.step()                                                  # MoCo counts epochs from 1
-    name = f"moco {checkpoint.result.stem}"
-    for epoch in fit((moco, optimizer, schedule),
-                     shuffled(rows, training.batch_size, "moco", training.seed, drop_last=True),
-                     contrast(moco, optimizer, splits["train"], mean_std), epochs=training.epochs, name=name,
-                     resume=checkpoint.load("moco"), save=partial(checkpoint.save_if_due, piece="moco")):
-        if epoch % max(1, training.epochs // 10) == 0 or epoch == training.epochs:
-            top1 = neighbours_top1(moco.query, splits, rows, mean_std)
-            print_rank0(f"{name}  epoch {epoch}: {top1:.2f} % of the test images by their nearest neighbours")
-    join_norms(model)
-
-
-def contrast(moco: MoCo, optimizer: torch.optim.Optimizer, split: Split, mean_std: Tensor) -> Callable:
-    """-> train_epoch of `fit`: MoCo on two views of each image, without its label.   mean_std [2, 3]"""
     step = make_step(optimizer, lambda *views: (moco(*views),))
 
     def view(images, rng):
         crop = draw_view(len(images), split.image_size, "resized", True, 0, rng)
         colour = draw_colour(len(images), rng)
-        images = apply_view(images.float() / 255, send(crop, mean_std.device))
-        return normalize(255 * apply_colour(images, send(colour, mean_std.device)), *mean_std)
+        images = apply_view(images.float() / 255, send(crop, device))
+        return normalize(255 * apply_colour(images, send(colour, device)), *mean_std)
 
     def train_epoch(epoch, batches, rng):
         for images, _ in split.batches(batches):
-            images = send(images, mean_std.device)
+            images = send(images, device)
             query, key = view(images, rng), view(images, rng)
-            loss, = step(query, key, send(torch.randperm(len(images), generator=rng), mean_std.device))
+            loss, = step(query, key, send(torch.randperm(len(images), generator=rng), device))
             yield loss
-    return train_epoch
 
-
-def neighbours_top1(model: nn.Module, splits: dict[str, Split], rows: Tensor, mean_std: Tensor) -> float:
-    """`knn_top1` of a model: the bank is `rows` of splits["train"], the queries are splits["test"]."""
-    bank = outputs(model, splits["train"], rows, mean_std)
-    queries = outputs(model, splits["test"], torch.arange(len(splits["test"])), mean_std)
-    return knn_top1(*bank, *queries, len(splits["train"].classes))
+    draws = shuffled(rows, training.batch_size, partial(generator, "moco", training.seed), drop_last=True)
+    for epoch in fit((moco, optimizer, schedule), draws, train_epoch, epochs=training.epochs, name=name,
+                     resume=checkpoint.load("moco"), save=partial(checkpoint.save_if_due, piece="moco")):
+        if epoch % max(1, training.epochs // 10) == 0 or epoch == training.epochs:
+            top1 = neighbours_top1(moco.query, splits, rows, mean_std)
+            print_rank0(f"{name}  epoch {epoch}: {top1:.2f} % of the test images by their nearest neighbours")
+    with_norms(model, nn.BatchNorm2d)
 
 
 @torch.inference_mode()
-def outputs(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor) -> list[Tensor]:
-    """What the model in eval mode gives for images `rows` [n] of a split, unaugmented, and their labels."""
+def neighbours_top1(model: nn.Module, splits: dict[str, Split], rows: Tensor, mean_std: Tensor) -> float:
+    """`knn_top1` of a model: the bank is `rows` of splits["train"], the queries are splits["test"]."""
     model.eval()
-    found = [(model(normalize(send(images, mean_std.device), *mean_std)), send(labels, mean_std.device))
-             for images, labels in split.batches(rows.split(500))]
-    return [torch.cat(parts) for parts in zip(*found)]
+    found = []
+    for split, chosen in (splits["train"], rows), (splits["test"], torch.arange(len(splits["test"]))):
+        batches = [(model(normalize(send(images, mean_std.device), *mean_std)), send(labels, mean_std.device))
+                   for images, labels in split.batches(chosen.split(500))]
+        found += [torch.cat(parts) for parts in zip(*batches)]
+    return knn_top1(*found, len(splits["train"].classes))
 
 
 @torch.inference_mode()
@@ -205,11 +191,9 @@ class Probe(nn.Module):
 
 def check_contrast(args: argparse.Namespace) -> None:
     """Stop where squeeze.py cannot train MoCo by these arguments, whatever the data."""
-    if args.weights:
-        fail("--objective moco trains the weights; leave out --weights, or use --objective probe")
-    if args.pretrained:
-        fail("--objective moco trains the weights that --pretrained would take from torchvision; add "
-             "--no-pretrained")
+    if args.weights or args.pretrained:
+        fail("--objective moco trains the weights; leave out --weights, add --no-pretrained, or use "
+             "--objective probe")
     if args.epochs < 2:
         fail(f"--epochs {args.epochs}: MoCo counts its cosine's epochs from 1, so that the last has the rate "
              "0; use at least 2")

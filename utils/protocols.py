@@ -3,7 +3,6 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from models.pruning import channel_scales, largest_scales, shrink
 from utils import fail
-from utils.files import load_json
-from utils.provenance import AGAIN, check_inputs, check_same, relevant
-from utils.run import generator
+from utils.checkpoint import load_finished
+from utils.provenance import relevant
+from utils.run import Run, generator
 
 
 def trainings(args: argparse.Namespace, train_data: dict) -> dict[str, tuple[int, Callable]]:
@@ -56,17 +55,17 @@ def metrics(args: argparse.Namespace, runs: list[dict]) -> dict:
             "seeds": args.student_seeds, "top1_per_seed": last, "top1_by_epoch": by_epoch, **more}
 
 
-def earlier_seeds(path: Path, args: argparse.Namespace, hashes: dict) -> dict:
+def earlier_seeds(run: Run) -> dict:
     """Of a finished result of some of the --student-seeds, all else the same: what each piece of `trainings`
     gave, and "seconds"; {} where there is none."""
-    if args.protocol != "standard" or args.overwrite or not path.exists():
+    if run.args.protocol != "standard":
         return {}
-    result = load_json(path, AGAIN, ("args", "made_from"))
-    seeds = result.get("seeds", args.student_seeds)
-    if not set(seeds) < set(args.student_seeds):
+    settings, asked = relevant(run.args), run.args.student_seeds
+    settings.pop("student_seeds")
+    result = load_finished(run.result, run.args, run.inputs, settings) or {}
+    seeds = result.get("seeds", asked)
+    if not set(seeds) < set(asked):
         return {}
-    check_same(result["args"] | {"student_seeds": args.student_seeds}, relevant(args), path)
-    check_inputs(result["made_from"], hashes, path)
     by_class = result.get("top1_by_class", [None] * len(seeds))
     return {"seconds": result["seconds"]} | {
         f"seed{seed}": {"top1": {int(epoch): value for epoch, value in top1.items()},
@@ -92,9 +91,10 @@ def incremental_step(seen: Tensor, images: Tensor, classes: Tensor, labels, test
 
     def batches(size):
         return ((pixels, number[y.cpu()]) for pixels, y in test.batches(tested.split(size)))
+    names = [data["classes"][i] for i in seen.tolist()]
     return {"images": images[rows], "classes": number.to(images.device)[classes[rows]], "labels": labels,
-            "test": SimpleNamespace(batches=batches),
-            "data": data | {"classes": [data["classes"][i] for i in seen.tolist()]}, **more}
+            "test": SimpleNamespace(batches=batches, classes=names), "data": data | {"classes": names},
+            **more}
 
 
 def prune(model: nn.Module, train: Callable, test: Callable, sparsity: float, l1: float,

@@ -54,25 +54,24 @@ def score_images(split: Split, mean_std: Tensor, *, trials: int, epochs: int, lr
     (`last_epoch_weights`); the mean over `trials` trainings, which the processes of torchrun share.   -> [N]
     The paper does not say: SGD with momentum 0.9, no augmentation, and an image's loss is the one it is
     trained with.   mean_std [2, 3] on the device"""
-    device, mine, piece = mean_std.device, shard(list(range(trials))), f"{rank()} of {world_size()}"
+    device, mine, piece = mean_std.device, shard(range(trials)), f"{rank()} of {world_size()}"
     record = Record(device, trial=0, scores=torch.zeros(len(split), device=device))
     resume = checkpoint.load(piece)
-    first = 0
-    if resume:                                                       # all of its trainings done, or one begun
-        first = len(mine) if "scores" in resume else resume["trained"][-1]["trial"]
-    for i in range(first, len(mine)):
-        torch.manual_seed(generator("score", seed, mine[i]).initial_seed())
-        model = score_network(len(split.classes), split.image_size).to(device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=device.type == "cuda")
-        record["trial"] = i
-        for _ in fit((model, optimizer, learning_rates(optimizer, "constant", epochs), record),
-                     shuffled(torch.arange(len(split)), batch_size, "score", seed, mine[i]),
-                     add_losses(model, optimizer, record, split, mean_std, last_epoch_weights(epochs)),
-                     epochs=epochs, name=f"squeeze scores, training {i + 1} of {len(mine)}",
-                     resume=resume if i == first else None, save=partial(checkpoint.save_if_due, piece=piece),
-                     remedy="use a smaller --score-lr"):
-            pass
-    if first < len(mine) or not resume:
+    if not resume or "scores" not in resume:                         # else all of its trainings are done
+        for i in range(resume["trained"][-1]["trial"] if resume else 0, len(mine)):
+            torch.manual_seed(generator("score", seed, mine[i]).initial_seed())
+            model = score_network(len(split.classes), split.image_size).to(device)
+            optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=device.type == "cuda")
+            record["trial"] = i
+            for _ in fit((model, optimizer, learning_rates(optimizer, "constant", epochs), record),
+                         shuffled(torch.arange(len(split)), batch_size,
+                                  partial(generator, "score", seed, mine[i])),
+                         add_losses(model, optimizer, record, split, mean_std, last_epoch_weights(epochs)),
+                         epochs=epochs, name=f"squeeze scores, training {i + 1} of {len(mine)}",
+                         resume=resume, save=partial(checkpoint.save_if_due, piece=piece),
+                         remedy="use a smaller --score-lr"):
+                pass
+            resume = None                                            # was of one training
         checkpoint.save({"scores": record["scores"]}, piece)
     barrier()
     total = sum(checkpoint.read(f"{other} of {world_size()}")["scores"] for other in range(world_size()))

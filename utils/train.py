@@ -1,7 +1,7 @@
 """One training loop for backbones, weak teachers, score networks, MoCo, probes and students; accuracy."""
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -30,7 +30,6 @@ def fit(trained: tuple, draw_batches: Callable, train_epoch: Callable, *, epochs
     remedy        printed where a loss or a weight is not finite, which ends the phase
     """
     model, _, schedule, *_ = trained
-    train_epoch = normalisable(train_epoch, name)
     first, done = (resume["epoch"], resume["done"]) if resume else (0, 0)        # epoch, its steps done
     for part, state_dict in zip(trained, resume["trained"] if resume else ()):
         part.load_state_dict(state_dict)
@@ -52,48 +51,36 @@ def fit(trained: tuple, draw_batches: Callable, train_epoch: Callable, *, epochs
             rng.set_state(resume["rng"])
             progress.skip(sum(sizes[:done]))
         model.train()
-        for loss in train_epoch(epoch, batches[done:], rng):
-            done += 1
-            nonfinite.update(epoch * len(batches) + done, loss)
-            if save:
-                save(state)
-            progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", sizes[done - 1])
+        try:
+            for loss in train_epoch(epoch, batches[done:], rng):
+                done += 1
+                nonfinite.update(epoch * len(batches) + done, loss)
+                if save:
+                    save(state)
+                progress.step(lambda: f"epoch {epoch + 1}  loss {loss.item():.3f}", sizes[done - 1])
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            fail(f"{name}: BatchNorm cannot normalise a batch of one image; use a larger --batch-size, more "
+                 "images, or a network without BatchNorm such as convnet_w64")
         schedule.step()
         done = 0
         check_finite(nonfinite, model, name, remedy)
         yield epoch + 1
 
 
-def normalisable(train_epoch: Callable, name: str) -> Callable:
-    """train_epoch, but a batch of one value a channel, which BatchNorm cannot normalise, ends the phase."""
-    def checked(*args):
-        try:
-            yield from train_epoch(*args)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            fail(f"{name}: BatchNorm cannot normalise a batch of one image; use a larger --batch-size, more "
-                 "images, or a network without BatchNorm such as convnet_w64")
-    return checked
-
-
-def shuffled(rows: Tensor, batch_size: int, *key: str | int, drop_last: bool = False) -> Callable:
-    """-> draw_batches of `fit`: rows [N] in an order drawn from generator(*key, epoch). A last batch of one
-    image, which BatchNorm cannot normalise, joins the batch before; drop_last: only whole batches."""
+def shuffled(rows: Tensor, batch_size: int, rng_of: Callable, drop_last: bool = False) -> Callable:
+    """-> draw_batches of `fit`: rows [N] in an order drawn from the generator rng_of(epoch). A last batch of
+    one image, which BatchNorm cannot normalise, joins the batch before; drop_last: only whole batches."""
     def draw_batches(epoch):
-        rng = generator(*key, epoch)
-        return rng, split_batches(rows[torch.randperm(len(rows), generator=rng)], batch_size, drop_last)
+        rng = rng_of(epoch)
+        batches = list(rows[torch.randperm(len(rows), generator=rng)].split(batch_size))
+        if drop_last and len(batches[-1]) < batch_size:
+            batches.pop()
+        if len(batches) > 1 and batch_size > 1 and len(batches[-1]) == 1:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return rng, batches
     return draw_batches
-
-
-def split_batches(rows: Tensor, batch_size: int, drop_last: bool = False) -> list[Tensor]:
-    """rows [N] -> batches of batch_size, as in `shuffled`."""
-    batches = list(rows.split(batch_size))
-    if drop_last and len(batches[-1]) < batch_size:
-        batches.pop()
-    if len(batches) > 1 and batch_size > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
 
 
 def full_batch(count: int, whole_up_to: int, batch_size: int) -> int:
@@ -177,49 +164,23 @@ def learning_rates(optimizer: torch.optim.Optimizer, schedule: str, epochs: floa
     return lr_scheduler.SequentialLR(optimizer, [warmup, rates], [warmup_epochs])
 
 
-def split_accuracy(model: nn.Module, split, mean_std: Tensor, *, jointly: bool = False) -> float:
-    """Top-1 in % of a model on the images of a split (utils/data.py); mean_std [2, 3] on the model's device.
-    jointly: each process of torchrun tests a share of the images"""
-    return accuracy(model, network_inputs(split, mean_std, jointly), jointly)
-
-
-def network_inputs(split, mean_std: Tensor, jointly: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (normalised images, labels) of a split; jointly: this process's share of them."""
-    index = shard(torch.arange(len(split)).split(500)) if jointly else 500
-    return ((normalize(send(images, mean_std.device), *mean_std), labels)
-            for images, labels in split.batches(index))
-
-
 @torch.inference_mode()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], jointly: bool = False) -> float:
-    """Top-1 in % over batches of (network input, labels); jointly: over those of all processes."""
+def split_accuracy(model: nn.Module, split, mean_std: Tensor,
+                   jointly: bool = False) -> tuple[float, list[float | None]]:
+    """Test a model on a split (utils/data.py).   mean_std [2, 3] on the model's device; jointly: each process
+    of torchrun tests a share of the images   -> top-1 in %, of each class too; None for one without images"""
     model.eval()
-    correct = total = 0
-    for images, labels in batches:
-        correct += (model(images).argmax(1) == labels.to(images.device)).sum()
-        total += len(labels)
-    counts = torch.tensor([int(correct), total])
+    classes, counts = len(split.classes), torch.zeros(2, len(split.classes), dtype=torch.long)
+    for images, labels in split.batches(shard(torch.arange(len(split)).split(500)) if jointly else 500):
+        logits = model(normalize(send(images, mean_std.device), *mean_std))
+        labels = labels.to(logits.device)
+        right = labels[logits.argmax(1) == labels]
+        counts += torch.stack([each.bincount(minlength=classes) for each in (right, labels)]).cpu()
     if jointly and world_size() > 1:
         dist.all_reduce(counts)
-    return 100 * counts[0].item() / counts[1].item()
-
-
-@torch.inference_mode()
-def class_accuracies(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
-                     num_classes: int) -> list[float | None]:
-    """Top-1 in % of each class, over batches of (network input, labels); None for a class without images."""
-    model.eval()
-    counts = torch.zeros(2, num_classes, dtype=torch.long)
-    for images, labels in batches:
-        correct = model(images).argmax(1).cpu() == labels.cpu()
-        counts += torch.stack([labels.cpu()[correct].bincount(minlength=num_classes),
-                               labels.cpu().bincount(minlength=num_classes)])
-    return [round(100 * hits / total, 2) if total else None for hits, total in counts.T.tolist()]
-
-
-def floating(model: nn.Module) -> list[Tensor]:
-    """The model's floating-point weights and buffers, themselves, not copies."""
-    return [value for value in model.state_dict().values() if value.is_floating_point()]
+    right, total = counts.sum(1).tolist()
+    return 100 * right / total, [round(100 * hits / count, 2) if count else None
+                                 for hits, count in counts.T.tolist()]
 
 
 @contextmanager

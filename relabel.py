@@ -3,8 +3,8 @@
 For each epoch every image is cropped, flipped and mixed (CutMix); the backbones see the mixed image, and
 their logits are averaged after logit normalisation (Eq. 8; for ResNet50, ResNet101 and transformers as
 students --no-logit-norm, Table 6).
-Logits are stored, so Eq. 3's temperature is the student's choice. What was drawn is stored beside them, a row
-for each mixed sample, so that training replays what was labelled, in batches of any size.
+Logits are stored, so Eq. 3's temperature is the student's choice, and what was drawn beside them, a row for
+each mixed sample, so that training replays what was labelled, in batches of any size.
 
 reads   runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py
         runs/<dataset>/<run>/images/<class>/<id>.png             recover.py, or any ImageFolder (--images)
@@ -16,7 +16,7 @@ images=runs/cifar100/gvbsm-ipc10/images
 python relabel.py --dataset cifar100 --ipc 10 --tag noln --no-logit-norm --images $images
 """
 import argparse
-from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from utils import fail
 from utils.augment import apply_epoch
 from utils.cli import identity_flags, parse_args
 from utils.distilled import check_recovered, earlier_result, images_hash, load_images
-from utils.labels import LabelWriter, drawing
+from utils.labels import LabelWriter, draw_labels
 from utils.losses import ensemble_logits
 from utils.parser import Parser, number
 from utils.processes import barrier, rank, shard, warn
@@ -40,35 +40,17 @@ SATURATING_PIXELS = 1 << 20       # so many in a pass (1024 images of 32x32) kee
 
 @torch.inference_mode()
 def label_epoch(images: Tensor, mean_std: Tensor, draw: dict[str, Tensor], batch_size: int,
-                models: list[nn.Module], mix: str, logit_norm: bool, together: int = 1) -> Tensor:
+                models: list[nn.Module], mix: str, logit_norm: bool, together: int = 0) -> Tensor:
     """Ensemble logits of one epoch's mixed samples. The norms of Eq. 8 are those of one batch; `together`
-    batches share a pass.
+    batches share a pass, by default one on a CPU and as many as keep a GPU busy.
     images: uint8 [N, 3, S, S]; mean_std: [2, 3]; draw: from `draw_epoch`   -> [N, classes] by image"""
     draw, logits = send(draw, images.device), []
-    for rows in draw["order"].split(batch_size * together):
+    busy = SATURATING_PIXELS // (images[0, 0].numel() * batch_size) if images.is_cuda else 1
+    for rows in draw["order"].split(batch_size * (together or max(1, busy))):
         mixed = apply_epoch(images, draw, rows, mix, mean_std)
         outputs = torch.stack([model(mixed) for model in models])
         logits += [ensemble_logits(output, logit_norm) for output in outputs.split(batch_size, dim=1)]
     return torch.cat(logits)[draw["order"].argsort()]                # back to the order of the images
-
-
-def label_epochs(images: Tensor, mean_std: Tensor, models: dict[str, nn.Module],
-                 draws: Iterable[tuple[int, dict]], *, batch_size: int, mix: str = "cutmix",
-                 logit_norm: bool = True) -> Iterator[tuple[int, dict, Tensor]]:
-    """Label each of `draws`, an iterable of (epoch, draw from `draw_epoch`).   models: {name: in eval mode}
-    -> yields epoch, draw, logits float16 [N, classes] on the CPU. Stops where they are not finite"""
-    pixels = images[0, 0].numel() * batch_size
-    together = 1 if images.device.type == "cpu" else max(1, SATURATING_PIXELS // pixels)
-    for epoch, draw in draws:
-        def labels(chosen, norm=False):
-            return label_epoch(images, mean_std, draw, batch_size, chosen, mix, norm, together).half().cpu()
-
-        logits = labels(list(models.values()), logit_norm)
-        if not logits.isfinite().all():
-            names = [name for name, model in models.items() if not labels([model]).isfinite().all()]
-            fail(f"--backbones: the logits of {' '.join(names) or 'the ensemble'} are not finite in float16 "
-                 f"in epoch {epoch}; train again with squeeze.py, or name others")
-        yield epoch, draw, logits
 
 
 @torch.inference_mode()
@@ -92,19 +74,15 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     parser = identity_flags(Parser(__doc__))
     switch = dict(action=argparse.BooleanOptionalAction, default=True)
     add = parser.add_argument_group("method").add_argument
-    add("--images", type=Path, metavar="DIR",
-        help="a folder <class>/<file> of any origin, instead of the run's images")
-    add("--class-map", type=Path, metavar="FILE",
-        help="JSON {folder: class} where folders of --images have other names")
+    add("--images", type=Path, metavar="DIR", help="<class>/<file> of any origin, not the run's images")
+    add("--class-map", type=Path, metavar="FILE", help="JSON {folder of --images: class} for other names")
     add("--logit-norm", **switch, help="scale each backbone's logits to the mean norm [LN, Eq. 8]")
     add("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
     add("--flip", **switch, help="mirror views at random [not in the paper's tables]")
-    add("--crop-floor", type=number(float, 0.01, 1), default=0.08,
-        help="smallest share of the area that a random crop takes, 1 = off")
+    add("--crop-floor", type=number(float, 0.01, 1), default=0.08, help="least area of a crop, 1 = off")
     add("--epochs", type=number(int, 1), default=300, help="how many times every image is labelled")
     add("--batch-size", type=number(int, 1), default=64, help="images that share a mix box and Eq. 8's norms")
-    add("--whole-up-to", type=number(int, 0), default=100,
-        help="sets of up to so many images make one batch, 0 = never [||S||]")
+    add("--whole-up-to", type=number(int, 0), default=100, help="up to so many: one batch, 0 = off [||S||]")
     return parser
 
 
@@ -125,11 +103,11 @@ def main(argv=None):
     images, mean_std = images.to(device), torch.tensor([data["mean"], data["std"]], device=device)
     models = {name: channels_last(model) for name, model in models.items()}
     batch_size = full_batch(len(images), args.whole_up_to, args.batch_size)
-    draw, piece = drawing(args, data["image_size"]), f"epochs-{rank()}"
+    draw, piece = partial(draw_labels, args, data["image_size"], len(images)), f"epochs-{rank()}"
 
     with run.work() as checkpoint:
         writer = LabelWriter(checkpoint.folder, args.epochs, len(images), len(data["classes"]))
-        rms = logit_rms(images, mean_std, draw(0, len(images)), batch_size, models, args.mix)
+        rms = logit_rms(images, mean_std, draw(0), batch_size, models, args.mix)
         done = {epoch for saved in checkpoint.states() for epoch in saved["done"]}
         if rank() == 0 and not done:
             writer.create()
@@ -141,9 +119,15 @@ def main(argv=None):
 
         if todo := shard([epoch for epoch in range(args.epochs) if epoch not in done]):
             run.start(len(todo), "epochs")
-            draws = ((epoch, draw(epoch, len(images))) for epoch in todo)
-            for epoch, drawn, logits in label_epochs(images, mean_std, models, draws, batch_size=batch_size,
-                                                     mix=args.mix, logit_norm=args.logit_norm):
+            for epoch in todo:
+                drawn = draw(epoch)
+                label = partial(label_epoch, images, mean_std, drawn, batch_size, mix=args.mix)
+                logits = label(list(models.values()), logit_norm=args.logit_norm).half().cpu()
+                if not logits.isfinite().all():
+                    names = [name for name, model in models.items()
+                             if not label([model], logit_norm=False).half().isfinite().all()]
+                    fail(f"--backbones: the logits of {' '.join(names) or 'the ensemble'} are not finite in "
+                         f"float16 in epoch {epoch}; train again with squeeze.py, or name others")
                 writer.write(epoch, logits, drawn)
                 done.add(epoch)
                 run.step(state=state, piece=piece)

@@ -409,13 +409,12 @@ def store_labels(folder, epochs, count, classes):
 def label(images, units, models, size, classes, epochs, folder):
     """relabel.py without its main."""
     count, pixels = len(images), images.shape[-1]
-    draws = ((epoch, draw_epoch(count, pixels, size, "cutmix", generator("relabel", 0, epoch)))
-             for epoch in range(epochs))
     writer = LabelWriter(folder, epochs, count, classes)
     writer.create()
-    for epoch, draw, logits in relabel.label_epochs(images, units, dict(enumerate(models)), draws,
-                                                    batch_size=size):
-        writer.write(epoch, logits, draw)
+    for epoch in range(epochs):
+        draw = draw_epoch(count, pixels, size, "cutmix", generator("relabel", 0, epoch))
+        logits = relabel.label_epoch(images, units, draw, size, models, "cutmix", True)
+        writer.write(epoch, logits.half().cpu(), draw)
     writer.sync()
 
 

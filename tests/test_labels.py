@@ -104,10 +104,10 @@ def test_a_distilled_dataset_refuses_an_epoch_that_is_not_stored(labelled):
 
 
 def test_labels_without_flips_differ_in_nothing_else_that_is_drawn(relabelled):
-    before = labels.load_arrays(relabelled.run() / "labels")
-    before = {key: np.array(before[key]) for key in labels.DRAWN}
+    before = StoredLabels(relabelled.run() / "labels", "cutmix").drawn
+    before = {key: np.array(array) for key, array in before.items()}
     result = relabelled.call("relabel", "--no-flip --overwrite")
-    after = labels.load_arrays(relabelled.run() / "labels")
+    after = StoredLabels(relabelled.run() / "labels", "cutmix").drawn
     assert result["args"]["flip"] is False and before["flip"].any() and not after["flip"].any()
     assert all(np.array_equal(before[key], after[key]) for key in set(labels.DRAWN) - {"flip"})
     assert "--flip" in relabelled.mistake("relabel")

@@ -26,7 +26,7 @@ from utils import recorder
 from utils import train
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
 from utils.closed_form import ClosedFormMatching
-from utils.labels import LabelWriter, drawing
+from utils.labels import LabelWriter, draw_labels
 from utils.run import generator
 from utils.stats import Matching
 from utils.train import channels_last
@@ -776,7 +776,7 @@ def test_no_crop_of_labels_is_smaller_than_the_floor(recovered):
         recovered.call("relabel", f"--epochs 20 --crop-floor {floor} --overwrite")
         assert low < labels(recovered)["crop"][..., 2:].prod(-1).min() / 16 ** 2 < high
     args = SimpleNamespace(mix="none", seed=0, crop_floor=1.0, batch_size=8, whole_up_to=0, flip=False)
-    draw = drawing(args, 16)(0, 8)
+    draw = draw_labels(args, 16, 8, 0)
     assert draw["crop"].tolist() == 8 * [[0, 0, 16, 16]] and not draw["flip"].any()
 
 
@@ -787,12 +787,10 @@ def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path)
     for epochs in 25, 125:                                           # the first ones fill caches
         writer = LabelWriter(tmp_path / str(epochs), epochs, 50, 40)
         writer.create()
-        draws = ((epoch, draw_epoch(50, 8, 50, "cutmix", generator("relabel", 0, epoch)))
-                 for epoch in range(epochs))
         tracemalloc.start()  # numpy's arrays, not torch's tensors
-        for epoch, draw, logits in relabel.label_epochs(images, units, {"convnet_w8": model}, draws,
-                                                        batch_size=50):
-            writer.write(epoch, logits, draw)
+        for epoch in range(epochs):
+            draw = draw_epoch(50, 8, 50, "cutmix", generator("relabel", 0, epoch))
+            writer.write(epoch, relabel.label_epoch(images, units, draw, 50, [model], "cutmix", True), draw)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert np.load(tmp_path / str(epochs) / "logits.npy").shape == (epochs, 50, 40)

@@ -13,7 +13,7 @@ from utils import fail
 from utils.cli import call
 from utils.data import check_count, describe, list_folder, load_folder, load_split, read_class_map
 from utils.files import load_json
-from utils.labels import OnlineLabels, StoredLabels, drawing
+from utils.labels import OnlineLabels, StoredLabels
 from utils.processes import rank0_first
 from utils.provenance import check_classes, check_data, check_inputs, fingerprint, fingerprints, image_set
 from utils.teachers import check_alike, check_models, load_teachers
@@ -69,18 +69,26 @@ def load_sources(args: argparse.Namespace, paths: SimpleNamespace, device: torch
     -> before: result of the phase before, {} for images of other origin; data: of the teachers or the labels;
     teachers, records: of --labels online; starts, origins: {student: the model that --protocol prune begins
     with}, {student: its record}; hashes: {student: for `check_inputs`}; upstream: {phase: arguments}"""
-    before, upstream = {}, {}
-    if args.labels == "stored" or not args.images:
-        phase, path = ("relabel", paths.labels) if args.labels == "stored" else ("recover", paths.run)
-        before, upstream = earlier_result(phase, args, path)
-    data, teachers, records, starts, origins = before.get("data"), {}, {}, {}, {}
-    if args.labels == "online":
-        teachers, records, data = load_teachers(args, paths.teachers, device)
-    hashes = dict.fromkeys(args.students, origin(args, paths, before, records))
+    before, upstream, data, teachers, records, starts, origins = {}, {}, None, {}, {}, {}, {}
+    if args.labels == "stored":
+        before, upstream = earlier_result("relabel", args, paths.labels)
+        data, made_from = before["data"], before["made_from"]
+        if set(args.backbones) != set(made_from["weights"]):
+            fail(f"--backbones {' '.join(args.backbones)}: {paths.labels} was made with "
+                 f"{' '.join(made_from['weights'])}; name the same")
+        made_from = made_from | {"labels": fingerprint(json.dumps([before["args"], made_from]))}
+    else:
+        if not args.images:
+            before, upstream = earlier_result("recover", args, paths.run)
+        if args.labels == "online":
+            teachers, records, data = load_teachers(args, paths.teachers, device)
+        made_from = {"images": images_hash(args.images or paths.images, before)}
+        made_from |= fingerprints(records) if records else {}
+    hashes = dict.fromkeys(args.students, made_from)
     if args.protocol == "prune":                                     # train_student sets the precision
         named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})
         starts, origins, _ = load_teachers(named, paths.teachers, device)
-        hashes = {name: hashes[name] | {"teacher": origins[name]["fingerprint"]} for name in args.students}
+        hashes = {name: made_from | {"teacher": origins[name]["fingerprint"]} for name in args.students}
     for name, model in starts.items():
         if not channel_scales(model):
             fail(f"--students {name}: no BatchNorm scale decides over a channel of it; prune one such as "
@@ -89,18 +97,6 @@ def load_sources(args: argparse.Namespace, paths: SimpleNamespace, device: torch
         upstream["squeeze"] = upstream.get("squeeze", {}) | squeezed
     return SimpleNamespace(before=before, data=data, teachers=teachers, records=records, starts=starts,
                            origins=origins, hashes=hashes, upstream=upstream)
-
-
-def origin(args: argparse.Namespace, paths: SimpleNamespace, before: dict, records: dict[str, dict]) -> dict:
-    """What all students are made from.   -> {what: hash, or {backbone: hash}}"""
-    if args.labels == "stored":
-        labelled = before["made_from"]
-        if set(args.backbones) != set(labelled["weights"]):
-            fail(f"--backbones {' '.join(args.backbones)}: {paths.labels} was made with "
-                 f"{' '.join(labelled['weights'])}; name the same")
-        return labelled | {"labels": fingerprint(json.dumps([before["args"], labelled]))}
-    images = {"images": images_hash(args.images or paths.images, before)}
-    return images | fingerprints(records) if args.labels == "online" else images
 
 
 def load_distilled(args: argparse.Namespace, paths: SimpleNamespace, sources: SimpleNamespace, data: dict,
@@ -115,14 +111,16 @@ def load_distilled(args: argparse.Namespace, paths: SimpleNamespace, sources: Si
                                   paths.labels if stored else None)
     if stored:
         used = min(args.epochs, args.label_epochs or args.epochs)
-        labels = StoredLabels(paths.labels, sources.before["args"]["mix"], used)
+        try:
+            labels = StoredLabels(paths.labels, sources.before["args"]["mix"], used)
+        except ValueError as error:
+            fail(error)
         if used > (there := len(labels.logits)):
             fail(f"--{'label-' * (used < args.epochs)}epochs {used} is more than the {there} in "
                  f"{paths.labels}; use --label-epochs {there}, or run relabel.py --epochs {used} --overwrite")
     else:
         teachers = [channels_last(teacher) for teacher in sources.teachers.values()]
-        draw = drawing(args, data["image_size"])
-        labels = OnlineLabels(draw, args.mix, len(images), teachers, args.logit_norm)
+        labels = OnlineLabels(args, data["image_size"], len(images), teachers)
     return images.to(device), classes.to(device), labels
 
 

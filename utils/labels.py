@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import fail
 from utils.augment import apply_epoch, draw_epoch
 from utils.data import load_folder, read_class_map
 from utils.files import whole_file, writable
@@ -45,10 +43,8 @@ class RowFile:
 
     def create(self) -> None:
         """All zeros, which take no room on the disk."""
-        with whole_file(self.path) as temporary, open(temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape})
-            file.truncate(file.tell() + self.dtype.itemsize * math.prod(self.shape))
+        with whole_file(self.path) as temporary:
+            np.lib.format.open_memmap(temporary, "w+", self.dtype, self.shape)
 
     def write(self, index: int, row: np.ndarray) -> None:
         size = self.dtype.itemsize * math.prod(self.shape[1:])
@@ -90,70 +86,59 @@ class LabelWriter:
                 os.replace(file.path, Path(folder, file.path.name))
 
 
-def load_arrays(folder: str | Path) -> dict[str, np.ndarray]:
-    """{name: array, memory-mapped} of the label files.   ValueError where one is missing or damaged"""
-    try:
-        return {key: np.load(Path(folder, f"{key}.npy"), mmap_mode="r", allow_pickle=False)
-                for key in ("logits", *DRAWN)}
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{folder} does not hold whole labels ({error})") from None
-
-
-def draw_rows(arrays: dict[str, np.ndarray], epoch, rows=slice(None)) -> dict[str, Tensor]:
-    """What was drawn in an epoch, a number or one for each of rows, for these images: as from `draw_epoch`,
-    without "order"."""
-    draw = {key: torch.from_numpy(np.array(arrays[key][epoch, rows])) for key in DRAWN}
-    return {key: value.long() if key in ("crop", "partner", "box") else value for key, value in draw.items()}
-
-
-def drawing(args: argparse.Namespace, size: int) -> Callable:
-    """-> draw(epoch, count): `draw_epoch` of `count` images of `size` pixels, by relabel.py's arguments"""
-    def draw(epoch, count):
-        batch_size = full_batch(count, args.whole_up_to, args.batch_size)
-        return draw_epoch(count, size, batch_size, args.mix, generator("relabel", args.seed, epoch),
-                          (args.crop_floor, 1.0), args.flip)
-    return draw
+def draw_labels(args: argparse.Namespace, size: int, count: int, epoch: int) -> dict[str, Tensor]:
+    """`draw_epoch` of `count` images of `size` pixels, by relabel.py's arguments."""
+    batch_size = full_batch(count, args.whole_up_to, args.batch_size)
+    return draw_epoch(count, size, batch_size, args.mix, generator("relabel", args.seed, epoch),
+                      (args.crop_floor, 1.0), args.flip)
 
 
 class OnlineLabels:
-    """Labels made while a student trains: what `draw` (from `drawing`) draws for `count` images, and the
-    teachers' logits of the classes `seen`, by default all, by the norms of the student's batch (Eq. 8). For
-    hard labels: only what is drawn."""
+    """Labels made while a student trains: what `draw_labels` draws for `count` images of `size` pixels, and
+    the teachers' logits of the classes `seen`, by default all, by the norms of the student's batch (Eq. 8).
+    Hard labels have no teachers."""
 
-    def __init__(self, draw, mix, count, teachers=(), logit_norm=True, seen=slice(None)):
-        self.draw, self.mix, self.count, self.teachers, self.logit_norm, self.seen = (
-            draw, mix, count, teachers, logit_norm, seen)
+    def __init__(self, args, size, count, teachers=(), seen=slice(None)):
+        self.args, self.mix, self.size, self.count, self.teachers, self.seen = (
+            args, args.mix, size, count, teachers, seen)
 
     def epoch(self, epoch: int) -> dict[str, Tensor]:
-        return self.draw(epoch, self.count)
+        return draw_labels(self.args, self.size, self.count, epoch)
 
     @torch.no_grad()
     def soft_logits(self, epoch: int, batch: Tensor, mixed: Tensor) -> Tensor:
         if not self.teachers:
             return mixed.new_zeros(0)
         logits = torch.stack([teacher(mixed) for teacher in self.teachers])
-        return ensemble_logits(logits, self.logit_norm)[:, self.seen]
+        return ensemble_logits(logits, self.args.logit_norm)[:, self.seen]
 
     def of(self, rows: Tensor, seen: Tensor) -> "tuple[Tensor, OnlineLabels]":
         """For the images `rows` (booleans [N]) and the classes `seen` alone.   -> LongTensor [n], labels"""
         rows = rows.nonzero().flatten()
-        return rows, OnlineLabels(self.draw, self.mix, len(rows), self.teachers, self.logit_norm, seen)
+        return rows, OnlineLabels(self.args, self.size, len(rows), self.teachers, seen)
 
 
 class StoredLabels:
-    """Stored labels as train_eval.py uses them: what was drawn in an epoch, and the logits of its mixed
-    samples.   used: how many of the epochs a training uses, by default all"""
+    """The labels in a folder: what was drawn in an epoch, and the logits of its mixed samples.
+    mix: how they were mixed; used: how many of the epochs a training uses, by default all.   ValueError where
+    a file is missing or damaged"""
 
     def __init__(self, folder, mix, used=None):
         self.mix, self.used = mix, used
         try:
-            self.drawn = load_arrays(folder)
-        except ValueError as error:
-            fail(f"{error}; run relabel.py --overwrite")
+            self.drawn = {key: np.load(Path(folder, f"{key}.npy"), mmap_mode="r", allow_pickle=False)
+                          for key in ("logits", *DRAWN)}
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{folder} does not hold whole labels ({error}); run relabel.py "
+                             "--overwrite") from None
         self.logits = self.drawn.pop("logits")
 
     def epoch(self, epoch, rows=slice(None)) -> dict[str, Tensor]:
-        return draw_rows(self.drawn, epoch, rows)
+        """What was drawn in an epoch, a number or one for each of rows, for these images: as from
+        `draw_epoch`, without "order"."""
+        draw = {key: torch.from_numpy(np.array(array[epoch, rows])) for key, array in self.drawn.items()}
+        return {key: value.long() if key in ("crop", "partner", "box") else value
+                for key, value in draw.items()}
 
     def soft_logits(self, epoch, batch: Tensor, mixed: Tensor) -> Tensor:
         logits = torch.from_numpy(self.logits[epoch, batch.numpy()])
@@ -227,8 +212,9 @@ class DistilledDataset(torch.utils.data.Dataset):
             raise ValueError(f"{self.folder} was made for other images than {images}; run relabel.py "
                              "--overwrite")
         self.classes, self.targets = data["classes"], number.tolist()
-        self.mean_std, self.arrays = torch.tensor([data["mean"], data["std"]]), load_arrays(self.folder)
-        self.epochs, self.epoch = len(self.arrays["logits"]), torch.tensor(0).share_memory_()
+        self.mean_std = torch.tensor([data["mean"], data["std"]])
+        self.labels = StoredLabels(self.folder, self.mix)
+        self.epochs, self.epoch = len(self.labels.logits), torch.tensor(0).share_memory_()
         self.set_epoch(epoch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -246,15 +232,16 @@ class DistilledDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, rows):
         """Several samples at once, for a DataLoader."""
-        epoch, rows = self.epoch.item(), list(rows)
-        if self.arrays is None:                                      # in a worker that was not forked
-            self.arrays = load_arrays(self.folder)
+        epoch, batch = self.epoch.item(), torch.tensor(rows)
+        if self.labels is None:                                      # in a worker that was not forked
+            self.labels = StoredLabels(self.folder, self.mix)
         # an image of `rows` and its partner are len(rows) places apart
-        pairs = [*rows, *self.arrays["partner"][epoch, rows].tolist()]
-        draw = draw_rows(self.arrays, epoch, pairs) | {"partner": torch.arange(len(pairs)).roll(-len(rows))}
+        pairs = torch.cat([batch, torch.from_numpy(self.labels.drawn["partner"][epoch, rows])])
+        draw = self.labels.epoch(epoch, pairs.numpy())
+        draw["partner"] = torch.arange(len(pairs)).roll(-len(rows))
         mixed = apply_epoch(self.images[pairs], draw, torch.arange(len(rows)), self.mix, self.mean_std)
-        logits = torch.from_numpy(self.arrays["logits"][epoch, rows]).to(mixed)
+        logits = self.labels.soft_logits(epoch, batch, mixed)
         return [(mixed[i], logits[i], self.targets[row]) for i, row in enumerate(rows)]
 
     def __getstate__(self):
-        return self.__dict__ | {"arrays": None}          # a copied memory map holds the whole file
+        return self.__dict__ | {"labels": None}          # a copied memory map holds the whole file

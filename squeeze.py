@@ -2,10 +2,9 @@
 G-VBSM, arXiv:2311.17950, Sec. 2, Tables 7-9.
 
 Plain supervised training, the last epoch is kept; BatchNorm's running mean and variance become the statistics
-of Eq. 1. On ImageNet-1k torchvision's pretrained weights replace it (--pretrained), or any classifier's
-(--weights FILE). --objective moco is SC-DD's squeeze instead (arXiv:2404.07976, Sec. 2.4): MoCo, which sees
-no labels, and then a linear probe as the classifier. --objective probe trains that probe alone, on the
-self-supervised encoder of --weights FILE.
+of Eq. 1. torchvision's weights (--pretrained, ImageNet-1k) or any classifier's (--weights FILE) replace it.
+--objective moco is SC-DD's squeeze (arXiv:2404.07976, Sec. 2.4): MoCo, which sees no labels, and then a
+linear probe as the classifier; --objective probe trains that probe alone, on the encoder of --weights FILE.
 
 reads   data/<dataset>/...                                      the training and test images
 writes  runs/<dataset>/teachers/<teachers>/<backbone>.pt        weights, classes, test accuracy, arguments
@@ -130,22 +129,6 @@ def settings(args: argparse.Namespace, name: str = "") -> dict:
     return {key: relevant(args)[key] for key in names}
 
 
-def stored_teachers(names: list[str], args: argparse.Namespace, folder: Path) -> dict[str, dict]:
-    """The teachers that need not be made again.   names: a backbone before those that are made with it
-    -> {name: what `save_teacher` returns}"""
-    found = {}
-    for name in names:
-        path, (backbone, _, weak) = folder / f"{name}.pt", name.partition("@")
-        if record := load_finished(path, args, settings=settings(args, name), keys=TEACHER):
-            check_data(record["data"].get("fingerprint"), args, path)
-            found[name] = {"top1": record["top1"],
-                           "first_bn_variance": first_bn_variance(name, record["weights"])}
-        elif weak.isdigit() and backbone in found:
-            fail(f"{path} is missing; it can only be saved while {backbone}.pt is trained; {AGAIN}, or name "
-                 "another --teachers")
-    return found
-
-
 def save_teacher(path: Path, model: nn.Module, test: Split, mean_std: Tensor, about: dict) -> dict:
     """Test a model and write its checkpoint, with more `about` it.   -> {"top1": %, "first_bn_variance": only
     reported (SC-DD, Table 2)}"""
@@ -248,7 +231,7 @@ def check_flags(args: argparse.Namespace, device: torch.device) -> None:
 
 def get_parser():    # its defaults hold where utils/presets.py has none
     parser = identity_flags(Parser(__doc__))
-    rate, count, positive = number(float, 0), number(int, 0), number(int, 1)
+    rate, positive = number(float, 0), number(int, 1)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     add = parser.add_argument_group("method").add_argument
     add("--pretrained", **switch, help="torchvision's ImageNet weights instead of training")
@@ -277,13 +260,12 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     add("--score-batch-size", type=positive, default=512, help="images per step of each")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=50, help="passes over the training images")
-    add("--batch-size", type=positive, default=64,
-        help="images per step; a last batch of one image joins the batch before")
+    add("--batch-size", type=positive, default=64, help="images per step; one left over joins the last")
     add("--lr", type=rate, default=0.05, help="SGD learning rate")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum, 0 = off")
     add("--weight-decay", type=rate, default=0.0, help="SGD weight decay, 0 = off")
     add("--schedule", choices=["constant", "cosine", "step"], default="constant", help="of the learning rate")
-    add("--warmup-epochs", type=count, default=0, help="of a rising learning rate first, 0 = off")
+    add("--warmup-epochs", type=number(int, 0), default=0, help="of a rising learning rate first, 0 = off")
     add("--cuda-graphs", **switch, help="replay a step as one launch; for GPUs that wait for the host")
     return parser
 
@@ -299,8 +281,18 @@ def main(argv=None):
     device, paths = begin(args)
     check_flags(args, device)
     names = [one for name in args.backbones for one in teachers_of(name, args.save_epochs, args.pruned)]
-    found = stored_teachers(names, args, paths.teachers)
-    todo = [name for name in names if name not in found]
+    found, todo = {}, []                                             # {name: what `save_teacher` returns}
+    for name in names:                                               # a backbone before its weak teachers
+        path, (backbone, _, weak) = paths.teachers / f"{name}.pt", name.partition("@")
+        if record := load_finished(path, args, settings=settings(args, name), keys=TEACHER):
+            check_data(record["data"].get("fingerprint"), args, path)
+            found[name] = {"top1": record["top1"],
+                           "first_bn_variance": first_bn_variance(name, record["weights"])}
+        elif weak.isdigit() and backbone in found:
+            fail(f"{path} is missing; it can only be saved while {backbone}.pt is trained; {AGAIN}, or name "
+                 "another --teachers")
+        else:
+            todo.append(name)
     run = Run("squeeze", args, paths.teachers / "squeeze.json")
     if not todo and run.unchanged(settings(args) | {"backbones": args.backbones},
                                   top1={name: one["top1"] for name, one in found.items()}):

@@ -90,16 +90,12 @@ class MoCo(nn.Module):
             key = F.normalize(self.key(key_images[order]))[order.argsort()]
         negative = query @ self.queue.clone()                        # the backward pass needs it as it was
         logits = torch.cat([(query * key).sum(1, keepdim=True), negative], 1) / self.temperature
-        self.enqueue(key)
+        with torch.no_grad():                        # the oldest columns; behind the last comes the first
+            size = self.queue.shape[1]
+            columns = (self.pointer + torch.arange(len(key), device=key.device)) % size
+            self.queue[:, columns[-size:]] = key[-size:].T
+            self.pointer.copy_((self.pointer + len(key)) % size)
         return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
-
-    @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
-        """The oldest columns become keys [N, dim]; behind the last column comes the first."""
-        size = self.queue.shape[1]
-        columns = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
-        self.queue[:, columns[-size:]] = keys[-size:].T
-        self.pointer.copy_((self.pointer + len(keys)) % size)
 
 
 def train_moco(model: nn.Module, key: nn.Module, splits: dict[str, Split], rows: Tensor, mean_std: Tensor,

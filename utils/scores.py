@@ -19,7 +19,7 @@ from utils.processes import barrier, print_rank0, rank, shard, world_size
 from utils.provenance import AGAIN, relevant
 from utils.run import generator, send
 from utils.selection import drop_largest, last_epoch_weights
-from utils.train import Record, fit, learning_rates, make_step, shuffled
+from utils.train import Record, Training, fit, make_step, shuffled
 
 
 SCORES = ["score_trials", "score_epochs", "score_lr", "score_batch_size"]
@@ -61,9 +61,10 @@ def score_images(split: Split, mean_std: Tensor, *, trials: int, epochs: int, lr
         for i in range(resume["trained"][-1]["trial"] if resume else 0, len(mine)):
             torch.manual_seed(generator("score", seed, mine[i]).initial_seed())
             model = score_network(len(split.classes), split.image_size).to(device)
-            optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=device.type == "cuda")
+            training = Training("score", epochs, batch_size, lr, weight_decay=0, schedule="constant")
+            optimizer, schedule = training.optimizer(model)
             record["trial"] = i
-            for _ in fit((model, optimizer, learning_rates(optimizer, "constant", epochs), record),
+            for _ in fit((model, optimizer, schedule, record),
                          shuffled(torch.arange(len(split)), batch_size,
                                   partial(generator, "score", seed, mine[i])),
                          add_losses(model, optimizer, record, split, mean_std, last_epoch_weights(epochs)),

@@ -146,11 +146,11 @@ class Training(NamedTuple):
         """-> optimizer, the schedule of its learning rate"""
         sgd = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum,
                               weight_decay=self.weight_decay, fused=next(model.parameters()).is_cuda)
-        return sgd, learning_rates(sgd, self.schedule, self.epochs, warmup_epochs=self.warmup_epochs,
-                                   step_epochs=self.step_epochs, step_factor=self.step_factor)
+        return sgd, learning_rates(sgd, self.schedule, self.epochs, self.warmup_epochs, self.step_epochs,
+                                   self.step_factor)
 
 
-def learning_rates(optimizer: torch.optim.Optimizer, schedule: str, epochs: float, *, warmup_epochs: int = 0,
+def learning_rates(optimizer: torch.optim.Optimizer, schedule: str, epochs: float, warmup_epochs: int = 0,
                    step_epochs: int = 30, step_factor: float = 0.1) -> lr_scheduler.LRScheduler:
     """The schedule per epoch: constant, cosine to 0, or step (times step_factor after every step_epochs),
     after warmup_epochs in which the rate rises from a hundredth."""

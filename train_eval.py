@@ -154,37 +154,30 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     share, weight, count = number(float, 0, 1), number(float, 0), number(int, 1)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("method").add_argument
-    add("--images", type=Path, metavar="DIR",
-        help="a folder <class>/<file> of any origin, instead of the run's images")
-    add("--class-map", type=Path, metavar="FILE",
-        help="JSON {folder: class} where folders of --images have other names")
+    add("--images", type=Path, metavar="DIR", help="<class>/<file> of any origin, not the run's images")
+    add("--class-map", type=Path, metavar="FILE", help="JSON {folder of --images: class} for other names")
     add("--labels", choices=["stored", "online", "hard"], default="stored",
         help="by relabel.py; online: by the teachers during training; hard: only the class")
-    add("--label-epochs", type=count,
-        help="reuse the labels of the first N epochs; only these need be stored; default all")
+    add("--label-epochs", type=count, help="the labels of the first N epochs come again; default all")
     add("--loss", choices=["mse_gt", "kl", "kl_t2"], default="mse_gt",
         help="Eq. 11 as a mean over images and classes; or SRe2L's divergence, or that times tau squared")
     add("--gamma", type=weight, default=0.1, help="weight of the class in mse_gt, 0 = off [gamma]")
     add("--temperature", type=number(float, 1e-3), default=20.0, help="of kl and kl_t2 [tau, Eq. 3]")
     add("--logit-norm", action=switch, default=True, help="with --labels online [LN, Eq. 8]")
-    add("--mix", choices=["cutmix", "mixup", "none"], default="cutmix",
-        help="with --labels online or hard; stored labels know theirs")
-    add("--flip", action=switch, default=True, help="with --labels online or hard: mirror views at random")
-    add("--crop-floor", type=number(float, 0.01, 1), default=0.08,
-        help="with --labels online or hard: smallest share of the area that a random crop takes, 1 = off")
+    add = parser.add_argument_group("with --labels online or hard, what is drawn").add_argument
+    add("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
+    add("--flip", action=switch, default=True, help="mirror views at random")
+    add("--crop-floor", type=number(float, 0.01, 1), default=0.08, help="least area of a crop, 1 = off")
     add = parser.add_argument_group("optimization").add_argument
     add("--students", nargs="+", default=["convnet_w128"], metavar="NAME", help="networks to train [f_eval]")
     add("--student-seeds", nargs="+", type=number(int, 0, 10 ** 18), default=[0], metavar="SEED",
         help="one training of each student for each")
     add("--epochs", type=count, default=300, help="passes over the distilled images")
-    add("--batch-size", type=count, default=64,
-        help="images per step; a last batch of one image joins the batch before")
-    add("--whole-up-to", type=number(int, 0), default=100,
-        help="sets of up to so many images make one batch, 0 = never [||S||]")
+    add("--batch-size", type=count, default=64, help="images per step; one left over joins the last")
+    add("--whole-up-to", type=number(int, 0), default=100, help="up to so many: one batch, 0 = off [||S||]")
     add("--optimizer", nargs="+", default=["adamw"], metavar="NAME",
         help="adamw or sgd, and exceptions after it: sgd swin_t=adamw")
-    add("--lr", nargs="+", default=["0.001"], metavar="LR",
-        help="learning rate, and exceptions after it: 0.1 resnet18=0.2")
+    add("--lr", nargs="+", default=["0.001"], metavar="LR", help="and exceptions after it: 0.1 resnet18=0.2")
     add("--momentum", type=share, default=0.9, help="of sgd, 0 = off")
     add("--weight-decay", nargs="+", default=["0.0"], metavar="WEIGHT",
         help="on tensors of 2 or more dimensions, 0 = off, and exceptions after it: 0.0005 swin_t=0.01")
@@ -194,8 +187,7 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     add("--ema-decay", type=number(float, 0, 0.99999), default=0.0,
         help="per step, of a running average of the weights, which is what is tested; 0 = off")
     add("--evaluations", type=count, default=5, help="evenly spaced over the epochs, the last is the result")
-    add("--cuda-graphs", action=switch, default=False,
-        help="replay a step as one launch; for GPUs that wait for the host")
+    add("--cuda-graphs", action=switch, default=False, help="a step as one launch, for idle GPUs")
     add("--download", action="store_true", help="fetch a named data set when it is missing")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=["standard", "continual", "prune"], default="standard",
@@ -227,6 +219,11 @@ def main(argv=None):
             todo.append(name)
     if not todo:
         return
+
+    def summary(result):
+        compared = beside(result, paths.run.parent)
+        return f"{result['student']} {accuracy(result)} % of the test images ({compared})"
+
     train_data = load_train_data(args, paths, sources, device)
     pieces, classes = trainings(args, train_data), train_data["data"]["classes"]
     # one process finishes a student before the next; those of torchrun share the trainings of all students
@@ -247,15 +244,10 @@ def main(argv=None):
                 found = {"student": name, "labels": args.labels, **metrics(args, done),
                          "images": len(train_data["images"]), "tested": len(train_data["test"]),
                          "classes": classes}
-                runs[name].finish(found, partial(summary, folder=paths.run.parent), sources.upstream,
+                runs[name].finish(found, summary, sources.upstream,
                                   works[name].seconds() + earlier[name].get("seconds", 0))
                 warn_at_chance(name, found["top1"], len(classes), found["tested"],
                                "name more --epochs, another --lr or other --backbones")
-
-
-def summary(result: dict, folder: Path) -> str:
-    """The accuracy of a result, and what it compares with.   folder: runs/<dataset>"""
-    return f"{result['student']} {accuracy(result)} % of the test images ({beside(result, folder)})"
 
 
 if __name__ == "__main__":

@@ -74,15 +74,19 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     parser = identity_flags(Parser(__doc__))
     switch = dict(action=argparse.BooleanOptionalAction, default=True)
     add = parser.add_argument_group("method").add_argument
-    add("--images", type=Path, metavar="DIR", help="<class>/<file> of any origin, not the run's images")
-    add("--class-map", type=Path, metavar="FILE", help="JSON {folder of --images: class} for other names")
+    add("--images", type=Path, metavar="DIR",
+        help="a folder <class>/<file> of any origin, instead of the run's images")
+    add("--class-map", type=Path, metavar="FILE",
+        help="JSON {folder: class} where folders of --images have other names")
     add("--logit-norm", **switch, help="scale each backbone's logits to the mean norm [LN, Eq. 8]")
     add("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
     add("--flip", **switch, help="mirror views at random [not in the paper's tables]")
-    add("--crop-floor", type=number(float, 0.01, 1), default=0.08, help="least area of a crop, 1 = off")
+    add("--crop-floor", type=number(float, 0.01, 1), default=0.08,
+        help="smallest share of the area that a random crop takes, 1 = off")
     add("--epochs", type=number(int, 1), default=300, help="how many times every image is labelled")
     add("--batch-size", type=number(int, 1), default=64, help="images that share a mix box and Eq. 8's norms")
-    add("--whole-up-to", type=number(int, 0), default=100, help="up to so many: one batch, 0 = off [||S||]")
+    add("--whole-up-to", type=number(int, 0), default=100,
+        help="sets of up to so many images make one batch, 0 = never [||S||]")
     return parser
 
 

@@ -260,7 +260,8 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     add("--score-batch-size", type=positive, default=512, help="images per step of each")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=50, help="passes over the training images")
-    add("--batch-size", type=positive, default=64, help="images per step; one left over joins the last")
+    add("--batch-size", type=positive, default=64,
+        help="images per step; a last batch of one image joins the batch before")
     add("--lr", type=rate, default=0.05, help="SGD learning rate")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="SGD momentum, 0 = off")
     add("--weight-decay", type=rate, default=0.0, help="SGD weight decay, 0 = off")

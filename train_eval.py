@@ -40,8 +40,8 @@ from utils.protocols import earlier_seeds, metrics, prune, trainings
 from utils.report import accuracy, beside
 from utils.run import Run, begin, generator, script, send
 from utils.teachers import check_models, warn_at_chance
-from utils.train import (Graphed, Record, channels_last, fit, full_batch, learning_rates, make_step, shuffled,
-                         split_accuracy, swapped, with_precision)
+from utils.train import (Graphed, Record, channels_last, fit, floating, full_batch, learning_rates,
+                         make_step, shuffled, split_accuracy, swapped, with_precision)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -68,67 +68,74 @@ def student_loss(logits: Tensor, y: Tensor, soft: Tensor, partner_y: Tensor, rat
     return kl_loss(logits, soft, temperature) * (temperature ** 2 if kind == "kl_t2" else 1)
 
 
-def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespace, checkpoint: Checkpoint,
-                  piece: str, *, model: nn.Module | None = None, penalty: Callable = lambda: 0) -> dict:
-    """Train a student from scratch, or `model` further, in place, on mixed samples of the distilled images,
-    and resume from `piece` of the checkpoint.
-    train_data: from `load_train_data`; args: from `for_student`, lr as text; penalty(): added to the loss
-    -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch;
-    "images": how many}"""
-    torch.manual_seed(generator("student", seed, name).initial_seed())
-    images, classes, labels, data = (train_data[key] for key in ("images", "classes", "labels", "data"))
-    device, mean_std = images.device, train_data["mean_std"]
-    if model is None:
-        model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
-    model = with_precision(channels_last(model), device, args.precision)
-    kind, more = torch.optim.AdamW, {}
-    if args.optimizer == "sgd":
-        kind, more = torch.optim.SGD, {"momentum": args.momentum}
-    optimizer = kind(parameter_groups(model, args.weight_decay), lr=float(args.lr[0]),
-                     fused=device.type == "cuda", **more)
-    schedule = learning_rates(optimizer, args.schedule, args.epochs * args.lr_stretch)
-    weights = [value for value in model.state_dict().values()
-               if args.ema_decay and value.is_floating_point()]
-    record = Record(device, top1={}, top1_by_class=None, average=[value.clone() for value in weights])
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, train_data: dict, loss_of: Callable,
+          record: Record, *, label_epochs: int, ema_decay: float = 0.0,
+          cuda_graphs: bool = False) -> Callable:
+    """The `train_epoch` that `fit` calls: a student learns mixed samples of the distilled images; epoch e has
+    the labels of epoch e % label_epochs. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
+    record["average"]: running averages of `floating(model)`, at ema_decay a step"""
+    images, classes, labels = (train_data[key] for key in ("images", "classes", "labels"))
+    weights = floating(model) if ema_decay else []
     draw = {}                                                        # of this epoch; train_epoch sets it
 
     def mixed_samples(batch, *rows):                                 # takes only tensors, as `Graphed` needs
         drawn = dict(zip(draw, rows))
-        mixed = apply_epoch(images, drawn, batch, labels.mix, mean_std)
+        mixed = apply_epoch(images, drawn, batch, labels.mix, train_data["mean_std"])
         return mixed, classes[batch], classes[drawn["partner"][batch]], drawn["ratio"][batch]
 
-    def loss_of(mixed, *targets):
-        loss = student_loss(model(mixed), *targets, kind="hard" if args.labels == "hard" else args.loss,
-                            gamma=args.gamma, temperature=args.temperature)
-        return loss + penalty(),
-
-    step = make_step(optimizer, loss_of, args.cuda_graphs)
+    step = make_step(optimizer, lambda mixed, *targets: (loss_of(model(mixed), *targets),), cuda_graphs)
     graphs = defaultdict(partial(Graphed, mixed_samples))  # by the size of a batch: the last may differ
 
     def train_epoch(epoch, batches, rng):
         nonlocal draw
-        labelled = epoch % (args.label_epochs or args.epochs)
-        draw = send(labels.epoch(labelled), device)
+        labelled = epoch % label_epochs
+        draw = send(labels.epoch(labelled), images.device)
         for batch in batches:
-            mix = graphs[len(batch)] if args.cuda_graphs else mixed_samples
-            mixed, y, partner_y, ratio = mix(send(batch, device), *draw.values())
+            mix = graphs[len(batch)] if cuda_graphs else mixed_samples
+            mixed, y, partner_y, ratio = mix(send(batch, images.device), *draw.values())
             loss, = step(mixed, y, labels.soft_logits(labelled, batch, mixed), partner_y, ratio)
-            if weights:                                              # their running averages
-                torch._foreach_lerp_(record["average"], weights, 1 - args.ema_decay)
+            if ema_decay:
+                torch._foreach_lerp_(record["average"], weights, 1 - ema_decay)
             yield loss
+    return train_epoch
 
+
+def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespace, checkpoint: Checkpoint,
+                  piece: str, *, model: nn.Module | None = None, penalty: Callable = lambda: 0) -> dict:
+    """Train a student from scratch, or `model` further, in place, and resume from `piece` of the checkpoint.
+    train_data: from `load_train_data`; args: from `for_student`, lr as text; penalty(): added to the loss
+    -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch;
+    "images": how many}"""
+    torch.manual_seed(generator("student", seed, name).initial_seed())
+    data, count, device = train_data["data"], len(train_data["images"]), train_data["images"].device
+    if model is None:
+        model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
+    model = with_precision(channels_last(model), device, args.precision)
+    groups, fused = parameter_groups(model, args.weight_decay), device.type == "cuda"
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=float(args.lr[0]), fused=fused)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=float(args.lr[0]), momentum=args.momentum, fused=fused)
+    schedule = learning_rates(optimizer, args.schedule, args.epochs * args.lr_stretch)
+    weights = floating(model) if args.ema_decay else []
+    record = Record(device, top1={}, top1_by_class=None, average=[value.clone() for value in weights])
+    loss = partial(student_loss, kind="hard" if args.labels == "hard" else args.loss, gamma=args.gamma,
+                   temperature=args.temperature)
+    train_epoch = learn(model, optimizer, train_data, lambda *inputs: loss(*inputs) + penalty(),
+                        record, label_epochs=args.label_epochs or args.epochs, ema_decay=args.ema_decay,
+                        cuda_graphs=args.cuda_graphs)
     rng = generator("order", seed, name)     # one for all epochs; batches need not be those of relabel.py
-    batch_size = full_batch(len(images), args.whole_up_to, args.batch_size)
+    batch_size = full_batch(count, args.whole_up_to, args.batch_size)
     for epoch in fit((model, optimizer, schedule, record),
-                     shuffled(torch.arange(len(images)), batch_size, lambda epoch: rng), train_epoch,
+                     shuffled(torch.arange(count), batch_size, lambda epoch: rng), train_epoch,
                      epochs=args.epochs, name=f"train_eval {name} seed {seed}",
                      resume=checkpoint.load(piece), save=partial(checkpoint.save_if_due, piece=piece)):
         # `evaluations` evenly spaced epochs, the last of them the last epoch
         if epoch * args.evaluations // args.epochs > (epoch - 1) * args.evaluations // args.epochs:
             with swapped(weights, record["average"]):
-                record["top1"][epoch], record["top1_by_class"] = split_accuracy(model, train_data["test"],
-                                                                                mean_std)
-    return {"top1": record["top1"], "top1_by_class": record["top1_by_class"], "images": len(images)}
+                record["top1"][epoch], record["top1_by_class"] = split_accuracy(
+                    model, train_data["test"], train_data["mean_std"])
+    return {"top1": record["top1"], "top1_by_class": record["top1_by_class"], "images": count}
 
 
 def train_piece(name: str, piece: str, seed: int, train_data: dict, checkpoint: Checkpoint,
@@ -154,30 +161,37 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     share, weight, count = number(float, 0, 1), number(float, 0), number(int, 1)
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("method").add_argument
-    add("--images", type=Path, metavar="DIR", help="<class>/<file> of any origin, not the run's images")
-    add("--class-map", type=Path, metavar="FILE", help="JSON {folder of --images: class} for other names")
+    add("--images", type=Path, metavar="DIR",
+        help="a folder <class>/<file> of any origin, instead of the run's images")
+    add("--class-map", type=Path, metavar="FILE",
+        help="JSON {folder: class} where folders of --images have other names")
     add("--labels", choices=["stored", "online", "hard"], default="stored",
         help="by relabel.py; online: by the teachers during training; hard: only the class")
-    add("--label-epochs", type=count, help="the labels of the first N epochs come again; default all")
+    add("--label-epochs", type=count,
+        help="reuse the labels of the first N epochs; only these need be stored; default all")
     add("--loss", choices=["mse_gt", "kl", "kl_t2"], default="mse_gt",
         help="Eq. 11 as a mean over images and classes; or SRe2L's divergence, or that times tau squared")
     add("--gamma", type=weight, default=0.1, help="weight of the class in mse_gt, 0 = off [gamma]")
     add("--temperature", type=number(float, 1e-3), default=20.0, help="of kl and kl_t2 [tau, Eq. 3]")
     add("--logit-norm", action=switch, default=True, help="with --labels online [LN, Eq. 8]")
-    add = parser.add_argument_group("with --labels online or hard, what is drawn").add_argument
+    add = parser.add_argument_group("views of the images, with --labels online or hard").add_argument
     add("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
     add("--flip", action=switch, default=True, help="mirror views at random")
-    add("--crop-floor", type=number(float, 0.01, 1), default=0.08, help="least area of a crop, 1 = off")
+    add("--crop-floor", type=number(float, 0.01, 1), default=0.08,
+        help="smallest share of the area that a random crop takes, 1 = off")
     add = parser.add_argument_group("optimization").add_argument
     add("--students", nargs="+", default=["convnet_w128"], metavar="NAME", help="networks to train [f_eval]")
     add("--student-seeds", nargs="+", type=number(int, 0, 10 ** 18), default=[0], metavar="SEED",
         help="one training of each student for each")
     add("--epochs", type=count, default=300, help="passes over the distilled images")
-    add("--batch-size", type=count, default=64, help="images per step; one left over joins the last")
-    add("--whole-up-to", type=number(int, 0), default=100, help="up to so many: one batch, 0 = off [||S||]")
+    add("--batch-size", type=count, default=64,
+        help="images per step; a last batch of one image joins the batch before")
+    add("--whole-up-to", type=number(int, 0), default=100,
+        help="sets of up to so many images make one batch, 0 = never [||S||]")
     add("--optimizer", nargs="+", default=["adamw"], metavar="NAME",
         help="adamw or sgd, and exceptions after it: sgd swin_t=adamw")
-    add("--lr", nargs="+", default=["0.001"], metavar="LR", help="and exceptions after it: 0.1 resnet18=0.2")
+    add("--lr", nargs="+", default=["0.001"], metavar="LR",
+        help="learning rate, and exceptions after it: 0.1 resnet18=0.2")
     add("--momentum", type=share, default=0.9, help="of sgd, 0 = off")
     add("--weight-decay", nargs="+", default=["0.0"], metavar="WEIGHT",
         help="on tensors of 2 or more dimensions, 0 = off, and exceptions after it: 0.0005 swin_t=0.01")
@@ -187,7 +201,8 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     add("--ema-decay", type=number(float, 0, 0.99999), default=0.0,
         help="per step, of a running average of the weights, which is what is tested; 0 = off")
     add("--evaluations", type=count, default=5, help="evenly spaced over the epochs, the last is the result")
-    add("--cuda-graphs", action=switch, default=False, help="a step as one launch, for idle GPUs")
+    add("--cuda-graphs", action=switch, default=False,
+        help="replay a step as one launch; for GPUs that wait for the host")
     add("--download", action="store_true", help="fetch a named data set when it is missing")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=["standard", "continual", "prune"], default="standard",

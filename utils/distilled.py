@@ -2,6 +2,7 @@
 and the results of the phases behind them."""
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from utils import fail
 from utils.cli import call
 from utils.data import check_count, describe, list_folder, load_folder, load_split, read_class_map
 from utils.files import load_json
-from utils.labels import OnlineLabels, StoredLabels
+from utils.labels import OnlineLabels, StoredLabels, draw_labels
 from utils.processes import rank0_first
 from utils.provenance import check_classes, check_data, check_inputs, fingerprint, fingerprints, image_set
 from utils.teachers import check_alike, check_models, load_teachers
@@ -120,7 +121,8 @@ def load_distilled(args: argparse.Namespace, paths: SimpleNamespace, sources: Si
                  f"{paths.labels}; use --label-epochs {there}, or run relabel.py --epochs {used} --overwrite")
     else:
         teachers = [channels_last(teacher) for teacher in sources.teachers.values()]
-        labels = OnlineLabels(args, data["image_size"], len(images), teachers)
+        draw = partial(draw_labels, args, data["image_size"])
+        labels = OnlineLabels(draw, args.mix, len(images), teachers, args.logit_norm)
     return images.to(device), classes.to(device), labels
 
 

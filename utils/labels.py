@@ -94,28 +94,28 @@ def draw_labels(args: argparse.Namespace, size: int, count: int, epoch: int) -> 
 
 
 class OnlineLabels:
-    """Labels made while a student trains: what `draw_labels` draws for `count` images of `size` pixels, and
-    the teachers' logits of the classes `seen`, by default all, by the norms of the student's batch (Eq. 8).
-    Hard labels have no teachers."""
+    """Labels made while a student trains: what `draw`, of (count, epoch), draws for `count` images, and the
+    teachers' logits of the classes `seen`, by default all, by the norms of the student's batch (Eq. 8). Hard
+    labels have no teachers."""
 
-    def __init__(self, args, size, count, teachers=(), seen=slice(None)):
-        self.args, self.mix, self.size, self.count, self.teachers, self.seen = (
-            args, args.mix, size, count, teachers, seen)
+    def __init__(self, draw, mix, count, teachers=(), logit_norm=True, seen=slice(None)):
+        self.draw, self.mix, self.count, self.teachers, self.logit_norm, self.seen = (
+            draw, mix, count, teachers, logit_norm, seen)
 
     def epoch(self, epoch: int) -> dict[str, Tensor]:
-        return draw_labels(self.args, self.size, self.count, epoch)
+        return self.draw(self.count, epoch)
 
     @torch.no_grad()
     def soft_logits(self, epoch: int, batch: Tensor, mixed: Tensor) -> Tensor:
         if not self.teachers:
             return mixed.new_zeros(0)
         logits = torch.stack([teacher(mixed) for teacher in self.teachers])
-        return ensemble_logits(logits, self.args.logit_norm)[:, self.seen]
+        return ensemble_logits(logits, self.logit_norm)[:, self.seen]
 
     def of(self, rows: Tensor, seen: Tensor) -> "tuple[Tensor, OnlineLabels]":
         """For the images `rows` (booleans [N]) and the classes `seen` alone.   -> LongTensor [n], labels"""
         rows = rows.nonzero().flatten()
-        return rows, OnlineLabels(self.args, self.size, len(rows), self.teachers, seen)
+        return rows, OnlineLabels(self.draw, self.mix, len(rows), self.teachers, self.logit_norm, seen)
 
 
 class StoredLabels:

@@ -183,6 +183,11 @@ def split_accuracy(model: nn.Module, split, mean_std: Tensor,
                                  for hits, count in counts.T.tolist()]
 
 
+def floating(model: nn.Module) -> list[Tensor]:
+    """The model's floating-point weights and buffers, themselves, not copies."""
+    return [value for value in model.state_dict().values() if value.is_floating_point()]
+
+
 @contextmanager
 @torch.no_grad()
 def swapped(weights: list[Tensor], others: list[Tensor]) -> Iterator[None]:

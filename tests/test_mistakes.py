@@ -283,7 +283,7 @@ def test_teachers_trained_anew_since_the_images_were_made(phase, flags, relabell
 def test_images_of_other_backbones(relabelled):
     relabelled.call("recover", "--tag one --backbones convnet_w8")
     tells(relabelled.mistake("relabel", "--tag one"),
-          "was made from weights of convnet_w8, not of convnet_w8 wrn10_1; name the same --backbones")
+          "was made from other weights (wrn10_1) than the present ones; name the same --backbones")
 
 
 def test_a_recovery_from_teachers_or_statistics_made_anew_is_not_repeated(relabelled):

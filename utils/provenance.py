@@ -21,12 +21,8 @@ def fingerprint(*parts) -> str:
     """sha256 of files (paths), texts and arrays, one after another."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, Path):
-            with open(part, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        else:
-            digest.update(os.fsencode(part) if isinstance(part, str) else part)
+        part = part.read_bytes() if isinstance(part, Path) else part
+        digest.update(os.fsencode(part) if isinstance(part, str) else part)
     return digest.hexdigest()
 
 
@@ -43,10 +39,8 @@ def fingerprints(records: dict[str, dict]) -> dict[str, dict[str, str]]:
 
 def check_data(then: str | None, args: argparse.Namespace, path: Path) -> None:
     """Stop where what lies at `path` was made of other data.   then: a hash, or None"""
-    now = getattr(args, "data_set", {}).get("fingerprint")
-    if then and now and then != now:
-        fail(f"the images of --dataset {args.dataset} have changed since {path} was made; run all phases "
-             "from squeeze.py on with --overwrite, or name another --run-dir")
+    if then and (now := getattr(args, "data_set", {}).get("fingerprint")):
+        check_inputs({"data": then}, {"data": now}, path)
 
 
 def relevant(args: argparse.Namespace) -> dict:
@@ -59,14 +53,15 @@ def check_same(stored: dict, settings: dict, path: Path, begun=(), typed=()) -> 
     """Stop when the result or the unfinished work at `path` has other settings.
     stored, settings: {argument: value}; begun, typed: words of the command that began unfinished work, and of
     this one, () for a result"""
-    stored = {key: ASSUMED[key] for key in ASSUMED.keys() & settings.keys()} | stored
+    stored = ASSUMED | stored
     changed = [key for key in settings if key in stored and stored[key] != settings[key] and not (
         key == "image_size" and None in (stored[key], settings[key]) or        # None: found out
         key == "dataset" and Path(stored[key]).expanduser().resolve() == Path(settings[key]).resolve())]
     if not changed:
         return
-    chosen = [key for key in changed if {flag_name(key), f"--no-{flag_name(key)[2:]}"} & {*begun, *typed}]
-    told = ", ".join(f"{flag_name(key)} {stored[key]} (now {settings[key]})" for key in chosen or changed)
+    flags = {key: f"--{key.replace('_', '-')}" for key in changed}
+    chosen = [key for key in changed if {flags[key], flags[key].replace("--", "--no-")} & {*begun, *typed}]
+    told = ", ".join(f"{flags[key]} {stored[key]} (now {settings[key]})" for key in chosen or changed)
     if begun:
         fail(f"{path} is unfinished: `{shlex.join(begun)}` began it with {told}; repeat that command, or "
              f"{AGAIN}")
@@ -74,27 +69,19 @@ def check_same(stored: dict, settings: dict, path: Path, begun=(), typed=()) -> 
     fail(f"{path} was made with {told}; choose another {other}, or {AGAIN}")
 
 
-def flag_name(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
-
-
 def check_inputs(stored: dict, now: dict, path: Path, remedy: str = AGAIN) -> None:
-    """Stop where `path` was made from other files.   stored, now: {kind: hash or {name: hash}}"""
+    """Stop where `path` was made from other files.   stored, now: {kind: hash or {name: hash or None}}"""
     for kind, found in now.items():
         if kind == "data" and kind not in stored:                    # older than fingerprints of data sets
             continue
-        before = stored.get(kind)
-        before, found = ({name: one for name, one in value.items() if one} if isinstance(value, dict)
-                         else {"": value} for value in (before, found))
-        changed = [name for name in before | found if before.get(name) != found.get(name)]
+        before, found = (value if isinstance(value, dict) else {"": value}
+                         for value in (stored.get(kind), found))
+        changed = sorted(name for name in before | found if before.get(name) != found.get(name))
         if changed and kind == "data":
-            fail(f"the images of the data set have changed since {path} was made; run all phases from "
+            fail(f"the images of --dataset have changed since {path} was made; run all phases from "
                  "squeeze.py on with --overwrite, or name another --run-dir")
-        if changed and before.keys() != found.keys():
-            had, has = (" ".join(sorted(names)) or "none" for names in (before, found))
-            fail(f"{path} was made from {kind} of {had}, not of {has}; {remedy}")
         if changed:
-            names = f" ({' '.join(sorted(changed))})" if all(changed) else ""
+            names = f" ({' '.join(changed)})" if all(changed) else ""
             fail(f"{path} was made from other {kind}{names} than the present ones; {remedy}")
 
 
@@ -102,8 +89,6 @@ def check_classes(found: list[str], expected: list[str], where: str | Path, othe
                   remedy: str = "use the same data set for both") -> None:
     """Stop unless two files or folders have the same classes in the same order."""
     if list(found) != list(expected):
-        pair = next(((a, b) for a, b in zip(found, expected) if a != b), None)
-        what = f"{len(found)} classes, not {len(expected)}"
-        if pair:
-            what = f"class {pair[0]!r} stands where {pair[1]!r} does"
+        what = next((f"class {a!r} stands where {b!r} does" for a, b in zip(found, expected) if a != b),
+                    f"{len(found)} classes, not {len(expected)}")
         fail(f"{where} and {other} differ in their classes ({what}); {remedy}")

@@ -275,7 +275,8 @@ def test_a_folder_does_not_share_results_with_the_data_set_it_is_named_as(tmp_pa
     for now, before in ("shapes", folder), (folder, "shapes"):
         args = cli.identity_flags(parser.Parser("")).parse_args(["--dataset", now])
         earlier = {"x": {"data_set": found[before], "args": {"dataset": before}}}
-        assert_fails(capsys, [before, "--run-dir"], cli.check_data_set, args, found[now], earlier)
+        words = [found[before]["path"] or before, "--run-dir"]
+        assert_fails(capsys, words, cli.check_data_set, args, found[now], earlier)
 
 
 @pytest.fixture

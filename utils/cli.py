@@ -28,8 +28,7 @@ def identity_flags(parser: Parser) -> Parser:
                     "parentheses: what would run)")
     add = parser.add_argument_group("data and identity, the same in every phase").add_argument
     add("--dataset", default="shapes", metavar="NAME|FOLDER",
-        help="shapes, cifar10, cifar100, tiny, imagenet, or a folder with train/ and val/ or test/ (with "
-             "--holdout train/ alone)")
+        help=f"{', '.join(DATASETS)}, or a folder with train/ and val/ or test/ (--holdout: train/ alone)")
     add("--ipc", type=number(int, 1), default=10, help="distilled images per class [IPC]")
     add("--method", choices=METHODS, default="gvbsm",
         help=f"how images are made, {', '.join(SELECTIONS)} choose real ones")
@@ -47,8 +46,7 @@ def identity_flags(parser: Parser) -> Parser:
     add("--image-size", type=number(int, 8, 4096), help="pixels of a side; of a folder found out by default")
     add = parser.add_argument_group("run").add_argument
     add("--run-dir", default="runs", metavar="DIR", help="where results go")
-    add("--seed", type=number(int, 0, 10 ** 18), default=0,
-        help="of all that is random, but for --student-seeds")
+    add("--seed", type=number(int, 0, 10 ** 18), default=0, help="of all that is drawn but --student-seeds")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes cuda where there is one")
     add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="tf32",
         help="of matrix products: tf32 is fp32 except on a GPU; auto is bf16 where that is native and "
@@ -56,8 +54,7 @@ def identity_flags(parser: Parser) -> Parser:
     add("--workers", type=number(int, 0), default=2, help="processes or threads that read images")
     add("--overwrite", action="store_true",
         help="start again; without it, a finished phase returns and unfinished work goes on")
-    add("--checkpoint-minutes", type=number(float, 0), default=5.0,
-        help="between saved states of unfinished work, 0 = every step")
+    add("--checkpoint-minutes", type=number(float, 0), default=5.0, help="between saves, 0 = every step")
     return parser
 
 
@@ -72,45 +69,32 @@ def parse_args(parser: Parser, phase: str, argv: list[str] | None = None,
     data_set = find(known.dataset, known.data_dir, [one["data_set"] for one in earlier.values()],
                     known.holdout)
     check_data_set(known, data_set, earlier)
-    recipe = known.recipe or known.method if phase in ("relabel", "train_eval") else None
-
-    def values():
-        own = known.dataset not in DATASETS and data_set["image_size"] <= SMALL
-        data_set["column"] = known.dataset if known.dataset in DATASETS else folder_column(
-            data_set["image_size"], data_set["classes"])
-        if (known.method, data_set["column"]) == ("scdd", "imagenet") and data_set["image_size"] <= SMALL:
-            data_set["column"] = "tiny"      # MoCo is trained there, ImageNet's coefficients are MoCo v3's
-        return preset_values(known.preset, data_set["column"], phase, known.ipc, recipe or known.method,
-                             (data_set["train"], data_set["classes"]) if own else None)
-
+    method = known.recipe if known.recipe and phase in ("relabel", "train_eval") else known.method
     data_set["image_size"] = known.image_size or data_set["image_size"]
-    defaults = values()
+    defaults = preset_defaults(known, data_set, phase, method)
     typed = known.teachers != early.get_default("teachers")
     teachers = known.teachers if typed else defaults.get("teachers", known.teachers)
-    path = run_folder(known) / "teachers" / teachers / "squeeze.json"
-    anew = phase == "squeeze" and known.overwrite
-    decided = {} if anew else earlier.get(path, {}).get("data_set", {})
-    if known.image_size and decided.get("image_size", known.image_size) != known.image_size:
-        fail(f"--image-size {known.image_size}: squeeze.py chose {decided['image_size']} ({path}); leave it "
-             "out, or squeeze again with --overwrite or under another --teachers")
-    if decided:
+    path, decided = run_folder(known) / "teachers" / teachers / "squeeze.json", {}
+    if path in earlier and not (phase == "squeeze" and known.overwrite):
+        decided = earlier[path]["data_set"]
+        if known.image_size not in (None, decided["image_size"]):
+            fail(f"--image-size {known.image_size}: squeeze.py chose {decided['image_size']} ({path}); leave "
+                 "it out, or squeeze again with --overwrite or under another --teachers")
         data_set["image_size"] = decided["image_size"]
-        defaults = values()
+        defaults = preset_defaults(known, data_set, phase, method)
         if decided.get("backbones") and phase != "squeeze":
             defaults["backbones"] = decided["backbones"]
-    if defaults.get("pretrained") and (known.dataset != "imagenet" or data_set["image_size"] <= SMALL):
-        defaults["pretrained"] = False  # the weights are of ImageNet's classes, at sizes above 64 pixels
     if unread := set(defaults) - {action.dest for action in parser._actions}:
         raise KeyError(f"preset values without a flag in {phase}.py: {sorted(unread)}")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.precision == "auto" and phase in ("collect_stats", "recover"):
         args.precision = "tf32"               # statistics and pixels are float32
-    args.recipe = recipe if recipe != args.method else None
+    args.recipe = method if method != args.method else None
     args.typed = ["python", f"{phase}.py", *argv]
     args.given = {flag: value for flag, value in vars(known).items()
                   if flag in SHARED and value != early.get_default(flag)}
-    if args.dataset not in DATASETS or "image_size" in decided:
+    if args.dataset not in DATASETS or decided:
         args.image_size = data_set["image_size"]
     weak = getattr(args, "save_epochs", "none") != "none" or getattr(args, "pruned", 0)
     chosen = "backbones" in args.given and decided.get("backbones") or args.backbones
@@ -120,6 +104,20 @@ def parse_args(parser: Parser, phase: str, argv: list[str] | None = None,
         if twice := [str(name) for name in names if names.count(name) > 1]:
             fail(f"--{flag.replace('_', '-')} names {twice[0]} twice; name it once")
     return args
+
+
+def preset_defaults(known: argparse.Namespace, data_set: dict, phase: str, method: str) -> dict:
+    """The preset's values for a data set at its image_size. Sets data_set["column"], that of the tables."""
+    size, classes, named = data_set["image_size"], data_set["classes"], known.dataset in DATASETS
+    column = known.dataset if named else folder_column(size, classes)
+    if (known.method, column) == ("scdd", "imagenet") and size <= SMALL:
+        column = "tiny"                      # MoCo is trained there, ImageNet's coefficients are MoCo v3's
+    data_set["column"] = column
+    own = None if named or size > SMALL else (data_set["train"], classes)
+    values = preset_values(known.preset, column, phase, known.ipc, method, own)
+    if values.get("pretrained") and (known.dataset != "imagenet" or size <= SMALL):
+        values["pretrained"] = False         # the weights are of ImageNet's classes, at sizes above 64 pixels
+    return values
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -141,15 +139,13 @@ def earlier_results(args: argparse.Namespace) -> dict[Path, dict]:
 
 def check_data_set(args: argparse.Namespace, data_set: dict, earlier: dict[Path, dict]) -> None:
     """Two data sets of one name do not share a folder."""
-    for path, result in earlier.items():
+    for result in earlier.values():
         other, before = result["data_set"], result.get("args", {}).get("dataset", args.dataset)
-        if (before in DATASETS) != (args.dataset in DATASETS) and other.get("path") != data_set["path"]:
-            fail(f"{run_folder(args)} is of --dataset {before}, another data set of that name; name another "
-                 "--run-dir")
-        moved = other.get("path") and data_set["path"] not in (None, other["path"])
-        if moved and other["fingerprint"] != data_set["fingerprint"]:
-            fail(f"{run_folder(args)} is of another data set of that name, {other['path']}; name another "
-                 f"--run-dir for {data_set['path']}, or rename its folder")
+        there, here = other.get("path"), data_set["path"]
+        if there != here and ((before in DATASETS) != (args.dataset in DATASETS) or
+                              there and here and other["fingerprint"] != data_set["fingerprint"]):
+            fail(f"{run_folder(args)} is of another data set of that name, {there or before}; name another "
+                 f"--run-dir for {here or args.dataset}, or rename its folder")
 
 
 def describe_choice(args: argparse.Namespace) -> str:
@@ -201,9 +197,9 @@ def for_student(args: argparse.Namespace, name: str) -> argparse.Namespace:
                 raise ValueError
             own[flag] = values.get(name, values[""])
         except (KeyError, ValueError, argparse.ArgumentTypeError):
-            what = "adamw or sgd, and exceptions such as swin_t=adamw" if flag == "optimizer" else (
-                f"one {'positive ' * (flag == 'lr')}number, and exceptions such as resnet18=0.2")
-            fail(f"--{flag.replace('_', '-')} {' '.join(words)}: give {what} after it")
+            example = "sgd swin_t=adamw" if flag == "optimizer" else "0.1 resnet18=0.2"
+            fail(f"--{flag.replace('_', '-')} {' '.join(words)}: give a value, and exceptions after it, such "
+                 f"as {example}")
     return argparse.Namespace(**vars(args) | own)
 
 

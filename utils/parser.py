@@ -3,8 +3,8 @@ import argparse
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from utils import fail
 
@@ -16,20 +16,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=Formatter)
 
     def parse_known_args(self, args=None, namespace=None):
-        found, rest = super().parse_known_args(args, namespace)
-        for flag, value in vars(found).items():  # every path: a shell expands ~ only where a word begins
-            setattr(found, flag,
-                    [expanded(one) for one in value] if isinstance(value, list) else expanded(value))
-        return found, rest
+        words = sys.argv[1:] if args is None else args
+        # a shell expands ~ only where a word begins, and not in quotes
+        words = ["=".join(map(os.path.expanduser, word.split("=", 1))) for word in words]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
         fail(f"{self.prog}: {message} (--help lists the flags)")
-
-
-def expanded(value):
-    """A path or word from ~ on, with the home folder in its place; other values as they are."""
-    known = isinstance(value, (str, Path)) and str(value).startswith("~")
-    return type(value)(os.path.expanduser(value)) if known else value
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -43,8 +36,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         value, words = action.default, action.help or ""
         if action.choices and self._get_default_metavar_for_optional(action) == "NAME":
             words += f": {' '.join(map(str, action.choices))}"
-        plain_switch = isinstance(value, bool) and action.nargs == 0 and len(action.option_strings) == 1
-        if value in (None, argparse.SUPPRESS) or plain_switch:
+        if value in (None, argparse.SUPPRESS) or isinstance(action, argparse._StoreTrueAction):
             return words
         if isinstance(value, bool):
             value = "on" if value else "off"
@@ -80,18 +72,16 @@ def number(kind: type, low: float, high: float | None = None, word: str | None =
 
 def crop_name(text: str) -> str:
     """argparse type: none, resized (RandomResizedCrop), or pad<pixels> (RandomCrop with padding)."""
-    if text not in ("none", "resized") and not (re.fullmatch(r"pad\d{1,3}", text, re.ASCII)):
+    if not re.fullmatch(r"none|resized|pad\d{1,3}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is none of: none, resized, pad<pixels>, such as pad4")
     return text
 
 
 def epoch_range(text: str) -> str:
     """argparse type: first:last:step, epochs from 1 on, the last among them; or none."""
-    if text != "none" and not re.fullmatch(r"[1-9]\d{0,5}:\d{1,6}:[1-9]\d{0,5}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form first:last:step, such as 11:46:5")
-    if text != "none" and int(text.split(":")[0]) > int(text.split(":")[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} ends before it begins; use first:last:step, such as "
-                                         "11:46:5, or none")
+    found = re.fullmatch(r"([1-9]\d{0,5}):(\d{1,6}):[1-9]\d{0,5}", text, re.ASCII)
+    if text != "none" and not (found and int(found[1]) <= int(found[2])):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither first:last:step, such as 11:46:5, nor none")
     return text
 
 

@@ -311,12 +311,8 @@ def screen(text, columns):
     return [row.rstrip() for row in rows]
 
 
-@pytest.mark.parametrize("columns, expected", [
-    (120, "squeeze convnet_w128  123456/123456 images  0:00:10, 0:00:00 left  loss 1.2346  top1 43.21"),
-    (80, "squeeze convnet_w128  123456/123456 images  0:00:10, 0:00:00 left"),
-    (60, "squeeze convnet_w128  123456/123456 images, 0:00:00 left"),
-    (40, "123456/123456 images, 0:00:00 left"), (20, "123456/123456 image")])
-def test_progress_on_a_terminal_is_one_row_whatever_its_width(columns, expected, capsys, monkeypatch):
+@pytest.mark.parametrize("columns", [120, 80, 60, 40, 20])
+def test_progress_on_a_terminal_is_one_row_whatever_its_width(columns, capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(run.time, "time", lambda: now[0])
     monkeypatch.setattr(run.sys.stdout, "isatty", lambda: True, raising=False)
@@ -326,7 +322,8 @@ def test_progress_on_a_terminal_is_one_row_whatever_its_width(columns, expected,
         now[0] += 1
         progress.step(lambda: "loss 1.2346  top1 43.21", 12345.6)
     shown = capsys.readouterr().out
-    assert shown.count("\r") == 10 and screen(shown, columns) == [expected, ""]
+    line = "squeeze convnet_w128  123456/123456 images  0:00:10, 0:00:00 left  loss 1.2346  top1 43.21"
+    assert shown.count("\r") == 10 and screen(shown, columns) == [line[:columns - 1].rstrip(), ""]
 
 
 def test_progress_counts_what_an_earlier_process_did_but_not_for_the_time_left(capsys, monkeypatch):
@@ -349,11 +346,9 @@ def test_a_learning_rate_beyond_all_presets_is_noted():
     (1, 9.0, 9, False), (2, 1.2, 9, False), (2, 2.9, 3, True),
     (2, 2.9, 1, False)])                                             # the load is that of the phase before
 def test_busy_cores_are_noted_where_threads_would_wait(threads, load, now, noted, monkeypatch):
-    assert run.running_now() >= 1
-    monkeypatch.setattr(run, "running_now", lambda: now)
+    monkeypatch.setattr(run.Path, "read_text", lambda path: f"{load} 0.00 0.00 {now}/321 12345\n")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    monkeypatch.setattr(run.os, "getloadavg", lambda: (load, 0, 0))
     line = run.busy_cores()
     assert bool(line) == noted and (not noted or "3 processes" in line and "2 cores" in line
                                     and "OMP_NUM_THREADS=1" in line)

@@ -64,23 +64,20 @@ class Checkpoint:
     state of each piece of the work; the folder goes when the work is done. Stops where another process is at
     work, or where the unfinished work has other arguments or inputs.
 
-    with Checkpoint(result, args, inputs) as checkpoint:
-        state = checkpoint.load()                    # as last saved, or None
-        for ...:
-            checkpoint.save_if_due(lambda: state)    # every --checkpoint-minutes; ends after a signal
-        # write the result
+    Inside the block `load` gives a state as last saved, and `save_if_due` is called after each step; the
+    result is written at the end.
 
-    torch's generators are saved with each state.
     settings: compared instead of args; outputs: other files, removed when the work starts again; extends: the
     result exists and stays until a larger one replaces it
     """
 
     def __init__(self, result, args, inputs=None, settings=None, outputs=(), extends=False):
-        self.result, self.overwrite, self.typed = Path(result), args.overwrite, getattr(args, "typed", [])
+        self.result, self.overwrite = Path(result), args.overwrite
         self.outputs = [] if extends else [self.result, *outputs]
         self.folder = unfinished(self.result.with_stem(f"{self.result.stem}+") if extends else self.result)
         self.begun, self.period = self.folder / "begun.json", 60 * args.checkpoint_minutes
-        self.identity = {"args": settings or relevant(args), "made_from": inputs or {}, "typed": self.typed}
+        self.identity = {"args": settings or relevant(args), "made_from": inputs or {},
+                         "typed": getattr(args, "typed", [])}
 
     def __enter__(self):
         self.earlier, self.saved, self.entered = 0, time.monotonic(), time.monotonic()
@@ -91,12 +88,10 @@ class Checkpoint:
         return self
 
     def _begin(self):
-        if not self.overwrite and not self.begun.exists():
-            if self.result in self.outputs and self.result.exists():     # it did not when this process began
-                fail(f"{self.result} has just been made by another process; the same command repeats it")
-            if old := next(filter(Path.exists, self.outputs), None):
-                fail(f"{old} has no metadata that says how it was made; move it away, or {AGAIN}, which "
-                     "removes it")
+        old = next(filter(Path.exists, self.outputs), None)
+        if old and not self.overwrite and not self.begun.exists():
+            fail(f"{old} has no metadata that says how it was made, or another process has just made it; "
+                 f"repeat the command, or move it away, or {AGAIN}, which removes it")
         with writable(self.result):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a+")
@@ -106,10 +101,9 @@ class Checkpoint:
                 self.lock.seek(0)
                 fail(f"{self.result} is being made by process {self.lock.read()}; wait for it, or stop it")
             if self.begun.exists() and not self.overwrite:
-                stored = load_json(self.begun, AGAIN, ("args", "made_from"))
-                begun = stored.get("typed", ())
-                check_same(stored["args"], self.identity["args"], self.result, begun, self.typed)
-                check_inputs(stored["made_from"], self.identity["made_from"], self.result)
+                stored, mine = load_json(self.begun, AGAIN, ("args", "made_from")), self.identity
+                check_same(stored["args"], mine["args"], self.result, stored.get("typed", ()), mine["typed"])
+                check_inputs(stored["made_from"], mine["made_from"], self.result)
                 self.earlier = stored.get("seconds", 0)
             else:
                 for old in [self.begun, *self.folder.glob("*.pt"), *self.outputs]:
@@ -120,23 +114,21 @@ class Checkpoint:
             self.lock.truncate(0)
             print(os.getpid(), "on", platform.node(), end="", file=self.lock, flush=True)
 
-    def _stored(self, piece):
+    def read(self, piece: str = "state", generators: bool = False):
+        """The last saved state of a piece, or None.   generators: torch's continue from where they were"""
         path = self.folder / f"{piece}.pt"
-        return load_torch(path, AGAIN, ("state", "generators")) if path.exists() else None
-
-    def read(self, piece: str = "state"):
-        """The last saved state of a piece, or None."""
-        stored = self._stored(piece)
-        return stored and stored["state"]
-
-    def load(self, piece: str = "state"):
-        """The same; torch's generators continue from where they were."""
-        if stored := self._stored(piece):
+        if not path.exists():
+            return None
+        stored = load_torch(path, AGAIN, ("state", "generators"))
+        if generators:
             first, *others = stored["generators"]
             torch.set_rng_state(first)
             if others and torch.cuda.is_initialized():
                 torch.cuda.set_rng_state(others[0])
-        return stored and stored["state"]
+        return stored["state"]
+
+    def load(self, piece: str = "state"):
+        return self.read(piece, generators=True)
 
     def states(self) -> list:
         """The states of all pieces."""

@@ -12,7 +12,7 @@ from utils import fail
 from utils.augment import to_uint8
 from utils.data import Split, folder_name, read_images
 from utils.files import whole_file, writable
-from utils.processes import barrier, rank, world_size
+from utils.processes import barrier, rank
 from utils.provenance import image_set, relevant
 from utils.train import NonFinite
 
@@ -20,17 +20,8 @@ GRID_EVERY = 500                                                     # iteration
 
 
 class Recorder:
-    """Images while they are optimised, and when they are done.
-
-    recorder = Recorder(run, folder, data, ipc)
-    state = recorder.begin(numbers, batches, iterations)             # of unfinished work, or None
-    for t, losses, state in recover_batch(..., resume=state):
-        recorder.step(t, losses, images, state)                      # log, picture, progress, saved state
-    recorder.write(images)                                           # the files
-    recorder.finish(records, statistics)                             # result.json
-
-    run: a `Run` at work, with a progress line; batches: lists of (class, index)
-    """
+    """Images while they are optimised, and when they are done: for each pass `begin`, `step` after every
+    iteration, `write`; at the end `finish`.   run: a `Run` at work, with a progress line"""
 
     def __init__(self, run, folder, data, ipc, log=True):
         self.run, self.data, self.ipc, self.images = run, data, ipc, folder / "images"
@@ -43,22 +34,22 @@ class Recorder:
     def load_existing(self, batches: list[list[tuple[int, int]]]) -> bool:
         """Whether all these images exist; brings those that do into the picture."""
         files = {key: self.file(*key) for batch in batches for key in batch}
-        found = {key: path for key, path in files.items() if path.exists()}
-        for key, path in found.items():
-            if self.grid.place(*key):
-                self.grid.add([key], read_images([path], *2 * [self.data["image_size"]], workers=0))
+        found = [key for key, path in files.items() if path.exists()]
+        for key in self.grid.images.keys() & found:
+            self.grid.add([key], read_images([files[key]], *2 * [self.data["image_size"]], workers=0))
         return len(found) == len(files)
 
     def begin(self, numbers: list[int], batches: list[list[tuple[int, int]]], iterations: int,
               backbones: list[str] | None = None) -> dict | None:
-        """numbers: of the batches optimised together; backbones: by iteration   -> saved state, or None"""
+        """numbers: of the batches [(class, index), ...] optimised together; backbones: by iteration
+        -> saved state, or None"""
         self.numbers, self.iterations, self.backbones = numbers, iterations, backbones
         self.keys = [key for batch in batches for key in batch]
         self.piece, self.nonfinite = f"batch{numbers[0]}", None
         state = self.run.checkpoint.read(self.piece)
-        if state and state["numbers"] != numbers:                    # another --groups-per-step
-            state = None
-        self.run.progress.skip(len(numbers) * state["iterations"] if state else 0)
+        if not state or state["numbers"] != numbers:                 # another --groups-per-step
+            return None
+        self.run.progress.skip(len(numbers) * state["iterations"])
         return state
 
     def step(self, t: int, losses: dict[str, Tensor], images: Tensor, state: Callable) -> None:
@@ -70,14 +61,19 @@ class Recorder:
         if t % every == 0 or t + 1 == self.iterations:
             self.check()
             backbone = {"backbone": self.backbones[t]} if self.backbones else {}
-            self.log.write({"iteration": t, "batches": self.numbers, **backbone,
-                            **{name: value.item() / len(self.numbers) for name, value in losses.items()}})
+            means = {name: value.item() / len(self.numbers) for name, value in losses.items()}
+            self.log.write({"iteration": t, "batches": self.numbers, **backbone, **means})
         if t % GRID_EVERY == 0:
             self.show(images)
-        first = next(iter(losses))
-        self.run.step(lambda: f"batch {self.numbers[0]}{f'-{self.numbers[-1]}' * (len(self.numbers) > 1)}  "
-                      f"{first} {losses[first].item() / len(self.numbers):.3f}", lambda: self.checked(state),
-                      self.piece, len(self.numbers))
+        first, count = next(iter(losses)), len(self.numbers)
+        batch = f"batch {self.numbers[0]}" + f"-{self.numbers[-1]}" * (count > 1)
+
+        def checked():
+            self.check()
+            return state() | {"numbers": self.numbers}
+
+        self.run.step(checked, self.piece, lambda: f"{batch}  {first} {losses[first].item() / count:.3f}",
+                      count)
 
     def check(self) -> None:
         if found := self.nonfinite.first():
@@ -85,10 +81,6 @@ class Recorder:
             backbone = f" backbone {self.backbones[t]}," if self.backbones else ""
             fail(f"{term} is not finite in iteration {t},{backbone} batches {self.numbers}; use a smaller "
                  "--lr")
-
-    def checked(self, state: Callable) -> dict:
-        self.check()
-        return state() | {"numbers": self.numbers}
 
     def show(self, images: Tensor) -> Tensor:
         """Bring images [G, B, 3, S, S] into the picture.   -> uint8 [G*B, 3, S, S]"""
@@ -111,7 +103,7 @@ class Recorder:
             for key, image in zip(keys, images):
                 save_png(self.file(*key), image)
             self.grid.add(keys, images)
-            self.run.step(self.data["classes"][label], dict)         # no state: choosing again is quick
+            self.run.step(dict, text=lambda: self.data["classes"][label])    # {}: choosing again is quick
 
     def finish(self, records: dict[str, dict], statistics: dict[str, dict]) -> dict | None:
         """When all processes are done: one log, one picture of all their images, and the result file.
@@ -122,8 +114,7 @@ class Recorder:
         keys = [(label, index) for label in range(len(self.data["classes"])) for index in range(self.ipc)]
         if self.log:
             self.log.merge()
-        if world_size() > 1:
-            self.load_existing([keys])
+        self.load_existing([keys])                                   # those of all processes
         self.grid.save()
         files = [self.file(*key).relative_to(self.images).as_posix() for key in keys]
         metrics = {"images": len(files), "classes": self.data["classes"],
@@ -146,58 +137,47 @@ class Grid:
     """grid.png: a row for each of up to 20 classes with up to 10 of its images; grey where none is yet."""
 
     def __init__(self, path, num_classes, ipc, size):
-        self.path, self.columns = path, min(ipc, 10)
-        self.rows = [i * num_classes // min(num_classes, 20) for i in range(min(num_classes, 20))]
-        self.images = torch.full((len(self.rows), self.columns, 3, size, size), 0.5)
+        self.path, self.columns, rows = path, min(ipc, 10), min(num_classes, 20)
+        self.images = {(i * num_classes // rows, index): torch.full((3, size, size), 0.5)
+                       for i in range(rows) for index in range(self.columns)}
 
-    def place(self, label: int, index: int) -> tuple[int, int] | None:
-        """Row and column of an image, None where it is not shown."""
-        return (self.rows.index(label), index) if label in self.rows and index < self.columns else None
-
-    def add(self, batch: list[tuple[int, int]], images: Tensor) -> None:
-        """batch: list of (class, index), images uint8 [B, 3, S, S]."""
-        for key, image in zip(batch, images):
-            if place := self.place(*key):
-                self.images[place] = image.cpu().float() / 255
+    def add(self, keys: list[tuple[int, int]], images: Tensor) -> None:
+        """keys: list of (class, index), images uint8 [B, 3, S, S]."""
+        for key, image in zip(keys, images):
+            if key in self.images:
+                self.images[key] = image.cpu().float() / 255
 
     def save(self) -> None:
         if rank() == 0:
             from torchvision.utils import save_image              # late, slow to import
             with whole_file(self.path) as temporary:
-                save_image(self.images.flatten(0, 1), temporary, nrow=self.columns, format="png")
+                save_image(list(self.images.values()), temporary, nrow=self.columns, format="png")
 
 
 class Log:
     """log.jsonl in the folder of a run: `first`, and a line for each entry, which has "batches" and
-    "iteration"; what was logged before a restart is not logged again. Each process writes into a file of its
-    own until they are merged."""
+    "iteration". Each process writes into a file of its own; `merge`, first and last, makes one of all."""
 
     def __init__(self, folder, first):
         self.folder, self.first = folder, first
         self.path = folder / f"log{f'-{rank()}' if rank() else ''}.jsonl"
-        self.written = self._entries("log*.jsonl")
-        self._write_whole(self._entries(self.path.name))             # without a line that a kill cut short
+        if rank() == 0:
+            self.merge()
 
     def write(self, entry: dict) -> None:
-        if (entry["batches"][0], entry["iteration"]) not in self.written:
-            with writable(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+        with writable(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def merge(self) -> None:
-        self._write_whole(self._entries("log*.jsonl"))
-        for path in self.folder.glob("log-*.jsonl"):
-            path.unlink()
-
-    def _entries(self, files):
+        """Of entries that were logged again after a kill one stays; a line that it cut short goes."""
         found = {}
-        for path in self.folder.glob(files):
+        for path in self.folder.glob("log*.jsonl"):
             for line in path.read_text(errors="replace").splitlines():
                 with suppress(ValueError, KeyError, TypeError, IndexError):  # `first`, or what was cut short
                     entry = json.loads(line)
                     found[entry["batches"][0], entry["iteration"]] = line
-        return found
-
-    def _write_whole(self, entries):
         with whole_file(self.path) as temporary:
-            lines = [json.dumps(self.first), *(entries[key] for key in sorted(entries))]
+            lines = [json.dumps(self.first), *(found[key] for key in sorted(found))]
             temporary.write_text("".join(f"{line}\n" for line in lines))
+        for path in self.folder.glob("log-*.jsonl"):
+            path.unlink()

@@ -11,11 +11,10 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +37,7 @@ def begin(args: argparse.Namespace) -> tuple[torch.device, SimpleNamespace]:
     and torchrun's processes know each other.   -> device, folders (`run_paths`)"""
     signals.stopped_by = None
     warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")   # resumed after a last step
-    if threading.current_thread() is threading.main_thread():
+    with suppress(ValueError):                                       # not in the main thread
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, stop)
     device = args.device
@@ -61,21 +60,16 @@ def begin(args: argparse.Namespace) -> tuple[torch.device, SimpleNamespace]:
 
 
 def busy_cores() -> str | None:
-    """A line for people where more processes are running than there are cores, since threads that wait for
-    each other then cost more than they give; None with one thread, or where the system does not say."""
-    if torch.get_num_threads() == 1 or not hasattr(os, "sched_getaffinity"):
-        return None
-    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    return (f"note: {load:.0f} processes run on {cores} cores; OMP_NUM_THREADS=1 may be several times faster"
-            if min(load + 0.5, running_now()) > cores else None)
-
-
-def running_now() -> float:
-    """Threads that run at this moment, this one among them; the load average goes on counting the phase
-    before. Infinity where the system does not say."""
-    with suppress(OSError):
-        return float((Path("/proc") / "loadavg").read_text().split()[3].partition("/")[0])
-    return math.inf
+    """A line for people where more threads are at work than there are cores, since threads that wait for each
+    other then cost more than they give; None with one thread, or where the system does not say."""
+    with suppress(OSError, AttributeError):                          # not Linux
+        load, _, _, running, _ = (Path("/proc") / "loadavg").read_text().split()
+        cores, running = len(os.sched_getaffinity(0)), int(running.partition("/")[0])
+        # the load average goes on counting the phase before
+        if torch.get_num_threads() > 1 and min(float(load) + 0.5, running) > cores:
+            return (f"note: {float(load):.0f} processes run on {cores} cores; OMP_NUM_THREADS=1 may be "
+                    "several times faster")
+    return None
 
 
 def script(main: Callable) -> None:
@@ -90,9 +84,8 @@ def pick_device(name: str, precision: str = "tf32") -> torch.device:
     """torch.device of --device; auto: cuda where there is one, else cpu. precision other than fp32: matrix
     products and convolutions in float32 use TF32 (10 bits of mantissa) on a GPU"""
     available = ["cuda"] * torch.cuda.is_available() + ["cpu"]
-    name = available[0] if name == "auto" else name
     try:
-        device = torch.device(name)
+        device = torch.device(available[0] if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         device = None
@@ -149,8 +142,8 @@ def send(value, device: torch.device):
 def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next one: handing pages back and faulting them in again took
     half of the CPU time of a training step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:                                                      # not in every C library
+    with suppress(AttributeError):                                   # not in every C library
+        mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)                                         # M_MMAP_THRESHOLD, bytes
         mallopt(-1, 1 << 30)                                         # M_TRIM_THRESHOLD
 
@@ -179,7 +172,7 @@ class Run:
         run.start(total, "epochs")                   # the progress line
         state = checkpoint.load()                    # as last saved, or None
         for ...:
-            run.step(text, lambda: state)            # progress; saves when due; after a signal saves and ends
+            run.step(lambda: state)                  # progress; saves when due; after a signal saves and ends
         run.finish({"top1": 40.0}, "40.0 % of the test images")
 
     result: the result file; inputs: {what: hash, or {backbone: hash}} of what it is made from
@@ -189,7 +182,6 @@ class Run:
         self.phase, self.args, self.result = phase, args, Path(result)
         known = args.data_set.get("fingerprint")
         self.inputs = (inputs or {}) | ({"data": known} if known else {})
-        self.checkpoint = self.progress = None
 
     def finished(self) -> bool:
         """Whether the result exists; repeats its RESULT line."""
@@ -199,34 +191,31 @@ class Run:
     def unchanged(self, settings: dict, **metrics) -> bool:
         """`finished` for a summary of several files, which is written again if settings or metrics differ."""
         stored = load_json(self.result, AGAIN) if self.result.exists() else {"args": {}}
-        same = all((ASSUMED | stored["args"]).get(key) == settings[key] for key in settings)
-        return same and all(stored.get(key) == metrics[key] for key in metrics) and self._repeat(stored)
+        return (settings.items() <= (ASSUMED | stored["args"]).items() and metrics.items() <= stored.items()
+                and self._repeat(stored))
 
     def _repeat(self, stored):
         print_rank0(f"already done: {self.result.absolute()} (--overwrite starts again)")
-        print_rank0("RESULT", json.dumps(short_result(stored, self.result)))
+        self._tell(stored)
         return True
 
-    @contextmanager
     def work(self, data: dict | None = None, outputs: Iterable[Path] = (),
-             extends: bool = False) -> Iterator[Checkpoint]:
-        """Yields the `Checkpoint` of this result.   data: more hashes that unfinished work is compared by"""
+             extends: bool = False) -> Checkpoint:
+        """The `Checkpoint` of this result.   data: more hashes that unfinished work is compared by"""
         inputs = self.inputs | (data or {})
-        with Checkpoint(self.result, self.args, inputs, None, outputs, extends) as self.checkpoint:
-            yield self.checkpoint
+        self.checkpoint = Checkpoint(self.result, self.args, inputs, None, outputs, extends)
+        return self.checkpoint
 
     def start(self, total: int, unit: str) -> None:
         """Show a progress line of `total` units."""
         self.progress = Progress(self.phase, total, unit)
 
-    def step(self, text: str | Callable = "", state: Callable | None = None, piece: str = "state",
-             count: int = 1) -> None:
-        """`count` more units are done: show that, and save state() as that of `piece` if it is due."""
+    def step(self, state: Callable, piece: str = "state", text: Callable = str, count: int = 1) -> None:
+        """`count` more units are done: show that and text(); save state() as that of `piece` if it is due."""
         self.progress.step(text, count)
-        if state:
-            self.checkpoint.save_if_due(state, piece)
+        self.checkpoint.save_if_due(state, piece)
 
-    def finish(self, metrics: dict, summary: str | Callable = "", upstream: dict | None = None,
+    def finish(self, metrics: dict, summary: str | Callable, upstream: dict | None = None,
                seconds: float | None = None) -> dict | None:
         """Process 0 writes the result file, and prints three lines for people and a short RESULT for scripts.
         summary: what came out, a line or a function of the result; upstream: {phase: arguments}; seconds: by
@@ -243,29 +232,22 @@ class Run:
                   "data_set": args.data_set}
         save_json(self.result, result)
         picture = f", picture {folder / 'grid.png'}" * (self.phase == "recover")
-        text = summary(result) if callable(summary) else summary
-        print_rank0(f"{self.phase}: {text}, in {clock(seconds)}")
-        print_rank0(f"files: {folder}{picture}\nnext:  {next_command(self)}")
-        print_rank0("RESULT", json.dumps(short_result(result, self.result)))
+        following = f"python -m utils.report {shlex.quote(str(self.result.parents[2]))}"
+        if self.phase != PHASES[-1]:
+            theirs = {flag: getattr(args, flag, None) for flag in ("images", "class_map")}
+            following = call(f"{PHASES[PHASES.index(self.phase) + 1]}.py", args, **theirs)
+        print(f"{self.phase}: {summary(result) if callable(summary) else summary}, in {clock(seconds)}")
+        print(f"files: {folder}{picture}\nnext:  {following}")
+        self._tell(result)
         return result
 
-
-def short_result(result: dict, path: Path) -> dict:
-    """What scripts read of a result on one line, numbers rounded; the file has everything."""
-    keys = ("phase", "dataset", "ipc", "method", "tag", "student", "labels", "images", "top1", "top1_std",
-            "seconds")
-    short = json.loads(json.dumps({key: result[key] for key in keys if key in result}),
-                       parse_float=lambda text: round(float(text), 2))
-    return short | {"file": str(Path(path).absolute())}
-
-
-def next_command(run: Run) -> str:
-    """What to type after a phase."""
-    following = dict(zip(PHASES, PHASES[1:])).get(run.phase)
-    if not following:
-        return f"python -m utils.report {shlex.quote(str(run.result.parents[2]))}"
-    theirs = {flag: getattr(run.args, flag, None) for flag in ("images", "class_map")}
-    return call(f"{following}.py", run.args, **theirs)
+    def _tell(self, result):
+        """What scripts read of a result on one line, numbers rounded; the file has everything."""
+        keys = ("phase", "dataset", "ipc", "method", "tag", "student", "labels", "images", "top1", "top1_std",
+                "seconds")
+        short = json.dumps({key: result[key] for key in keys if key in result})
+        short = json.loads(short, parse_float=lambda text: round(float(text), 2))
+        print_rank0("RESULT", json.dumps(short | {"file": str(self.result.absolute())}))
 
 
 def peak_memory() -> dict[str, int]:
@@ -289,38 +271,32 @@ def hardware() -> str:
 
 
 class Progress:
-    """A line with the time left: redrawn within a terminal's width, elsewhere a new line every half minute.
+    """A line with the time left: redrawn on a terminal and cut to its width, elsewhere new every half minute.
     what: the phase or training; unit: what is counted, such as images"""
 
-    def __init__(self, what, total, unit="steps", every=30):
+    def __init__(self, what, total, unit):
         self.what, self.total, self.unit, self.done, self.before = what, total, unit, 0, 0
         self.terminal = sys.stdout.isatty()
-        self.every = math.inf if rank() else 0.2 if self.terminal else every
         self.started = self.shown = time.time()
 
     def skip(self, count: int) -> None:
         """An earlier process has done `count` units."""
         self.done, self.before = self.done + count, self.before + count
 
-    def step(self, text: str | Callable = "", count: int = 1) -> None:
+    def step(self, text: Callable = str, count: int = 1) -> None:
+        """`count` more units are done.   text(): what to show beside them"""
         self.done += count
-        now = time.time()
-        if now - self.shown < self.every and (self.done < self.total or rank()):
+        now, every, rest = time.time(), 0.2 if self.terminal else 30, self.total - self.done
+        if rank() or now - self.shown < every and rest > 0:
             return
-        self.shown, width = now, shutil.get_terminal_size().columns - 1          # the last column may wrap
-        text = text() if callable(text) else text
-        line = self.line(now - self.started, text, width if self.terminal else None)
-        end = "\n" if self.done >= self.total or not self.terminal else ""
-        print(f"\r{line:<{width}}" if self.terminal else line, end=end, flush=True)
-
-    def line(self, spent: float, text: str, width: int | None = None) -> str:
-        """The longest of four forms that fits the width; cut if none does."""
-        left = clock(spent / max(self.done - self.before, 1e-9) * (self.total - self.done))
-        count = f"{self.done:.10g}/{self.total:.10g} {self.unit}"
-        forms = [f"{self.what}  {count}  {clock(spent)}, {left} left  {text}".rstrip(),
-                 f"{self.what}  {count}  {clock(spent)}, {left} left", f"{self.what}  {count}, {left} left",
-                 f"{count}, {left} left"]
-        return next((form for form in forms if width is None or len(form) <= width), forms[-1][:width])
+        self.shown, spent = now, now - self.started
+        left = clock(spent / max(self.done - self.before, 1e-9) * rest)
+        line = (f"{self.what}  {self.done:.10g}/{self.total:.10g} {self.unit}  {clock(spent)}, {left} left  "
+                f"{text()}").rstrip()
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1           # the last column may wrap
+            line = f"\r{line[:width]:<{width}}"
+        print(line, end="" if self.terminal and rest > 0 else "\n", flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -14,8 +14,9 @@ TEACHERS, STUDENTS, TRAINED = "squeeze collect_stats", "relabel train_eval", "sq
 
 
 def by_phase(rows: dict) -> dict:
-    """A table {(phase, flag): row}, of rows that may be of several phases."""
-    return {(phase, flag): row for (phases, flag), row in rows.items() for phase in phases.split()}
+    """A table {(phase, flag): row}, of rows that may be of several phases and flags."""
+    return {(phase, flag): row for (phases, flags), row in rows.items()
+            for phase in phases.split() for flag in flags.split()}
 
 
 # Source of a value: P the paper (Tables 7-9, Appendix A, Table 1), R the release where the paper is silent, O
@@ -53,8 +54,7 @@ PAPER = by_phase({
     ("recover", "roll"):            (0,             0,             0,             0,             0,             "P"),
     ("recover", "alpha"):           (0.8,           0.8,           0.8,           0.4,           0.8,           "R; 0.4 P, Table 1"),
     ("recover", "drop_rate"):       (0.4,           0.4,           0.4,           0.4,           0.4,           "P"),
-    ("recover", "bn_weight"):       (0.01,          0.01,          0.01,          0.01,          0.01,          "P"),
-    ("recover", "conv_weight"):     (0.01,          0.01,          0.01,          0.01,          0.01,          "P"),
+    ("recover", "bn_weight conv_weight"): (0.01,    0.01,          0.01,          0.01,          0.01,          "P"),
     ("recover", "dd_weight"):       (1.0,           1.0,           1.0,           1.0,           1.0,           "P"),
     ("recover", "first_multiplier"): (10.0,         10.0,          10.0,          10.0,          10.0,          "R"),
     (STUDENTS, "epochs"):           (1000,          1000,          100,           300,           100,           "P"),
@@ -163,11 +163,8 @@ SRE2L = by_phase({       # arXiv:2306.13092 and its release
     ("recover", "crop"):            ("none",        "none",        "resized",     "resized",     "none"),
     ("recover", "flip"):            (False,         False,         True,          True,          False),
     ("recover", "roll"):            (4,             4,             4,             32,            4),
-    ("recover", "alpha"):           0.0,
-    ("recover", "drop_rate"):       0.0,
+    ("recover", "alpha drop_rate conv_weight dd_weight"): 0.0,
     ("recover", "bn_weight"):       (0.01,          0.01,          1.0,           0.01,          0.01),
-    ("recover", "conv_weight"):     0.0,
-    ("recover", "dd_weight"):       0.0,
     (STUDENTS, "epochs"):           (400,           400,           100,           300,           None),
     (STUDENTS, "batch_size"):       (128,           128,           256,           1024,          None),
     (STUDENTS, "whole_up_to"):      (0,             0,             0,             0,             None),

@@ -34,7 +34,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         value, words = action.default, action.help or ""
-        if action.choices and self._get_default_metavar_for_optional(action) == "NAME":
+        if action.choices:
             words += f": {' '.join(map(str, action.choices))}"
         if value in (None, argparse.SUPPRESS) or isinstance(action, argparse._StoreTrueAction):
             return words

@@ -87,11 +87,12 @@ def bench_scale(rounds, quick, device):
                     "many_mb": more}
 
 
-def draw_scale(text, figure):
+def draw_scale(text, fig):
     """Time of an image by the number of images and of pixels, of the lines of `bench_scale`."""
     found = re.findall(r"^(\w+), (\d+) images, (\d+) classes, (\d+) pixels +ms_image ([\d.]+)", text, re.M)
     rows = [(phase, *map(int, numbers), float(ms)) for phase, *numbers, ms in found]
-    by_images, by_pixels = figure(8, 3.2).subplots(1, 2, sharey=True)
+    fig.set_size_inches(8, 3.2)
+    by_images, by_pixels = fig.subplots(1, 2, sharey=True)
     for phase in dict.fromkeys(row[0] for row in rows):
         ours = [row[1:] for row in rows if row[0] == phase]
         at_32 = [(images, ms) for images, classes, size, ms in ours if (classes, size) == (10, 32)]

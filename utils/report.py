@@ -123,17 +123,16 @@ def recipe(result: dict) -> dict:
 def random_beside(result: dict, results: dict[tuple, dict]) -> tuple[dict | None, str]:
     """Random images for the same IPC, student and labels under the same recipe, of the same tag if there are
     several; or None, and how the nearest recipe differs, such as `epochs 200, not 60`, "" without any."""
-    mine, cell = recipe(result), (result["ipc"], result["student"], result["labels"], "random")
-
-    def differences(other):
-        theirs = recipe(other)
-        return list(dict.fromkeys("other teachers" if key[1] == "teachers" else
-                                  f"{key[1]} {theirs[key]}, not {mine[key]}"
-                                  for key in mine if theirs[key] != mine[key]))
-    found = [(differences(other), other["tag"] != result["tag"], other)
-             for key, other in results.items() if key[:4] == cell]
-    why, _, real = min(found, key=lambda one: (len(one[0]), one[1]), default=([], False, None))
-    return None if why else real, "; ".join(why)
+    mine, cell, found = recipe(result), (result["ipc"], result["student"], result["labels"], "random"), []
+    for key, other in results.items():
+        if key[:4] == cell:
+            theirs = recipe(other)
+            why = dict.fromkeys("other teachers" if flag == "teachers" else
+                                f"{flag} {theirs[phase, flag]}, not {mine[phase, flag]}"
+                                for phase, flag in mine if theirs[phase, flag] != mine[phase, flag])
+            found.append((len(why), other["tag"] != result["tag"], "; ".join(why), other))
+    _, _, why, real = min(found, key=lambda one: one[:2], default=(0, False, "", None))
+    return None if why else real, why
 
 
 def beside(result: dict, folder: Path) -> str:
@@ -161,19 +160,18 @@ def rows(dataset: str, results: dict[tuple, dict]) -> tuple[list[list[str]], lis
     methods, lines, notes, compared = list(METHODS), [], [], []
     for key in sorted(results, key=place):
         (ipc, student, labels, method, tag), ours = key, results[key]
-        cells, run = [str(ipc), student, LABELS[labels]], run_name(method, tag)
+        cells = [str(ipc), student, LABELS[labels], run_name(method, tag), accuracy(ours)]
         if method == "random":
             if not any(ours is real for real in compared):
-                lines.append([*cells, run, accuracy(ours), "", "", ""])
+                lines.append([*cells, "", "", ""])
             continue
         real, why = random_beside(ours, results)
         compared.append(real)
         apart = mark(f"random real has another recipe ({why})") if why else ""
+        note = doubt(ours, real) if real and method not in SELECTIONS else ""
+        margin = f"{ours['top1'] - real['top1']:+.1f}{mark(note) if note else ''}" if real else ""
         published = PUBLISHED.get((method, dataset, student, labels), {}).get(ipc, "")
-        lines.append([*cells, run, accuracy(ours), accuracy(real) + apart, "", published])
-        if real:
-            margin, note = ours["top1"] - real["top1"], doubt(ours, real)
-            lines[-1][-2] = f"{margin:+.1f}{mark(note) if note and method not in SELECTIONS else ''}"
+        lines.append([*cells, accuracy(real) + apart, margin, published])
     return lines, [f"[{i}] {note}" for i, note in enumerate(notes, 1)] + varied(results)
 
 
@@ -191,11 +189,11 @@ def doubt(ours: dict, real: dict) -> str:
 def varied(results: dict[tuple, dict]) -> list[str]:
     """The flags that each run changes, a line for each run."""
     first, found = {}, {}
-    for key, result in sorted(results.items(), key=lambda item: (*item[0][:4], item[0][4] or "")):
-        *cell, tag = key
-        base = first.setdefault(tuple(cell), result)
-        if base is not result and cell[3] != "random":
-            name = f"ipc {key[0]}, {run_name(cell[3], tag)} against {run_name(cell[3], base['tag'])}"
+    for key in sorted(results, key=lambda key: (*key[:4], key[4] or "")):
+        result, (ipc, _, _, method, tag) = results[key], key
+        base = first.setdefault(key[:4], result)
+        if base is not result and method != "random":
+            name = f"ipc {ipc}, {run_name(method, tag)} against {run_name(method, base['tag'])}"
             found.setdefault(name, {}).update(dict.fromkeys(changes(base, result)))
     return [f"{name}: {', '.join(flags)}" for name, flags in found.items() if flags]
 
@@ -208,11 +206,10 @@ def changes(base: dict, result: dict) -> list[str]:
     for phase, args in chain(result):
         if phase in implied:
             continue
-        before = [earlier for other, earlier in chain(base) if other == phase]
-        options = [differing(phase, args, earlier) for earlier in before]
-        of_recover = ("--ipc", "--backbones", "--save-epochs",
-                      "--class-statistics") if phase in PHASES[:2] else ()
-        hidden = "--tag", "--student-seeds", *of_recover, *["--images"] * same_images
+        options = [differing(phase, args, before) for other, before in chain(base) if other == phase]
+        hidden = ["--tag", "--student-seeds"] + ["--images"] * same_images
+        if phase in PHASES[:2]:                                      # flags that are for recover.py alone
+            hidden += ["--ipc", "--backbones", "--save-epochs", "--class-statistics"]
         for words in min(options, key=len, default=[]):
             if words[0] not in hidden:
                 found.setdefault(shlex.join(words), {})[phase] = None
@@ -223,9 +220,9 @@ def chain(result: dict) -> list[tuple[str, dict]]:
     """What led to a RESULT of train_eval.py: (phase, arguments); backbones made alike share an entry."""
     steps = []
     for phase in PHASES[:2]:
-        made = [(name.partition("@")[0] if phase == "squeeze" else name, args)
-                for name, args in result["upstream"].get(phase, {}).items() if args]
-        for name, args in dict(made).items():
+        made = {name.partition("@")[0] if phase == "squeeze" else name: args
+                for name, args in result["upstream"].get(phase, {}).items() if args}
+        for name, args in made.items():
             alike = [step for other, step in steps if other == phase and all(
                 step[key] == args[key] for key in (step.keys() & args.keys()) - {"backbones"})]
             if alike:
@@ -272,15 +269,11 @@ def main(argv=None):
     parser.add_argument("folder", type=Path, metavar="runs/DATASET", help="where the phases wrote")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
-        beside = sorted(str(path) for path in args.folder.parent.glob("*/") if path.is_dir())
-        fail(f"{args.folder}: there is no such folder; {'name one of: ' * bool(beside)}"
-             f"{' '.join(beside) or 'run the phases first'}")
+        there = sorted(str(path) for path in args.folder.parent.glob("*/") if path.is_dir())
+        fail(f"{args.folder}: there is no such folder; beside it: {' '.join(there) or 'none'}")
     results = read_results(args.folder)
     if not results:
-        near = args.folder.parent if (args.folder / "eval").is_dir() else next(
-            (path.parents[2] for path in args.folder.glob("*/*/eval/*.json")), None)
-        fail(f"{args.folder} holds no evaluation (<run>/eval/<student>.json); "
-             + (f"name {near}" if near else "run train_eval.py first"))
+        fail(f"{args.folder} holds no <run>/eval/<student>.json; name runs/DATASET, or run train_eval.py")
     lines, notes = rows(args.folder.resolve().name, results)
     print("\n".join([table(HEADER, lines), *[""] * bool(notes), *notes]))
 

@@ -48,37 +48,34 @@ A data set named `...-holdout` is tested on a tenth of its training images, whic
 # Result files
 
 def shown_runs(results: dict[tuple, dict]) -> set[tuple]:
-    """(ipc, student, method, tag) of all runs but those of random images, which stand beside G-VBSM's where
-    there is none to compare."""
+    """(ipc, student, method, tag) of all runs; random images stand beside them, or else in G-VBSM's place."""
     runs = {(ipc, student, method, tag) for ipc, student, _, method, tag in results if method != "random"}
     compared = {run[:2] for run in runs}
-    return runs | {(ipc, student, "gvbsm", tag) for ipc, student, _, _,
-                   tag in results if (ipc, student) not in compared}
+    return runs | {(ipc, student, "gvbsm", tag) for ipc, student, _, _, tag in results
+                   if (ipc, student) not in compared}
 
 
 def keep(folder, results, out):
     """Write a cell for each run, IPC and student of runs/<dataset>."""
     for ipc, student, method, tag in shown_runs(results):
-        ours = {labels: results[key] for labels in LABELS
-                if (key := (ipc, student, labels, method, tag)) in results}
-        alone = {labels: results.get((ipc, student, labels, "random", tag)) for labels in LABELS}
-        real = alone | {labels: random_beside(result, results)[0] for labels, result in ours.items()}
-        real = {labels: result for labels, result in real.items() if result}
-        ours, real = ({labels: nowhere(result) for labels, result in side.items()} for side in (ours, real))
+        ours = {labels: results.get((ipc, student, labels, method, tag)) for labels in LABELS}
+        real = {labels: random_beside(result, results)[0] if result else
+                results.get((ipc, student, labels, "random", tag)) for labels, result in ours.items()}
+        ours, real = ({labels: nowhere(result) for labels, result in side.items() if result}
+                      for side in (ours, real))
         first, stem = next(iter((ours or real).values())), f"{method}-ipc{ipc}" + (f"-{tag}" if tag else "")
         run, teachers = folder / stem, folder / "teachers" / first["args"]["teachers"]
         names = first["args"]["backbones"]
-        # weak teachers come with these
-        squeezed = list(dict.fromkeys(name.partition("@")[0] for name in names))
         matched = [] if method in UNMATCHED else names
+        squeezed = [name.partition("@")[0] for name in names]              # weak teachers come with these
         images = Path(ours and first["args"]["images"] or run / "images")  # another run's, with its cost
-        costs = [spent(teachers / "squeeze.json", squeezed),
-                 spent(teachers / "collect_stats.json", matched) if matched else None,
+        costs = [spent(teachers / "squeeze.json", squeezed), spent(teachers / "collect_stats.json", matched),
                  spent(images.parent / "result.json"), spent(run / "labels" / "result.json"),
                  {"seconds": first["seconds"] / len(first["seeds"]), "mib": memory(first),
                   "hardware": first["hardware"]}]
-        save_json(out / f"{folder.resolve().name}-{stem}-{student}.json", {
-            "dataset": folder.resolve().name, "ipc": ipc, "student": student, "method": method, "tag": tag,
+        dataset = folder.resolve().name
+        save_json(out / f"{dataset}-{stem}-{student}.json", {
+            "dataset": dataset, "ipc": ipc, "student": student, "method": method, "tag": tag,
             "costs": dict(zip(PHASES, costs)),
             "bytes": {"images": size(images.glob("*/*")), "labels": size(run.glob("labels/*.npy")),
                       "teachers": size(teachers / f"{name}.pt" for name in names),
@@ -92,15 +89,17 @@ def nowhere(result):
     return result | ({"data_set": known | {"path": Path(known["path"]).name}} if known.get("path") else {})
 
 
-def spent(path, backbones=()):
+def spent(path, backbones=None):
     """Seconds, most memory and hardware of a RESULT file, if there is one; of squeeze.py and collect_stats.py
     for these backbones."""
-    keys = "seconds", "peak_memory", "hardware"
-    result = load_json(path, "run its phase again", keys) if path.exists() else None
-    known = result.get("costs", {}) if result else {}
-    parts = [known[name] for name in backbones if name in known] if backbones else [result]
+    if not path.exists():
+        return None
+    result = load_json(path, "run its phase again", ("seconds", "peak_memory", "hardware"))
+    parts, known = [result], result.get("costs", {})
+    if backbones is not None:
+        parts = [known[name] for name in dict.fromkeys(backbones) if name in known]
     return {"seconds": sum(part["seconds"] for part in parts), "mib": max(map(memory, parts)),
-            "hardware": result["hardware"]} if result and parts else None
+            "hardware": result["hardware"]} if parts else None
 
 
 def memory(result):
@@ -144,8 +143,8 @@ def paper(cell, labels="stored"):
 
 def results_table(cells):
     """A row for each cell."""
-    order = list(METHODS)
-    cells = sorted(cells, key=lambda cell: (cell["ipc"], cell["student"], order.index(cell["method"]),
+    methods = list(METHODS)
+    cells = sorted(cells, key=lambda cell: (cell["ipc"], cell["student"], methods.index(cell["method"]),
                                             cell["tag"] or ""))
     header = "IPC", "student", "run", "distilled", "random real", "margin", "hard labels", "paper"
     return table(header, [[
@@ -169,26 +168,24 @@ def comparison_table(base, cells):
 
 def family_table(cells):
     """Every method under one recipe, the best first; random images stand in rows of their own."""
-    base = next((cell for cell in cells if cell["method"] == "gvbsm" and cell["tag"] == FAMILY), None)
-    lines = []
+    base = next((next(iter(cell["distilled"].values())) for cell in cells
+                 if cell["method"] == "gvbsm" and cell["tag"] == FAMILY), None)
+    lines, reals = [], {}  # some cells have random images beside them under one kind of labels alone
     for cell in cells:
-        soft, hard = (pair(cell, labels) for labels in ("stored", "hard"))
-        name = run_name(cell["method"], cell["tag"].removeprefix(FAMILY).removeprefix("-"))
-        result = next(iter(cell["distilled"].values()))
-        made = result["upstream"].get("recover", {})
-        same = base and cell is not base and cell["method"] == "gvbsm"
-        changed = changes(next(iter(base["distilled"].values())), result) if same else []
+        (soft, soft_real, margin), (hard, hard_real, hard_margin) = (pair(cell, labels)
+                                                                     for labels in ("stored", "hard"))
+        result, took = next(iter(cell["distilled"].values())), cell["costs"]["recover"]
+        changed = changes(base, result) if base and cell["method"] == "gvbsm" else []
         flags = [words.removeprefix("recover.py ") for words in changed if words.startswith("recover.py ")]
+        numbers = [f"{number} ({LABELS[labels]})" for labels in ("stored", "hard")
+                   if (number := paper(cell, labels))]
+        backbones = result["upstream"].get("recover", {}).get("backbones") or []
         lines.append((cell["distilled"].get("stored"), [
-            name, soft[0], soft[2], hard[0], hard[2], seconds(cell["costs"]["recover"]),
-            "; ".join(f"{number} ({LABELS[labels]})" for labels in ("stored", "hard")
-                      if (number := paper(cell, labels))),
-            " ".join(made.get("backbones") or []) + "".join(f", `{words}`" for words in flags)]))
-    reals = {}  # some cells have random images beside them under one kind of labels alone
-    for cell in cells:
-        soft, hard = (pair(cell, labels)[1] for labels in ("stored", "hard"))
-        if soft not in reals or "hard" in cell["real"]:
-            reals[soft] = cell["real"].get("stored"), ["random real", soft, "", hard, "", "", "", ""]
+            run_name(cell["method"], cell["tag"].removeprefix(FAMILY).removeprefix("-")), soft, margin, hard,
+            hard_margin, f"{took['seconds']:.0f}" if took else "–", "; ".join(numbers),
+            " ".join(backbones) + "".join(f", `{words}`" for words in flags)]))
+        if soft_real not in reals or "hard" in cell["real"]:
+            reals[soft_real] = cell["real"].get("stored"), ["random real", soft_real, "", hard_real, *[""] * 4]
     lines += reals.values()
     lines.sort(key=lambda line: -line[0]["top1"] if line[0] else 0)
     return table(("run", "soft labels", "margin", "hard labels", "margin, hard", "seconds of recover",
@@ -238,15 +235,11 @@ def cost(took):
     return f"{took['seconds']:.0f} s, {took['mib'] / 1024:.1f} GiB" if took else "–"
 
 
-def seconds(took):
-    return f"{took['seconds']:.0f}" if took else "–"
-
-
 def hardware(cell):
     """Of its phases; the student's where a file does not name that of the others."""
     student = next(iter((cell["distilled"] or cell["real"]).values()))["hardware"]
-    return ", then ".join(dict.fromkeys(cost.get("hardware", student) for cost in cell["costs"].values()
-                                        if cost))
+    named = [took.get("hardware", student) for took in cell["costs"].values() if took]
+    return ", then ".join(dict.fromkeys(named))
 
 
 # Commands

@@ -334,7 +334,7 @@ def draw_losses(args: argparse.Namespace, fig) -> None:
     backbone that an iteration has drawn (Eq. 7). Without terms that are always 0."""
     found = {run: loss_curves(read_log(folder)) for run, folder in zip(titles(args), args.folders)}
     keys = {key for curves in found.values() for key in curves}
-    terms = [term for term in TERMS if term in dict(keys)]
+    terms = [term for term in TERMS if term in {term for term, _ in keys}]
     backbones = sorted({backbone for _, backbone in keys})
     rows = -(-len(terms) // 2)
     fig.set_size_inches(9 if len(terms) > 1 else 5, 0.9 + 2.5 * rows)
@@ -469,16 +469,16 @@ def get_parser(name):
     default = "pixels instead" if name == "similarity" else "run's first backbone"
     flag("similarity tsne", "--backbone", metavar="NAME", help=f"whose logits; by default the {default}")
     flag("similarity tsne", "--teachers", type=plain_name, help="of --backbone; by default the first run's")
-    flag("similarity tsne", "--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda if there")
+    flag("similarity tsne", "--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda if any")
     flag("tsne", "--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of t-SNE")
     flag("tsne images", "--classes", type=number(int, 1), default=10, help="how many, the first ones")
     flag("images", "--columns", type=number(int, 1), default=5, help="images of a class from each source")
     flag("images", "--real", action=argparse.BooleanOptionalAction, default=True, help="training images too")
     flag("images", "--names", nargs="+", metavar="NAME", help="above the runs, in their order")
     flag("similarity images", "--data-dir", default="data", help="where named data sets lie")
-    flag("similarity tsne images", "--workers", type=number(int, 0), default=2, help="threads that read")
-    flag("statistics channels", "--backbones", nargs="+", metavar="NAME", help="by default all there")
-    flag("channels", "--batchnorm", type=number(int, 1), default=2, metavar="N", help="which of a backbone")
+    flag("similarity tsne images", "--workers", type=number(int, 0), default=2, help="threads for reading")
+    flag("statistics channels", "--backbones", nargs="+", metavar="NAME", help="by default all")
+    flag("channels", "--batchnorm", type=number(int, 1), default=2, metavar="N", help="the N-th")
     return parser
 
 

@@ -273,7 +273,10 @@ def main(argv=None):
         fail(f"{args.folder}: there is no such folder; beside it: {' '.join(there) or 'none'}")
     results = read_results(args.folder)
     if not results:
-        fail(f"{args.folder} holds no <run>/eval/<student>.json; name runs/DATASET, or run train_eval.py")
+        near = args.folder.parent if (args.folder / "eval").is_dir() else next(
+            (path.parents[2] for path in args.folder.glob("*/*/eval/*.json")), None)
+        fail(f"{args.folder} holds no <run>/eval/<student>.json; "
+             + (f"name {near}" if near else "run train_eval.py first"))
     lines, notes = rows(args.folder.resolve().name, results)
     print("\n".join([table(HEADER, lines), *[""] * bool(notes), *notes]))
 

@@ -70,7 +70,6 @@ def flags(case, phase, runs):
 
 
 @cache
-@cache
 def few_shapes(split, drawn=data.draw_shapes):
     """`shapes` with 20 training and 10 test images a class."""
     images, labels = drawn(split)

@@ -147,6 +147,21 @@ def test_curves_of_accuracy_are_by_student_labels_and_run_without_comparisons():
     assert np.isnan(found["resnet18", "stored", "gvbsm-kl"][0, 2])
 
 
+def test_continual_learning_is_plotted_over_the_classes_so_far(relabelled, capsys):
+    with pytest.raises(SystemExit):
+        figures.continual_curves(parsed("continual", relabelled.run()))
+    assert "--protocol continual" in capsys.readouterr().err
+    relabelled.call("train_eval", "--protocol continual --steps 3 --orders 2")
+    (label, points), = figures.continual_curves(parsed("continual", relabelled.run())).items()
+    path, = (relabelled.run() / "eval").glob("*-continual3.json")
+    result = json.loads(path.read_text())
+    count, seen = len(result["classes"]), [0]
+    for left in 3, 2, 1:                                             # as equal as possible, larger ones first
+        seen.append(seen[-1] + math.ceil((count - seen[-1]) / left))
+    assert label == f"{relabelled.run().name}, {result['student']}, soft labels"
+    assert points.tolist() == [list(point) for point in zip(seen[1:], result["curve"], result["curve_std"])]
+
+
 def test_tiles_stand_in_rows_and_groups():
     groups = [torch.randint(256, (2, columns, 3, 4, 4), dtype=torch.uint8) for columns in (3, 1)]
     canvas, centres, rows = figures.tile(groups, gap=1)
@@ -220,8 +235,10 @@ def test_each_figure_is_drawn(name, selected, capsys):
         pytest.importorskip("sklearn")
     if name == "ipc":
         selected.call("train_eval", "--student-seeds 0 1")
+    if name == "continual":
+        selected.call("train_eval", "--protocol continual --steps 2 --orders 2")
     folders = {"statistics": [selected.teachers], "channels": [selected.teachers], "ipc": [selected.results],
-               "losses": [selected.run()]}.get(
+               "losses": [selected.run()], "continual": [selected.run()]}.get(
         name, [selected.run("random-ipc2"), selected.run()])
     figures.main([name, *map(str, folders)])
     assert capsys.readouterr().out == f"{selected.results / name}.png\n"
@@ -305,8 +322,6 @@ def test_without_scikit_learn(tmp_path, monkeypatch, capsys):
     (["images", ".", "--columns", "0"], ["--columns", "0"]), (["losses", ".", "."], ["twice"]),
     (["losses", ".", "--out", "a.pdf"], ["--out", "a.pdf", ".png"])])
 def test_command_lines_that_cannot_be(words, named, capsys):
-    if words == ["channels", "."]:
-        pytest.importorskip("matplotlib")
     if words[0] == "channels":
         pytest.importorskip("matplotlib")
     error = told(capsys, figures.main, words)

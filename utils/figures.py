@@ -7,6 +7,7 @@
     python -m utils.figures images runs/cifar10/random-ipc10 runs/cifar10/gvbsm-ipc10
     python -m utils.figures losses runs/cifar10/gvbsm-ipc10
     python -m utils.figures ipc runs/cifar10
+    python -m utils.figures continual runs/cifar10/random-ipc10 runs/cifar10/gvbsm-ipc10
 
 `python -m utils.figures <figure> --help` lists the flags of one. Only `draw_*` and `embed` need the packages.
 """
@@ -17,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -403,6 +405,33 @@ def draw_ipc(args: argparse.Namespace, fig) -> None:
     shared_legend(fig, min(3, 1 + len(students)))
 
 
+def continual_curves(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """-> {"run, student, labels": [steps, 3] of classes so far, top-1 in %, deviation over orders and seeds}"""
+    curves = {}
+    for run, folder in zip(titles(args), args.folders):
+        for path in sorted(folder.glob("eval/*-continual*.json")):
+            result = load_json(path, "run train_eval.py --overwrite", ("curve", "curve_std", "classes"))
+            arrived = np.array_split(result["classes"], len(result["curve"]))
+            label = f"{run}, {result['student']}, {LABELS[result['labels']]} labels"
+            curves[label] = np.stack([np.cumsum(list(map(len, arrived))), result["curve"],
+                                      result["curve_std"]], axis=1)
+    if not curves:
+        fail(f"{args.folders[0]} holds no eval/<student>-continual<steps>.json; run train_eval.py --protocol "
+             "continual")
+    return curves
+
+
+def draw_continual(args: argparse.Namespace, fig) -> None:
+    """Class-incremental learning: top-1 on the classes so far, bars: standard deviation over orders and
+    seeds.   arXiv:2311.17950, Fig. 10."""
+    axes, curves = fig.subplots(), continual_curves(args)
+    for marker, (label, points) in zip(cycle(MARKERS), curves.items()):
+        axes.errorbar(*points.T, marker=marker, markersize=5, capsize=3, label=label)
+    axes.set(xlabel="classes so far", ylabel="top-1 of the last epoch, %")
+    axes.set_xticks(sorted({int(seen) for points in curves.values() for seen in points[:, 0]}))
+    shared_legend(fig, 1)
+
+
 def image_groups(args: argparse.Namespace) -> tuple[list[str], dict[str, Tensor]]:
     """-> class names, {source: uint8 [classes, columns, 3, S, S]}"""
     result, groups, size = read_runs(args.folders), {}, None
@@ -450,7 +479,8 @@ def draw_images(args: argparse.Namespace, fig) -> None:
 
 
 FIGURES = {"similarity": draw_similarity, "tsne": draw_tsne, "statistics": draw_statistics,
-           "channels": draw_channels, "images": draw_images, "losses": draw_losses, "ipc": draw_ipc}
+           "channels": draw_channels, "images": draw_images, "losses": draw_losses, "ipc": draw_ipc,
+           "continual": draw_continual}
 TEACHERS, RUN = "runs/DATASET/teachers/TEACHERS", "runs/DATASET/RUN"
 WHERE = {"statistics": TEACHERS, "channels": TEACHERS, "ipc": "runs/DATASET"}        # what to name; else RUN
 

@@ -130,19 +130,17 @@ def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[di
     labels [G, B]; matchers: `ClosedFormMatching` or `Matching` of each backbone; draws: of `draw_iterations`;
     bounds: low, high [3, 1, 1] of valid pixels. dd_on: pixels, or the view the backbones see (the paper
     leaves it open); dd_autograd: Eq. 5 by autograd; unit_gradients: scale each backbone's gradient of a batch
-    to norm 1, so that none sets the size of Adam's steps; averages: to start from, of another state(), or new
-    ones (DEVIATION(paper), Eq. 6: not those of all past batches); resume: a state().
-    Yields after every Adam step: t, the weighted losses {ce, bn, conv, dd, gradient: its norm}, summed over
-    batches, and state, a function that gives what to resume from. ValueError where shapes do not fit."""
+    to norm 1, so that none sets the size of Adam's steps; averages: those of another state(), by default new
+    (DEVIATION(paper), Eq. 6: not those of all past batches); resume: a state(). ValueError: misfit shapes.
+    Yields after every Adam step: t, the losses as weighted, summed over batches {ce, bn, conv, dd, gradient:
+    its norm}, and state, a function that gives what to resume from."""
     if labels.dim() != 2 or images.dim() != 5 or images.shape[:2] != labels.shape:
-        raise ValueError(f"images of shape {tuple(images.shape)}, labels of shape {tuple(labels.shape)}; "
-                         "expected [groups, batch, 3, size, size] and [groups, batch], as images[None] and "
-                         "labels[None] of a single batch")
+        raise ValueError(f"images of shape {(*images.shape,)}, labels of shape {(*labels.shape,)}: expected "
+                         "[groups, batch, 3, size, size], [groups, batch]; [None] makes one group of a batch")
     G, device = len(labels), images.device
     one_of("dd_on", dd_on, "pixels", "view")
     if any(len(rows) != G for draw in draws[:1] for rows in draw["view"].values()):
-        raise ValueError(f"draws of other batches than the {G} groups of images; give draw_iterations "
-                         f"batches=range({G})")
+        raise ValueError(f"draws are not of {G} groups of images; give draw_iterations batches=range({G})")
     shifts = (labels.max() + 1) * torch.arange(G, device=device)[:, None]      # L_DD of each batch alone
     members = class_members((labels + shifts).flatten())
     pixels = images.detach().requires_grad_()                        # in the memory of images

@@ -105,6 +105,13 @@ def test_pixels_that_are_no_number_or_brighter_than_those_of_training_are_refuse
     assert_fails(capsys, ["val/cat/0.png", "60000", "0 .. 4095"], load_split, str(root), "x", "test")
 
 
+def test_deep_test_images_beside_training_images_of_eight_bits_have_their_own_range(tmp_path):
+    root = make_folder(tmp_path, shape=(8, 8))
+    save(root / "val/cat/0.png", np.full((8, 8), 4095, np.uint16))
+    images = load_split(str(root), "x", "test").images
+    assert any((image == 255).all() for image in images)
+
+
 def test_an_image_of_a_far_smaller_range_is_a_warning(tmp_path, capsys):
     root = make_folder(tmp_path, shape=(8, 8))
     for split, name, value in ("train", "a", 60000), ("train", "b", 2000), ("val", "a", 200):

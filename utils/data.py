@@ -373,8 +373,8 @@ def load_split(dataset: str, data_dir: str, split: str, image_size: int | None =
     images, labels, classes = find_split(dataset, data_dir, "train" if holdout else split, download)
     white = None if isinstance(images, np.ndarray) else white_levels(
         images if split == "train" or holdout else find_split(dataset, data_dir, "train")[0])
-    if split == "test" and not holdout and white:
-        white_levels(images, white)                                  # warns
+    if split == "test" and not holdout and white is not None:
+        white = white_levels(images, white)                          # warns; their own beside 8-bit training
     if holdout or imbalance > 1:
         rows = subset(labels, len(classes), split, holdout, imbalance)
         if not rows:

@@ -306,13 +306,24 @@ def test_no_student_of_a_folder_of_ones_own_trains_by_sgd(preset, column):
     assert (values["optimizer"], values["lr"]) == (["adamw"], ["0.001"])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["paper", "release"])
 @pytest.mark.parametrize("phase, train, classes, epochs", [
     ("squeeze", 20, 2, 200), ("squeeze", 320, 20, 40), ("squeeze", 640, 40, 40), ("squeeze", 10 ** 5, 20, 5),
     *((phase, 10 ** 4, classes, epochs) for phase in ("relabel", "train_eval")
       for classes, epochs in ((3, 1000), (16, 500), (300, 200)))])
 def test_epochs_on_a_folder_go_by_the_number_of_images(preset, phase, train, classes, epochs):
     assert preset_values(preset, "cifar10", phase, 2, own=(train, classes))["epochs"] == epochs
+
+
+@pytest.mark.parametrize("column, phase, train, classes, ipc, expected", [
+    ("cifar10", "squeeze", 4500, 10, 10, (30, 64)), ("cifar100", "squeeze", 100, 30, 1, (200, 64)),
+    ("cifar10", "squeeze", 45000, 10, 1, (5, 64)), ("tiny", "squeeze", 4500, 30, 1, (5, 32)),
+    ("cifar10", "train_eval", 4500, 10, 10, (300, 25)), ("cifar10", "train_eval", 4500, 10, 50, (200, 25))])
+def test_best_trains_longer_on_a_folder(column, phase, train, classes, ipc, expected):
+    values = preset_values("best", column, phase, ipc, own=(train, classes))
+    assert (values["epochs"], values["batch_size"]) == expected
+    assert values["backbones"] == (["convnet_w64", "wrn10_1"] if column == "tiny" else
+                                   ["convnet_w128", "wrn16_2"])
 
 
 def test_pretrained_weights_are_the_default_at_the_size_they_are_of(monkeypatch):

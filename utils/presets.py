@@ -128,6 +128,11 @@ FOLDER = {
     ("train_eval", "lr"):           ["0.001"],
     ("train_eval", "weight_decay"): ["0.0"],
 }
+BEST_FOLDER = {     # of `best`, in columns that it has values for: as measured on ten classes of 450 images
+    ("*", "backbones"):             ["convnet_w128", "wrn16_2"],
+    ("squeeze", "batch_size"):      64,
+    ("train_eval", "students"):     ["convnet_w128"],
+}
 AT_IPC = {      # {(preset or method, column, IPC): rows}
     ("paper", "imagenet", 10): {("recover", "drop_rate"): 0.0},                 # P, Appendix A
     # by --holdout, with two backbones: +4.6 after 200 epochs of the student, of which class statistics (at ten
@@ -256,6 +261,8 @@ def preset_values(preset: str, column: str, phase: str, ipc: int | None = None, 
     for name in (*PRESETS[preset], method):
         if own:
             tables += [TABLES[name], folder_epochs(*own, ipc or 1) if name == "folder" else {}]
+            if name == "best" and column in ("cifar10", "cifar100"):
+                tables += [BEST_FOLDER, folder_epochs(*own, ipc or 1, squeeze=135_000, student=30_000)]
         elif name != "folder":
             tables += [TABLES[name], AT_IPC.get((name, column, ipc), {})]
     values, i = {}, COLUMNS.index(column)
@@ -268,12 +275,13 @@ def preset_values(preset: str, column: str, phase: str, ipc: int | None = None, 
     return values
 
 
-def folder_epochs(train: int, classes: int, ipc: int) -> dict:
-    """FOLDER's epochs, which make about 1000 steps of a student, and 400 of squeeze or 20 a class. Seen at 16
-    pixels, 20 images a class, in % of 100 to 500 test images: students of five classes 45 after 200 steps
-    (random images: 46), 88 (96) after 1000; of twenty classes, after 250 epochs, 40 in one batch, 52 in
-    batches of 16; the two teachers of fifty classes 39 and 58 after 400 steps, 84 and 77 after 1000."""
-    squeeze = max(400, 20 * classes) * FOLDER["squeeze", "batch_size"] // train
-    student = 1000 * FOLDER["train_eval", "batch_size"] // (classes * ipc)
-    return by_phase({("squeeze", "epochs"): min(200, max(5, squeeze)),
-                     (STUDENTS, "epochs"): min(1000, max(200, student))})
+def folder_epochs(train: int, classes: int, ipc: int, squeeze: int = 400 * 32,
+                  student: int = 1000 * 16) -> dict:
+    """Epochs for a folder, of about so many images in all: steps times batch; of squeeze at least 20 * 32 a
+    class. Seen at 16 pixels, 20 images a class, in % of 100 to 500 test images: students of five classes 45
+    after 200 steps of 16 (random images: 46), 88 (96) after 1000; of twenty classes, after 250 epochs, 40 in
+    one batch, 52 in batches of 16; the two teachers of fifty classes 39 and 58 after 400 steps of 32, 84 and
+    77 after 1000. With `best` (NOTES.md): 450 images a class, teachers of 15 epochs 71.9, of 50 75.2."""
+    return by_phase({
+        ("squeeze", "epochs"): min(200, max(5, max(squeeze, 20 * 32 * classes) // train)),
+        (STUDENTS, "epochs"): min(1000, max(200, student // (classes * ipc)))})

@@ -135,8 +135,8 @@ BEST_FOLDER = {     # of `best`, in columns that it has values for: as measured 
 }
 AT_IPC = {      # {(preset or method, column, IPC): rows}
     ("paper", "imagenet", 10): {("recover", "drop_rate"): 0.0},                 # P, Appendix A
-    # by --holdout, with two backbones: +4.6 after 200 epochs of the student, of which class statistics (at ten
-    # epochs of squeeze) +0.3, and twenty epochs instead of ten +0.3 (+1.4 after 1000)
+    # by --holdout, with two backbones: +4.6 after 200 epochs of the student, of which class statistics (at
+    # ten epochs of squeeze) +0.3, and twenty epochs instead of ten +0.3 (+1.4 after 1000)
     ("best", "cifar10", 50): {("*", "teachers"): "annealed20", ("squeeze", "epochs"): 20,
                               ("collect_stats", "class_statistics"): True,
                               ("recover", "class_statistics"): True},

@@ -50,7 +50,7 @@ def sum_statistics(model: nn.Module, batches: Iterable[tuple], patch: int, class
     state: one to continue from
     -> yields after every batch {"sums": {convolution: [channel_mean, channel_var, patch_mean, patch_var]},
     "class_sums": {layer: images [classes], moments [classes, n] of `image_moments`}, "seen": images,
-    "batches"}; sums in float64"""
+    "batches"}; float64 sums of float32 moments"""
     require_eval(model)
     layers = matched_layers(model)
     convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
@@ -128,7 +128,7 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     add = parser.add_argument_group("method").add_argument
     add("--patch", type=number(int, 1),
         help="pixels a side of a patch, 4 up to images of 64 pixels, 16 above [N^p]")
-    add("--crop", type=crop_name, default="pad4", help="beside flips: none, resized, pad<pixels>")
+    add("--crop", type=crop_name, default="pad4", help="none, resized, pad<pixels>; flips come with it")
     add("--batch-size", type=number(int, 2), default=64, help="images of one term of Eq. 9")
     add("--class-statistics", action=argparse.BooleanOptionalAction, default=False,
         help="also those of each class alone, for recover.py --class-statistics")
@@ -176,9 +176,10 @@ def main(argv=None):
             if rank() == 0:
                 states = [checkpoint.read(f"{other} of {world_size()}") for other in range(world_size())]
                 statistics = dataset_statistics(states)
-                if not all(torch.cat(vectors).isfinite().all() for vectors in statistics.values()):
-                    fail(f"{path} would hold statistics that are not finite; train the backbone again")
                 more = {"class_statistics": class_statistics(states)} if classes else {}
+                for vectors in [*statistics.values(), *more.get("class_statistics", {}).values()]:
+                    if not all(vector.isfinite().all() for vector in vectors):
+                        fail(f"{path} would hold statistics that are not finite; train the backbone again")
                 save_torch(path, more | {
                     "statistics": statistics, "patch": args.patch, "classes": data["classes"],
                     "checkpoint": records[name]["fingerprint"], "args": relevant(args)})

@@ -13,7 +13,7 @@ writes  runs/<dataset>/<run>/images/<class>/<id>.png            an ImageFolder
         runs/<dataset>/<run>/grid.png, result.json; log.jsonl where images are optimised
 
 python recover.py --dataset cifar100 --ipc 10                              # paper setting, Table 9
-python recover.py --dataset cifar100 --ipc 10 --drop-rate 0 --tag nodrop   # ablation, Fig. 6
+python recover.py --dataset cifar100 --ipc 10 --drop-rate 0 --tag nodrop   # ablation, as in Fig. 6
 python recover.py --dataset shapes                                         # smoke run: a minute, no download
 """
 import argparse
@@ -73,7 +73,8 @@ def draw_iterations(iterations: int, matchers: list, image_size: int, *, seed: i
     """What is random in a run of T iterations: a function of seed and T, views also of a batch's number in
     `batches`. All batches have the same backbones and dropped layers, so that they can share a pass.
     choice: uniform, Eq. 7, or cycle; subset (Teddy): so many backbones act in every iteration, drawn by
-    (seed, slot); drop_rate: beta_dr, of convolutions, never of BatchNorms; crop, flip, roll: of `draw_view`
+    (seed, slot), and drop layers alike; drop_rate: beta_dr, of convolutions alone; crop, flip, roll: as of
+    `draw_view`
     -> T dicts: backbones, a tuple of numbers; kept, {number: bool [layers of matcher.targets], false where a
     convolution is dropped}; view, tensors [batches, ...], one view for a whole batch"""
     T, K, rng = iterations, len(matchers), generator("iterations", seed, iterations)
@@ -105,8 +106,8 @@ def apply_views(pixels: Tensor, view: dict[str, Tensor]) -> Tensor:
 def matching_gradient(matcher, labels: Tensor, ce_weight: float, pixels: Tensor, view: dict[str, Tensor],
                       kept: Tensor, state, dropped: Iterable[str] = ()) -> tuple:
     """Gradient of ce_weight CE + L'_BN + L'_Conv, weighted by the matcher, at pixels [G, B, 3, S, S] under a
-    view of each batch. dropped: names of layers without a hook; kept: the others, as a mask for CUDA graphs,
-    which hook all; state: moving averages of Eq. 6, Eq. 10.
+    view of each batch. kept: bool [layers], those that count; dropped: names of the others, which get no
+    hook (a CUDA graph hooks all and goes by kept); state: moving averages of Eq. 6, Eq. 10.
     -> gradient, losses (classification, BatchNorm, convolutions) summed over batches, new state"""
     pixels = pixels.detach().requires_grad_()
     views = apply_views(pixels, view)
@@ -125,15 +126,15 @@ def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[di
                   tau: float = 4.0, dd_scale: str = "sum", dd_on: str = "pixels", dd_autograd: bool = False,
                   unit_gradients: bool = False, averages: list | None = None,
                   gradient: Callable = matching_gradient, resume: dict | None = None) -> Iterator[tuple]:
-    """Minimise CE (Eq. 2) + L'_BN (Eq. 6) + L'_Conv (Eq. 10) + L_DD (Eq. 5), by a backbone at a time (Eq. 7).
+    """Minimise CE (Eq. 2) + L'_BN (Eq. 6) + L'_Conv (Eq. 10) + L_DD (Eq. 5), by the draws' backbones.
     images [G, B, 3, S, S] in normalised units, changed in place: G batches ("groups"), each as if alone;
     labels [G, B]; matchers: `ClosedFormMatching` or `Matching` of each backbone; draws: of `draw_iterations`;
     bounds: low, high [3, 1, 1] of valid pixels. dd_on: pixels, or the view the backbones see (the paper
     leaves it open); dd_autograd: Eq. 5 by autograd; unit_gradients: scale each backbone's gradient of a batch
     to norm 1, so that none sets the size of Adam's steps; averages: those of another state(), by default new
     (DEVIATION(paper), Eq. 6: not those of all past batches); resume: a state(). ValueError: misfit shapes.
-    Yields after every Adam step: t, the losses as weighted, summed over batches {ce, bn, conv, dd, gradient:
-    its norm}, and state, a function that gives what to resume from."""
+    Yields after every Adam step: t, the weighted losses {ce, bn, conv, dd, gradient: its norm without dd},
+    summed over batches and backbones, and state, a function that gives what to resume from."""
     if labels.dim() != 2 or images.dim() != 5 or images.shape[:2] != labels.shape:
         raise ValueError(f"images of shape {(*images.shape,)}, labels of shape {(*labels.shape,)}: expected "
                          "[groups, batch, 3, size, size], [groups, batch]; [None] makes one group of a batch")
@@ -187,8 +188,8 @@ def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: d
     """Optimise all images by `recover_batch`; torchrun's processes share batches, not with --ema-carry."""
     data, size = recorder.data, recorder.data["image_size"]
     batches = make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)
-    # by which a batch's subset of backbones is drawn (Teddy): its images' number in their classes, or its own
-    slots = [args.subset and (batch[0][1] if args.loop == "original" else i)
+    # batches of one slot share a pass and a subset of backbones (Teddy): those of one image a class, or alone
+    slots = [(batch[0][1] if args.loop == "original" else i) if args.subset else 0
              for i, batch in enumerate(batches)]
     match = partial(make_matchers, models, statistics, plain=args.statistics == "plain", alpha=args.alpha,
                     class_statistics=args.class_statistics, bn_weight=args.bn_weight,
@@ -198,7 +199,7 @@ def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: d
                          matching_gradient, match, size, device)
     todo = [numbers for numbers in passes if not recorder.load_existing([batches[i] for i in numbers])]
     barrier()                                                        # none writes until all have looked
-    todo = shard(todo) if not args.ema_carry else [] if rank() else todo     # carried: from batch to batch
+    todo = shard(todo) if not args.ema_carry else todo if rank() == 0 else []    # carried: by one process
     run.start(args.iterations * sum(map(len, todo)), "iterations")
     for numbers in todo:
         together = [batches[i] for i in numbers]
@@ -236,16 +237,16 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     add("--conv-weight", type=weight, default=0.01, help="of convolution statistics, 0 = off [L'_Conv]")
     add("--first-multiplier", type=weight, default=10.0, help="of the first layer's statistics, 1 = off")
     add("--dd-weight", type=weight, default=1.0, help="of data densification, 0 = off [L_DD]")
-    add("--dd-scale", choices=["sum", "mean"], default="sum", help="Gram matrix; mean: over row length")
+    add("--dd-scale", choices=["sum", "mean"], default="sum", help="of Eq. 5's matrix; mean: over pixels")
     add("--dd-on", choices=["pixels", "view"], default="pixels", help="input of Eq. 4; view: augmented")
     add("--loop", choices=["reorder", "original"], default="reorder", help="grouping of images, Fig. 4")
     add("--choice", choices=["uniform", "cycle"], default="uniform", help="of an iteration's backbone, Eq. 7")
     add("--unit-gradients", **switch, help="scale each backbone's gradient of a batch to norm 1, before L_DD")
     add("--subset", type=count, default=0, help="backbones that act together [|S_i|, Teddy]; 0 = one, Eq. 7")
     add("--class-statistics", **switch, help="targets: those of the classes in a batch, mixed [Teddy]")
-    add("--statistics", choices=["closed", "plain"], default="closed", help="Eqs. 5, 6, 10; plain: autograd")
-    add("--adaptive-ratio", type=number(float, 0, 0.9), default=0.0, help="share of real images cut [BiLP]")
-    add("--adaptive-period", type=number(int, 1), default=10, help="iterations from cut to cut [BiLP]")
+    add("--statistics", choices=["closed", "plain"], default="closed", help="plain: by autograd")
+    add("--adaptive-ratio", type=number(float, 0, 0.9), default=0.0, help="bilp: share of real images cut")
+    add("--adaptive-period", type=number(int, 1), default=10, help="bilp: iterations from cut to cut")
     add = parser.add_argument_group("start and augmentation of the images").add_argument
     add("--init", choices=["noise", "real", "herding", "kcenter", "crops"], default="noise",
         help="noise; training images, random or chosen by the first backbone; or their crops of lowest loss")

@@ -57,8 +57,8 @@ def label_epoch(images: Tensor, mean_std: Tensor, draw: dict[str, Tensor], batch
 def logit_rms(images: Tensor, mean_std: Tensor, draw: dict[str, Tensor], batch_size: int,
               models: dict[str, nn.Module], mix: str) -> dict[str, float]:
     """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}
-    A model with logits far larger than the others' decides the mean norm of Eq. 8, so the scale of all: warns
-    of one."""
+    One of more than 8 times another's (our choice) decides the mean norm of Eq. 8, so the scale of all, or
+    the plain mean: a warning."""
     draw = send(draw, images.device)
     mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, mean_std)
     rms = {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}
@@ -107,7 +107,8 @@ def main(argv=None):
     images, mean_std = images.to(device), torch.tensor([data["mean"], data["std"]], device=device)
     models = {name: channels_last(model) for name, model in models.items()}
     batch_size = full_batch(len(images), args.whole_up_to, args.batch_size)
-    draw, piece = partial(draw_labels, args, data["image_size"], len(images)), f"epochs-{rank()}"
+    draw = partial(draw_labels, args, data["image_size"], len(images))
+    piece = f"epochs-{rank()}"
 
     with run.work() as checkpoint:
         writer = LabelWriter(checkpoint.folder, args.epochs, len(images), len(data["classes"]))

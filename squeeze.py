@@ -55,15 +55,15 @@ def train(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, traini
           checkpoint: Checkpoint) -> Iterator[tuple[int, Record]]:
     """Supervised training in place on the images `rows` [N] of a split, while iterated: cross-entropy on
     random crops and flips; streamed images arrive cropped and flipped.   mean_std [2, 3] on the device
-    -> yields after each epoch its number, and what --method forgetting selects by: of each image of the
-    split "events" and whether "learned" (`count_forgetting`)"""
+    -> yields after each epoch its number, and the record that training goes on with: of each image of the
+    split "events" and "learned" (`count_forgetting`), by which --method forgetting selects"""
     count, device = len(split), mean_std.device
     flags = {key: torch.zeros(count, dtype=torch.bool, device=device)
              for key in ("learned", "correct", "prev_correct")}
     record = Record(device, events=torch.zeros(count, dtype=torch.int16, device=device), **flags)
     optimizer, schedule = training.optimizer(model)
     parallel = in_parallel(model, device)
-    batch, view = (), {}                 # train_epoch sets them: loss_of takes tensors alone, for CUDA graphs
+    batch, view = (), {}                 # train_epoch sets them: a CUDA graph gives loss_of tensors alone
 
     def loss_of(images, labels, *params):
         """On this process's share of `batch`.   -> loss, whether each image is classified correctly"""
@@ -76,7 +76,7 @@ def train(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, traini
 
     def train_epoch(epoch, batches, rng):
         nonlocal batch, view
-        shares = split.batches([share(rows) for rows in batches], crop_seed=epoch)
+        shares = split.batches([share(whole) for whole in batches], crop_seed=epoch)
         for batch, (images, labels) in zip(batches, shares):
             if not split.streamed:
                 view = draw_view(len(batch), split.image_size, training.crop, True, 0, rng)
@@ -87,8 +87,8 @@ def train(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, traini
     for epoch in fit((model, optimizer, schedule, record),
                      shuffled(rows, training.batch_size, partial(generator, "squeeze", training.seed)),
                      train_epoch, epochs=training.epochs, name=f"{training.name} {checkpoint.result.stem}",
-                     remedy=training.remedy, resume=checkpoint.load(),  # all processes' state is the same:
-                     save=checkpoint.save_if_due if rank() == 0 else None):
+                     remedy=training.remedy, resume=checkpoint.load(),
+                     save=checkpoint.save_if_due if rank() == 0 else None):    # all processes have one state
         before, correct = record["prev_correct"], record["correct"]
         record["events"], record["learned"] = count_forgetting(record["events"], record["learned"], before,
                                                                correct)
@@ -151,8 +151,8 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
                                     args.download, args.holdout, args.imbalance).to(device)
                   for split in ("train", "test")}
     data = describe(args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
-    if args.objective == "supervised":
-        splits["train"].check_crop("resized" if args.weights else args.crop)
+    if args.objective == "supervised" and not args.weights:
+        splits["train"].check_crop(args.crop)
     check_models("--backbones", args.backbones, len(data["classes"]), data["image_size"])
     if args.method in SELECTIONS:                                    # stops where a class has too few images
         class_indices(splits["train"], torch.arange(len(splits["train"])), data["classes"], args.ipc)
@@ -175,9 +175,9 @@ def make_teachers(todo: list[str], args: argparse.Namespace, device: torch.devic
         check_contrasted(split, len(rows), args.batch_size)
     shared = dict(seed=args.seed, cuda_graphs=args.cuda_graphs)
     for i, name in enumerate(todo):
-        if (weak := name.partition("@")[2]).isdigit():
+        if (weak := name.partition("@")[2]).isdigit():               # an epoch, or "pruned<i>"
             continue                                                 # saved while its backbone was trained
-        model, backbone, left = initial_model(name, args, data, folder)
+        model, backbone, widths = initial_model(name, args, data, folder)
         model = with_precision(channels_last(model.to(device)), device, args.precision)
         training = fine_tuning(name, args.pruned, crop=args.crop, **shared) if weak else Training(
             "squeeze", args.epochs, args.batch_size, args.lr, args.weight_decay, args.momentum,
@@ -187,13 +187,13 @@ def make_teachers(todo: list[str], args: argparse.Namespace, device: torch.devic
         identity = settings(args, name) | {"backbone": name, "save_epochs": args.save_epochs}
         with Checkpoint(files[i], args, hashes, identity, files[i + 1:]) as checkpoint:
             if args.objective == "moco" and checkpoint.read() is None:     # else the probe had begun
-                key = build_model(backbone, len(data["classes"]), data["image_size"]).to(device)
-                key = with_precision(channels_last(key), device, args.precision)
-                train_moco(model, key, splits, rows, mean_std, training, args.queue, checkpoint)
+                twin = build_model(backbone, len(data["classes"]), data["image_size"]).to(device)
+                twin = with_precision(channels_last(twin), device, args.precision)
+                train_moco(model, twin, splits, rows, mean_std, training, args.queue, checkpoint)
             if args.objective != "supervised":       # a new last layer on frozen features (SC-DD, Table 16)
-                probe, training = Probe(model, len(split.classes)), Training(
-                    "probe", args.probe_epochs, 256, args.probe_lr, args.probe_weight_decay,
-                    remedy="use a smaller --probe-lr", **shared)
+                probe = Probe(model, len(split.classes))
+                training = Training("probe", args.probe_epochs, 256, args.probe_lr, args.probe_weight_decay,
+                                    remedy="use a smaller --probe-lr", **shared)
                 for _ in train(probe, split, rows, mean_std, training, checkpoint):
                     pass
                 probe.classifier()
@@ -202,7 +202,7 @@ def make_teachers(todo: list[str], args: argparse.Namespace, device: torch.devic
                     if epoch in saved_epochs(args.save_epochs) and not weak:
                         path = folder / f"{name}@{epoch}.pt"
                         found[path.stem] = save_teacher(path, model, splits["test"], mean_std, about)
-                about |= {"widths": left} if weak else {
+                about |= {"widths": widths} if weak else {
                     "forgetting": {key: forgetting[key].cpu() for key in ("events", "learned")}}
             found[name] = save_teacher(files[i], model, splits["test"], mean_std, about)
             made[name] = {"seconds": round(checkpoint.seconds(), 1), "peak_memory": peak_memory()}
@@ -235,7 +235,7 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     add = parser.add_argument_group("method").add_argument
     add("--pretrained", **switch, help="torchvision's ImageNet weights instead of training")
-    add("--crop", type=crop_name, default="pad4", help="beside flips: none, resized, pad<pixels>")
+    add("--crop", type=crop_name, default="pad4", help="none, resized, pad<pixels>; flips come with it")
     add("--download", action="store_true", help="fetch a named data set or pretrained weights when missing")
     add("--weights", type=Path, metavar="FILE",
         help="a state dict for the one --backbones: a classifier's, or with --objective probe an encoder's")
@@ -273,11 +273,10 @@ def get_parser():    # its defaults hold where utils/presets.py has none
 
 def main(argv=None):
     args = parse_args(get_parser(), "squeeze", argv)
-    args.weights_file = args.weights
+    args.weights_file = args.weights         # --weights becomes a hash: results compare contents, not paths
     if args.weights:
         if not args.weights.is_file():
             fail(f"--weights {args.weights}: no such file; name a checkpoint")
-        # results compare it by content, not path
         args.weights, args.pretrained = f"sha256:{fingerprint(args.weights)[:16]}", False
     device, paths = begin(args)
     check_flags(args, device)

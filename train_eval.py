@@ -12,7 +12,7 @@ writes  runs/<dataset>/<run>/eval/<student>[-online|-hard].json  top1 of the las
         runs/<dataset>/<run>/eval/<student>...-<protocol>.json   of --protocol continual and prune
 
 python train_eval.py --dataset cifar100 --ipc 10                                  # paper setting, Table 9
-python train_eval.py --dataset cifar100 --ipc 10 --loss kl --temperature 20 --overwrite  # KL, Fig. 6
+python train_eval.py --dataset cifar100 --ipc 10 --labels hard                      # without soft labels
 python train_eval.py --dataset shapes                                             # smoke run: a minute
 """
 import argparse
@@ -103,7 +103,7 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, train_data: dict, 
 def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespace, checkpoint: Checkpoint,
                   piece: str, *, model: nn.Module | None = None, penalty: Callable = lambda: 0) -> dict:
     """Train a student from scratch, or `model` further, in place, and resume from `piece` of the checkpoint.
-    train_data: from `load_train_data`; args: from `for_student`, lr as text; penalty(): added to the loss
+    train_data: from `load_train_data`; args: from `for_student`, lr [text]; penalty(): added to the loss
     -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch;
     "images": how many}"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
@@ -173,7 +173,7 @@ def get_parser():    # its defaults hold where utils/presets.py has none
         help="Eq. 11 as a mean over images and classes; or SRe2L's divergence, or that times tau squared")
     add("--gamma", type=weight, default=0.1, help="weight of the class in mse_gt, 0 = off [gamma]")
     add("--temperature", type=number(float, 1e-3), default=20.0, help="of kl and kl_t2 [tau, Eq. 3]")
-    add("--logit-norm", action=switch, default=True, help="with --labels online [LN, Eq. 8]")
+    add("--logit-norm", action=switch, default=True, help="of the teachers, with --labels online [LN, Eq. 8]")
     add = parser.add_argument_group("views of the images, with --labels online or hard").add_argument
     add("--mix", choices=["cutmix", "mixup", "none"], default="cutmix", help="how two images become one")
     add("--flip", action=switch, default=True, help="mirror views at random")

@@ -228,7 +228,7 @@ def test_unfinished_training_on_other_data(bare, counted):
     with pytest.raises(SystemExit):
         squeeze.main(bare.arguments("squeeze"))
     (bare.dataset / "train/bee/3.png").unlink()
-    assert "the images of --dataset have changed since" in bare.mistake("squeeze")
+    assert "the images of the data set have changed since" in bare.mistake("squeeze")
 
 
 def test_what_a_kill_left_behind_a_result_goes(project):

@@ -158,7 +158,7 @@ def test_continual_learning_is_plotted_over_the_classes_so_far(relabelled, capsy
     count, seen = len(result["classes"]), [0]
     for left in 3, 2, 1:                                             # as equal as possible, larger ones first
         seen.append(seen[-1] + math.ceil((count - seen[-1]) / left))
-    assert label == f"{relabelled.run().name}, {result['student']}, soft labels"
+    assert label == f"{relabelled.run().name}, {result['student']}, soft labels, 3 steps"
     assert points.tolist() == [list(point) for point in zip(seen[1:], result["curve"], result["curve_std"])]
 
 

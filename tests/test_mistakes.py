@@ -140,7 +140,7 @@ def test_images_made_of_data_that_has_changed(phase, flags, bare):
     os.replace(bare.dataset / "train/9", bare.dataset / "train/10")
     os.replace(bare.root / "aside", bare.dataset / "train/9")
     bare.call("squeeze", run)
-    tells(bare.mistake(phase, run, flags), "images of --dataset", "have changed since", "result.json")
+    tells(bare.mistake(phase, run, flags), "images of the data set", "have changed since", "result.json")
 
 
 # Flags
@@ -283,7 +283,7 @@ def test_teachers_trained_anew_since_the_images_were_made(phase, flags, relabell
 def test_images_of_other_backbones(relabelled):
     relabelled.call("recover", "--tag one --backbones convnet_w8")
     tells(relabelled.mistake("relabel", "--tag one"),
-          "was made from other weights (wrn10_1) than the present ones; name the same --backbones")
+          "was made from weights of convnet_w8, not of convnet_w8 wrn10_1; name the same --backbones")
 
 
 def test_a_recovery_from_teachers_or_statistics_made_anew_is_not_repeated(relabelled):
@@ -625,7 +625,7 @@ def test_statistics_of_data_whose_classes_have_changed(bare):
     bare.call("squeeze")
     for split in "train", "test":
         (bare.root / "beasts" / split / "bee").rename(bare.root / "beasts" / split / "cow")
-    tells(bare.mistake("collect_stats"), "--dataset", "changed", "supervised", "squeeze.py", "--overwrite")
+    tells(bare.mistake("collect_stats"), "the data set", "changed", "supervised", "squeeze.py", "--overwrite")
 
 
 @pytest.mark.slow

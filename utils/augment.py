@@ -276,7 +276,8 @@ def apply_siamese(images: Tensor, draw: dict[str, Tensor]) -> Tensor:
     if family == "flip":
         return apply_flip(images, draw)
     if family == "cutout":
-        (top, left, bottom, right), kept = draw.tolist(), torch.ones_like(images[0, 0])
+        top, left, bottom, right = draw.tolist()
+        kept = torch.ones_like(images[0, 0])
         kept[top:bottom, left:right] = 0
         return images * kept
     if family == "colour":

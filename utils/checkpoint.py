@@ -128,6 +128,7 @@ class Checkpoint:
         return stored["state"]
 
     def load(self, piece: str = "state"):
+        """`read`; torch's generators go on from there."""
         return self.read(piece, generators=True)
 
     def states(self) -> list:

@@ -74,7 +74,8 @@ def parse_args(parser: Parser, phase: str, argv: list[str] | None = None,
     defaults = preset_defaults(known, data_set, phase, method)
     typed = known.teachers != early.get_default("teachers")
     teachers = known.teachers if typed else defaults.get("teachers", known.teachers)
-    path, decided = run_folder(known) / "teachers" / teachers / "squeeze.json", {}
+    path = run_folder(known) / "teachers" / teachers / "squeeze.json"
+    decided = {}
     if path in earlier and not (phase == "squeeze" and known.overwrite):
         decided = earlier[path]["data_set"]
         if known.image_size not in (None, decided["image_size"]):
@@ -145,7 +146,7 @@ def check_data_set(args: argparse.Namespace, data_set: dict, earlier: dict[Path,
         if there != here and ((before in DATASETS) != (args.dataset in DATASETS) or
                               there and here and other["fingerprint"] != data_set["fingerprint"]):
             fail(f"{run_folder(args)} is of another data set of that name, {there or before}; name another "
-                 f"--run-dir for {here or args.dataset}, or rename its folder")
+                 f"--run-dir" + f" for {here}, or rename that folder" * (args.dataset not in DATASETS))
 
 
 def describe_choice(args: argparse.Namespace) -> str:
@@ -197,9 +198,9 @@ def for_student(args: argparse.Namespace, name: str) -> argparse.Namespace:
                 raise ValueError
             own[flag] = values.get(name, values[""])
         except (KeyError, ValueError, argparse.ArgumentTypeError):
-            example = "sgd swin_t=adamw" if flag == "optimizer" else "0.1 resnet18=0.2"
-            fail(f"--{flag.replace('_', '-')} {' '.join(words)}: give a value, and exceptions after it, such "
-                 f"as {example}")
+            what = ("adamw or sgd, and exceptions such as swin_t=adamw" if flag == "optimizer" else
+                    f"one {'positive ' * (flag == 'lr')}number, and exceptions such as resnet18=0.2")
+            fail(f"--{flag.replace('_', '-')} {' '.join(words)}: give {what} after it")
     return argparse.Namespace(**vars(args) | own)
 
 

@@ -117,7 +117,7 @@ class FrozenNorm(nn.BatchNorm2d):
     `overwritten`: so may be what it returns."""
     folded = overwritten = False
 
-    def freeze(self) -> None:
+    def compute_map(self) -> None:
         weight, bias = (self.weight, self.bias) if self.affine else (1, 0)
         self.register_buffer("gain", weight * (self.running_var + self.eps).rsqrt(), persistent=False)
         self.register_buffer("offset", bias - self.running_mean * self.gain, persistent=False)
@@ -165,7 +165,7 @@ def freeze(model: nn.Module) -> nn.Module:
     calls = Counter(node.target for node in nodes)
     for norm in norms.values():
         norm.__class__ = FrozenNorm
-        norm.freeze()
+        norm.compute_map()
     for node in nodes:
         if node.target in norms:
             norm, source, convolution = norms[node.target], node.args[0], layers.get(node.args[0].target)

@@ -44,7 +44,8 @@ def load_images(args: argparse.Namespace, folder: Path, data: dict, expected: st
         check_count(classes, args.ipc, folder)
     if image_set(folder, files) != expected:
         if labels:
-            fail(f"{labels} was made for other images than {folder} holds; run relabel.py --overwrite")
+            first = "" if args.images else ", after recover.py --overwrite if files of it were changed"
+            fail(f"{labels} was made for other images than {folder} holds; run relabel.py --overwrite{first}")
         fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them "
              "with --images")
     return images, classes
@@ -70,7 +71,8 @@ def load_sources(args: argparse.Namespace, paths: SimpleNamespace, device: torch
     -> before: result of the phase before, {} for images of other origin; data: of the teachers or the labels;
     teachers, records: of --labels online; starts, origins: {student: the model that --protocol prune begins
     with}, {student: its record}; hashes: {student: for `check_inputs`}; upstream: {phase: arguments}"""
-    before, upstream, data, teachers, records, starts, origins = {}, {}, None, {}, {}, {}, {}
+    before, upstream, data = {}, {}, None
+    teachers, records, starts, origins = {}, {}, {}, {}
     if args.labels == "stored":
         before, upstream = earlier_result("relabel", args, paths.labels)
         data, made_from = before["data"], before["made_from"]

@@ -152,34 +152,35 @@ def read_teacher(args: argparse.Namespace, asked: dict) -> tuple[Callable, int]:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The entries of a run's log.jsonl, as far as it is written."""
-    entries = []
+    """The entries of a run's log.jsonl, as far as it is written; of those logged twice the last."""
+    entries = {}
     for path in sorted(run.glob("log*.jsonl")):
-        for line in path.read_text(errors="replace").splitlines()[1:]:       # the first has the arguments
-            with suppress(ValueError):                                       # the last may be half written
-                entries.append(json.loads(line))
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError, KeyError):                     # half written, or the arguments
+                entry = json.loads(line)
+                entries[entry["batches"][0], entry["iteration"]] = entry
     if not entries:
         fail(f"{run}/log.jsonl has no losses; name a run that optimises images, not one that selects them")
-    return entries
+    return list(entries.values())
 
 
 def similarities(args: argparse.Namespace) -> tuple[list[str], dict[str, np.ndarray]]:
     """-> class names, {run: [classes] of `mean_similarity`}"""
     asked, found = read_runs(args.folders)["args"], {}
     if args.backbone:
-        rows, size = read_teacher(args, asked)
+        rows_of, size = read_teacher(args, asked)
     else:
         name, size = asked["dataset"], None
         data = DATASETS.get(name) or describe(name, args.data_dir, asked.get("image_size"), args.workers)
 
-        def rows(images):
+        def rows_of(images):
             return pooled_rows(normalize(images, data["mean"], data["std"]))
     for run, folder in zip(titles(args), args.folders):
         values = {}
         for name, images in class_images(folder, None, size, args.workers):
             if len(images) < 2:
                 fail(f"{folder} has one image of class {name}, so no pair; name a run of a larger --ipc")
-            values[name] = mean_similarity(rows(images))
+            values[name] = mean_similarity(rows_of(images))
         found[run] = np.array(list(values.values()))
     return list(values), found
 
@@ -406,13 +407,14 @@ def draw_ipc(args: argparse.Namespace, fig) -> None:
 
 
 def continual_curves(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """-> {"run, student, labels": [steps, 3] of classes so far, top-1 in %, deviation over orders and seeds}"""
+    """-> {"run, student, labels, steps": [steps, 3] of classes so far, top-1 in %, deviation over orders and
+    seeds}"""
     curves = {}
     for run, folder in zip(titles(args), args.folders):
         for path in sorted(folder.glob("eval/*-continual*.json")):
             result = load_json(path, "run train_eval.py --overwrite", ("curve", "curve_std", "classes"))
             arrived = np.array_split(result["classes"], len(result["curve"]))
-            label = f"{run}, {result['student']}, {LABELS[result['labels']]} labels"
+            label = f"{run}, {result['student']}, {LABELS[result['labels']]} labels, {len(arrived)} steps"
             curves[label] = np.stack([np.cumsum(list(map(len, arrived))), result["curve"],
                                       result["curve_std"]], axis=1)
     if not curves:
@@ -517,8 +519,9 @@ def main(argv=None):
     parser.add_argument("figure", choices=FIGURES, help="what to draw")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="runs/... --flags",
                         help="folders and flags of that figure")
-    name, words = vars(parser.parse_args(argv)).values()
-    args, where = get_parser(name).parse_args(words), WHERE.get(name, RUN)
+    asked = parser.parse_args(argv)
+    name, where = asked.figure, WHERE.get(asked.figure, RUN)
+    args = get_parser(name).parse_args(asked.words)
     for folder in args.folders:
         if not folder.is_dir():
             fail(f"{folder}: there is no such folder; name what the phases wrote, {where}")
@@ -548,9 +551,10 @@ def draw(painter: Callable, args, path: Path) -> None:
         fig = Figure(layout="constrained")
         painter(args, fig)
         fig.savefig(buffer, format="png", bbox_inches="tight")
-    picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture, whole = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE), io.BytesIO()
+    picture.save(whole, "png", optimize=True)                        # 256 colours: a third of the bytes
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, "png", optimize=True)                         # 256 colours: a third of the bytes
+    path.write_bytes(whole.getvalue())
     print(path)
 
 

@@ -35,7 +35,7 @@ DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32,
 
 
 class RowFile:
-    """An .npy file of this shape whose rows are written in any order, by any process. Not through a memory
+    """An .npy file of this shape whose rows are written in any order, by any process; no row through a memory
     map: its pages count as the process's own, and a full disk kills the process."""
 
     def __init__(self, path, shape, dtype):
@@ -232,9 +232,10 @@ class DistilledDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, rows):
         """Several samples at once, for a DataLoader."""
-        epoch, batch = self.epoch.item(), torch.tensor(rows)
+        epoch, rows = self.epoch.item(), list(map(int, rows))
         if self.labels is None:                                      # in a worker that was not forked
             self.labels = StoredLabels(self.folder, self.mix)
+        batch = torch.tensor(rows)
         # an image of `rows` and its partner are len(rows) places apart
         pairs = torch.cat([batch, torch.from_numpy(self.labels.drawn["partner"][epoch, rows])])
         draw = self.labels.epoch(epoch, pairs.numpy())

@@ -118,8 +118,8 @@ def train_moco(model: nn.Module, key: nn.Module, splits: dict[str, Split], rows:
     def train_epoch(epoch, batches, rng):
         for images, _ in split.batches(batches):
             images = send(images, device)
-            query, key = view(images, rng), view(images, rng)
-            loss, = step(query, key, send(torch.randperm(len(images), generator=rng), device))
+            first, second = view(images, rng), view(images, rng)
+            loss, = step(first, second, send(torch.randperm(len(images), generator=rng), device))
             yield loss
 
     draws = shuffled(rows, training.batch_size, partial(generator, "moco", training.seed), drop_last=True)

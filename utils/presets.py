@@ -256,19 +256,19 @@ PRESETS = {"paper": ["paper", "folder"], "release": ["paper", "release", "folder
 def preset_values(preset: str, column: str, phase: str, ipc: int | None = None, method: str = "gvbsm",
                   own: tuple[int, int] | None = None) -> dict:
     """{flag: value} that a preset sets in a phase for a column.   own: (training images, classes) of a folder
-    of up to 64 pixels, which takes FOLDER and nothing of AT_IPC"""
+    of up to 64 pixels, which takes FOLDER, with `best` BEST_FOLDER, and nothing of AT_IPC"""
     tables = []
     for name in (*PRESETS[preset], method):
         if own:
             tables += [TABLES[name], folder_epochs(*own, ipc or 1) if name == "folder" else {}]
             if name == "best" and column in ("cifar10", "cifar100"):
-                tables += [BEST_FOLDER, folder_epochs(*own, ipc or 1, squeeze=135_000, student=30_000)]
+                tables += [BEST_FOLDER, folder_epochs(*own, ipc or 1, squeeze=2110 * 64, student=1200 * 25)]
         elif name != "folder":
             tables += [TABLES[name], AT_IPC.get((name, column, ipc), {})]
     values, i = {}, COLUMNS.index(column)
     for wanted in "*", phase:
         for table in tables:
-            for (place, flag), row in table.items():
+            for (place, flag), row in by_phase(table).items():
                 value = row[i] if isinstance(row, tuple) else row
                 if place == wanted and value is not None:
                     values[flag] = value
@@ -277,8 +277,8 @@ def preset_values(preset: str, column: str, phase: str, ipc: int | None = None, 
 
 def folder_epochs(train: int, classes: int, ipc: int, squeeze: int = 400 * 32,
                   student: int = 1000 * 16) -> dict:
-    """Epochs for a folder, of about so many images in all: steps times batch; of squeeze at least 20 * 32 a
-    class. Seen at 16 pixels, 20 images a class, in % of 100 to 500 test images: students of five classes 45
+    """Epochs for a folder, of about so many images in all: steps times the batches of FOLDER; of squeeze at
+    least 20 steps a class. Seen at 16 pixels, 20 images a class, in % of 100 to 500 test images: students of five classes 45
     after 200 steps of 16 (random images: 46), 88 (96) after 1000; of twenty classes, after 250 epochs, 40 in
     one batch, 52 in batches of 16; the two teachers of fifty classes 39 and 58 after 400 steps of 32, 84 and
     77 after 1000. With `best` (NOTES.md): 450 images a class, teachers of 15 epochs 71.9, of 50 75.2."""

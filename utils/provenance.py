@@ -21,8 +21,12 @@ def fingerprint(*parts) -> str:
     """sha256 of files (paths), texts and arrays, one after another."""
     digest = hashlib.sha256()
     for part in parts:
-        part = part.read_bytes() if isinstance(part, Path) else part
-        digest.update(os.fsencode(part) if isinstance(part, str) else part)
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        else:
+            digest.update(os.fsencode(part) if isinstance(part, str) else part)
     return digest.hexdigest()
 
 
@@ -70,16 +74,19 @@ def check_same(stored: dict, settings: dict, path: Path, begun=(), typed=()) -> 
 
 
 def check_inputs(stored: dict, now: dict, path: Path, remedy: str = AGAIN) -> None:
-    """Stop where `path` was made from other files.   stored, now: {kind: hash or {name: hash or None}}"""
+    """Stop where `path` was made from other files.   stored, now: {kind: hash or {name: hash}}"""
     for kind, found in now.items():
         if kind == "data" and kind not in stored:                    # older than fingerprints of data sets
             continue
-        before, found = (value if isinstance(value, dict) else {"": value}
-                         for value in (stored.get(kind), found))
+        before, found = ({name: one for name, one in value.items() if one} if isinstance(value, dict)
+                         else {"": value} for value in (stored.get(kind), found))
         changed = sorted(name for name in before | found if before.get(name) != found.get(name))
         if changed and kind == "data":
-            fail(f"the images of --dataset have changed since {path} was made; run all phases from "
+            fail(f"the images of the data set have changed since {path} was made; run all phases from "
                  "squeeze.py on with --overwrite, or name another --run-dir")
+        if changed and before.keys() != found.keys():
+            had, has = (" ".join(sorted(names)) or "none" for names in (before, found))
+            fail(f"{path} was made from {kind} of {had}, not of {has}; {remedy}")
         if changed:
             names = f" ({' '.join(changed)})" if all(changed) else ""
             fail(f"{path} was made from other {kind}{names} than the present ones; {remedy}")

@@ -103,7 +103,8 @@ class Recorder:
             for key, image in zip(keys, images):
                 save_png(self.file(*key), image)
             self.grid.add(keys, images)
-            self.run.step(dict, text=lambda: self.data["classes"][label])    # {}: choosing again is quick
+            # no state: choosing again is quick
+            self.run.step(lambda: {}, text=lambda: self.data["classes"][label])
 
     def finish(self, records: dict[str, dict], statistics: dict[str, dict]) -> dict | None:
         """When all processes are done: one log, one picture of all their images, and the result file.

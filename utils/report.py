@@ -270,7 +270,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
         there = sorted(str(path) for path in args.folder.parent.glob("*/") if path.is_dir())
-        fail(f"{args.folder}: there is no such folder; beside it: {' '.join(there) or 'none'}")
+        fail(f"{args.folder}: there is no such folder; "
+             + (f"name one of: {' '.join(there)}" if there else "run the phases first"))
     results = read_results(args.folder)
     if not results:
         near = args.folder.parent if (args.folder / "eval").is_dir() else next(

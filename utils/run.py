@@ -3,7 +3,6 @@ import argparse
 import ctypes
 import hashlib
 import json
-import math
 import os
 import platform
 import resource
@@ -245,8 +244,8 @@ class Run:
         """What scripts read of a result on one line, numbers rounded; the file has everything."""
         keys = ("phase", "dataset", "ipc", "method", "tag", "student", "labels", "images", "top1", "top1_std",
                 "seconds")
-        short = json.dumps({key: result[key] for key in keys if key in result})
-        short = json.loads(short, parse_float=lambda text: round(float(text), 2))
+        text = json.dumps({key: result[key] for key in keys if key in result})
+        short = json.loads(text, parse_float=lambda number: round(float(number), 2))
         print_rank0("RESULT", json.dumps(short | {"file": str(self.result.absolute())}))
 
 
@@ -271,7 +270,8 @@ def hardware() -> str:
 
 
 class Progress:
-    """A line with the time left: redrawn on a terminal and cut to its width, elsewhere new every half minute.
+    """A line with the time left: redrawn on a terminal, in the longest form that fits its width, elsewhere new
+    every half minute.
     what: the phase or training; unit: what is counted, such as images"""
 
     def __init__(self, what, total, unit):
@@ -290,12 +290,15 @@ class Progress:
         if rank() or now - self.shown < every and rest > 0:
             return
         self.shown, spent = now, now - self.started
-        left = clock(spent / max(self.done - self.before, 1e-9) * rest)
-        line = (f"{self.what}  {self.done:.10g}/{self.total:.10g} {self.unit}  {clock(spent)}, {left} left  "
-                f"{text()}").rstrip()
+        count = f"{self.done:.10g}/{self.total:.10g} {self.unit}"
+        left = f"{clock(spent / max(self.done - self.before, 1e-9) * rest)} left"
+        line = f"{self.what}  {count}  {clock(spent)}, {left}  {text()}".rstrip()
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1           # the last column may wrap
-            line = f"\r{line[:width]:<{width}}"
+            forms = (line, f"{self.what}  {count}  {clock(spent)}, {left}", f"{self.what}  {count}, {left}",
+                     f"{count}, {left}")
+            line = next((form for form in forms if len(form) <= width), forms[-1][:width])
+            line = f"\r{line:<{width}}"
         print(line, end="" if self.terminal and rest > 0 else "\n", flush=True)
 
 

@@ -106,8 +106,9 @@ def load_statistics(args: argparse.Namespace, folder: Path, models: dict[str, nn
         convolutions = {layer for layer, module in layers.items() if isinstance(module, nn.Conv2d)}
         check_classes(file["classes"], records[name]["data"]["classes"], path, f"{name}.pt")
         check_statistics(file, path, records[name], args.class_statistics, again)
-        if file["statistics"].keys() != convolutions:
-            fail(f"{path} does not hold the convolutions of {name}; {again}")
+        if file["statistics"].keys() != convolutions or (
+                args.class_statistics and file["class_statistics"].keys() != layers.keys()):
+            fail(f"{path} does not hold the layers of {name}; {again}")
         if file["patch"] != patch:
             fail(f"{path} was collected with --patch {file['patch']}, {args.backbones[0]}'s with {patch}; "
                  f"{again}")

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 from utils import fail
 from utils.augment import normalize
 from utils.processes import shard, world_size
-from utils.run import Progress, generator, send
+from utils.run import Progress, send
 
 
 def fit(trained: tuple, draw_batches: Callable, train_epoch: Callable, *, epochs: int, name: str,
@@ -126,7 +126,7 @@ class Record(dict):
 
 
 class Training(NamedTuple):
-    """A training by SGD: of a backbone, a pruned teacher, MoCo or a probe."""
+    """A training by SGD: of a backbone, a pruned teacher, a score network, MoCo or a probe."""
     name: str                               # shown in progress and errors, such as "probe"
     epochs: int
     batch_size: int
@@ -170,12 +170,13 @@ def split_accuracy(model: nn.Module, split, mean_std: Tensor,
     """Test a model on a split (utils/data.py).   mean_std [2, 3] on the model's device; jointly: each process
     of torchrun tests a share of the images   -> top-1 in %, of each class too; None for one without images"""
     model.eval()
-    classes, counts = len(split.classes), torch.zeros(2, len(split.classes), dtype=torch.long)
+    counts = torch.zeros(2, len(split.classes), dtype=torch.long, device=mean_std.device)
     for images, labels in split.batches(shard(torch.arange(len(split)).split(500)) if jointly else 500):
         logits = model(normalize(send(images, mean_std.device), *mean_std))
         labels = labels.to(logits.device)
-        right = labels[logits.argmax(1) == labels]
-        counts += torch.stack([each.bincount(minlength=classes) for each in (right, labels)]).cpu()
+        for row, images_counted in zip(counts, (logits.argmax(1) == labels, torch.ones_like(labels))):
+            row.index_add_(0, labels, images_counted.long())         # without a word to the host
+    counts = counts.cpu()
     if jointly and world_size() > 1:
         dist.all_reduce(counts)
     right, total = counts.sum(1).tolist()

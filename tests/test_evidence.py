@@ -290,8 +290,8 @@ def test_a_data_set_and_a_tag_that_nobody_knows_get_their_rows(made_up):
 def test_margins_on_the_transfer_sets_stand_in_one_table_with_their_mean_and_deviation(made_up):
     cells = {f"cifar100-{name}-holdout-gvbsm": made_up("gvbsm", "odd", top1, f"cifar100-{name}-holdout")
              for name, top1 in (("b", 50), ("a", 44))}                       # random real: 42
-    line, = lines_of(make_readme.page(cells), "IPC +\\| student +\\| run +\\| cifar100-a-holdout")
-    assert line == ["10", "convnet_w128", "gvbsm-odd", "+2.0", "+8.0", "+5.0", "3.0"]
+    line, = lines_of(make_readme.page(cells), "IPC, student +\\| run +\\| cifar100-a-holdout")
+    assert line == ["10, convnet_w128", "gvbsm-odd", "+2.0", "+8.0", "+5.0 ± 3.0"]
 
 
 def test_a_command_on_a_folder_that_is_not_here_takes_it_for_ten_classes_of_small_images(made_up):

@@ -30,7 +30,6 @@ from utils.report import (BASES, LABELS, PHASES, PUBLISHED, accuracy, chain, cha
 
 FOLDER = Path(__file__).resolve().parent
 NO_RUNS = ["--run-dir", os.devnull]  # so that the page does not depend on the runs that are here
-TRANSFER = rf"cifar100-[{CHOOSE}{TEST}](-holdout)?"
 FAMILY = "family"  # the tag of the base that compares methods; the others change one thing
 INTRODUCTION = """# Every result
 
@@ -202,9 +201,9 @@ def transfer_table(cells):
             run = cell["ipc"], cell["student"], run_name(cell["method"], cell["tag"])
             rows.setdefault(run, {})[cell["dataset"]] = ours["top1"] - real["top1"]
     sets = sorted({dataset for margins in rows.values() for dataset in margins})
-    return table(("IPC", "student", "run", *sets, "mean", "deviation"), [
-        [str(ipc), student, run, *(f"{margins[name]:+.1f}" if name in margins else "" for name in sets),
-         f"{fmean(margins.values()):+.1f}", f"{pstdev(margins.values()):.1f}" if len(margins) > 1 else ""]
+    return table(("IPC, student", "run", *sets, "mean"), [
+        [f"{ipc}, {student}", run, *(f"{margins[name]:+.1f}" if name in margins else "" for name in sets),
+         f"{fmean(margins.values()):+.1f}" + f" ± {pstdev(margins.values()):.1f}" * (len(margins) > 1)]
         for (ipc, student, run), margins in sorted(rows.items())])
 
 
@@ -342,8 +341,10 @@ def page(cells):
         else len(DATASETS), name))
     parts = [section(dataset, {name: cell for name, cell in cells.items() if cell["dataset"] == dataset})
              for dataset in datasets]
-    transfer = [cell for cell in cells.values() if re.fullmatch(TRANSFER, cell["dataset"])]
-    parts += ["## Margins on ten classes of CIFAR-100 each\n\n" + transfer_table(transfer)] * bool(transfer)
+    for title, sets in (("Margins on ten classes of CIFAR-100 each", CHOOSE),
+                        ("Margins on sets by which nothing was chosen", TEST)):
+        found = [cell for cell in cells.values() if re.fullmatch(rf"cifar100-[{sets}](-holdout)?", cell["dataset"])]
+        parts += [f"## {title}\n\n{transfer_table(found)}"] * bool(found)
     rest = "## Numbers of the paper (arXiv:2311.17950) without a run here\n\n" + missing_table(cells.values())
     return "\n\n".join([INTRODUCTION, *parts, rest]) + "\n"
 

@@ -117,6 +117,13 @@ def test_a_margin_that_so_few_test_images_cannot_tell_is_noted(top1, note, write
     assert (f"\n[1] {note.format(LOST=report.LOST)}" in text) if note else "[1]" not in text
 
 
+def test_where_random_images_are_always_right_no_margin_of_zero_points_is_told(write, tmp_path, capsys):
+    for method in "gvbsm", "random":
+        write(top1=100, tested=12, method=method)
+    report.main([str(tmp_path / "cifar10")])
+    assert capsys.readouterr().out.endswith(f"[1] {report.LOST}\n")
+
+
 def test_the_flags_that_a_run_changes_stand_below_the_table(write, tmp_path, capsys):
     for tag, alpha, epochs in (None, 0.8, 60), ("alpha0", 0.0, 60), ("short", 0.8, 30):
         recover, trained = {"alpha": alpha, "tag": tag}, {"epochs": epochs, "tag": tag, "student_seeds": [0]}

@@ -182,7 +182,7 @@ def doubt(ours: dict, real: dict) -> str:
     told = 200 * (2 * right * (1 - right) / tested) ** 0.5 if tested else 0
     if margin > told:
         return ""
-    note = f"with {tested} test images a margin below {told:.1f} points may be chance" if tested else ""
+    note = f"with {tested} test images a margin below {told:.1f} points may be chance" if told else ""
     return note if margin > 0 else LOST + f" ({note})" * bool(note)
 
 

@@ -612,7 +612,7 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
     ("squeeze", "--save-epochs 1-3", "first:last:step"),
     ("squeeze", "--save-epochs 0:3:1", "first:last:step"),
     ("squeeze", "--warmup-epochs 2", "--warmup-epochs 2"),
-    ("squeeze", "--save-epochs 2:1:1", "first <= last"),
+    ("squeeze", "--save-epochs 2:1:1", "ends before it begins"),
     ("squeeze", "--pruned 1 --backbones deit_tiny", "--pruned 1"),
     ("squeeze", "--backbones wrn10_1@1", "name that, and --save-epochs"),
     ("squeeze", "--backbones nothing --pruned 1", "unknown model 'nothing'"),
@@ -680,7 +680,7 @@ def test_teachers_of_other_images_do_not_meet(bare):
     for phase, flags in ("collect_stats", "--overwrite"), ("recover", "--init real"), ("recover",
                                                                                        "--method forgetting"):
         told = bare.mistake(phase, "--backbones wrn10_1", flags)
-        assert "the images of the data set have changed since" in told and "wrn10_1.pt" in told
+        assert f"the images of --dataset {bare.dataset} have changed since" in told and "wrn10_1.pt" in told
 
 
 def test_a_network_without_batch_norm_is_warned_of_where_only_batch_norm_acts(project):

@@ -140,7 +140,7 @@ def test_images_made_of_data_that_has_changed(phase, flags, bare):
     os.replace(bare.dataset / "train/9", bare.dataset / "train/10")
     os.replace(bare.root / "aside", bare.dataset / "train/9")
     bare.call("squeeze", run)
-    tells(bare.mistake(phase, run, flags), "images of the data set", "have changed since", "result.json")
+    tells(bare.mistake(phase, run, flags), "images of --dataset", "have changed since", "result.json")
 
 
 # Flags
@@ -293,7 +293,8 @@ def test_a_recovery_from_teachers_or_statistics_made_anew_is_not_repeated(relabe
 
 
 @pytest.mark.parametrize("phase, flags", [
-    ("relabel", "--overwrite"), ("train_eval", "--labels hard"), ("train_eval", "--labels online")])
+    ("relabel", "--overwrite"), ("train_eval", ""), ("train_eval", "--labels hard"),
+    ("train_eval", "--labels online")])
 def test_other_images_than_were_recovered(phase, flags, relabelled):
     CHANGES["pixels"](relabelled.run() / "images")
     tells(relabelled.mistake(phase, flags), "images holds other images than recover.py wrote",
@@ -568,7 +569,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_labels_of_other_images(change, relabelled):
     CHANGES[change](relabelled.run() / "images")
-    tells(relabelled.mistake("train_eval"), "labels was made for other images than", "relabel.py --overwrite")
+    tells(relabelled.mistake("train_eval"), "other images than recover.py wrote", "recover.py --overwrite")
 
 
 @pytest.mark.slow
@@ -625,7 +626,7 @@ def test_statistics_of_data_whose_classes_have_changed(bare):
     bare.call("squeeze")
     for split in "train", "test":
         (bare.root / "beasts" / split / "bee").rename(bare.root / "beasts" / split / "cow")
-    tells(bare.mistake("collect_stats"), "the data set", "changed", "supervised", "squeeze.py", "--overwrite")
+    tells(bare.mistake("collect_stats"), "--dataset", "changed", "supervised", "squeeze.py", "--overwrite")
 
 
 @pytest.mark.slow

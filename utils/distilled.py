@@ -43,9 +43,9 @@ def load_images(args: argparse.Namespace, folder: Path, data: dict, expected: st
     if args.images:
         check_count(classes, args.ipc, folder)
     if image_set(folder, files) != expected:
-        if labels:
-            first = "" if args.images else ", after recover.py --overwrite if files of it were changed"
-            fail(f"{labels} was made for other images than {folder} holds; run relabel.py --overwrite{first}")
+        recovered = {} if args.images else earlier_result("recover", args, folder.parent)[0]
+        if labels and recovered.get("image_set") != expected:
+            fail(f"{labels} was made for other images than {folder} holds; run relabel.py --overwrite")
         fail(f"{folder} holds other images than recover.py wrote; run recover.py --overwrite, or name them "
              "with --images")
     return images, classes

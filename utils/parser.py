@@ -81,8 +81,8 @@ def epoch_range(text: str) -> str:
     """argparse type: first:last:step, epochs from 1 on, the last among them; or none."""
     found = re.fullmatch(r"([1-9]\d{0,5}):(\d{1,6}):[1-9]\d{0,5}", text, re.ASCII)
     if text != "none" and not (found and int(found[1]) <= int(found[2])):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither none nor first:last:step with first <= last, "
-                                         "such as 11:46:5")
+        why = "ends before it begins" if found else "is not of the form first:last:step"
+        raise argparse.ArgumentTypeError(f"{text!r} {why}; use first:last:step, such as 11:46:5, or none")
     return text
 
 

@@ -43,8 +43,10 @@ def fingerprints(records: dict[str, dict]) -> dict[str, dict[str, str]]:
 
 def check_data(then: str | None, args: argparse.Namespace, path: Path) -> None:
     """Stop where what lies at `path` was made of other data.   then: a hash, or None"""
-    if then and (now := getattr(args, "data_set", {}).get("fingerprint")):
-        check_inputs({"data": then}, {"data": now}, path)
+    now = getattr(args, "data_set", {}).get("fingerprint")
+    if then and now and then != now:
+        fail(f"the images of --dataset {args.dataset} have changed since {path} was made; run all phases "
+             "from squeeze.py on with --overwrite, or name another --run-dir")
 
 
 def relevant(args: argparse.Namespace) -> dict:

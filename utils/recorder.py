@@ -12,7 +12,7 @@ from utils import fail
 from utils.augment import to_uint8
 from utils.data import Split, folder_name, read_images
 from utils.files import whole_file, writable
-from utils.processes import barrier, rank
+from utils.processes import barrier, rank, world_size
 from utils.provenance import image_set, relevant
 from utils.train import NonFinite
 
@@ -115,7 +115,8 @@ class Recorder:
         keys = [(label, index) for label in range(len(self.data["classes"])) for index in range(self.ipc)]
         if self.log:
             self.log.merge()
-        self.load_existing([keys])                                   # those of all processes
+        if world_size() > 1:                                         # those of other processes
+            self.load_existing([keys])
         self.grid.save()
         files = [self.file(*key).relative_to(self.images).as_posix() for key in keys]
         metrics = {"images": len(files), "classes": self.data["classes"],

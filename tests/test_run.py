@@ -226,6 +226,13 @@ def test_arguments_of_any_type_become_plain_values():
                      "images": "some/where"}
 
 
+def test_a_folder_of_images_may_move_and_keeps_its_name(capsys):
+    provenance.check_same({"dataset": "a/mine"}, {"dataset": "/b/mine/"}, Path("here"))
+    with pytest.raises(SystemExit):
+        provenance.check_same({"dataset": "a/mine"}, {"dataset": "a/other"}, Path("here"))
+    assert "--dataset a/mine (now a/other)" in capsys.readouterr().err
+
+
 def test_a_flag_that_is_new_since_a_result_was_written_does_not_void_it():
     provenance.check_same({"alpha": 0.8}, provenance.relevant(arguments()), Path("here"))
 

@@ -58,11 +58,11 @@ def relevant(args: argparse.Namespace) -> dict:
 def check_same(stored: dict, settings: dict, path: Path, begun=(), typed=()) -> None:
     """Stop when the result or the unfinished work at `path` has other settings.
     stored, settings: {argument: value}; begun, typed: words of the command that began unfinished work, and of
-    this one, () for a result"""
+    this one, () for a result.  A folder may have moved: `cli.check_data_set` compares what it holds"""
     stored = ASSUMED | stored
     changed = [key for key in settings if key in stored and stored[key] != settings[key] and not (
         key == "image_size" and None in (stored[key], settings[key]) or        # None: found out
-        key == "dataset" and Path(stored[key]).expanduser().resolve() == Path(settings[key]).resolve())]
+        key == "dataset" and Path(stored[key]).resolve().name == Path(settings[key]).resolve().name)]
     if not changed:
         return
     flags = {key: f"--{key.replace('_', '-')}" for key in changed}

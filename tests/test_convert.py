@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -241,6 +242,19 @@ def test_hub_card_without_labels_speaks_of_none(squeezed, recovered, tmp_path):
     call(recovered.run(), "--hub", tmp_path / "hub")
     assert "logits" not in (tmp_path / "hub" / "README.md").read_text() and not (tmp_path / "hub"
                                                                                  / "labels").exists()
+
+
+@pytest.mark.parametrize("flag", ["--hub", "--zip"])
+def test_class_names_that_are_not_utf_8_are_told(run, tmp_path, flag, capsys):
+    copied = shutil.copytree(run, tmp_path / "odd")
+    try:
+        (copied / "images" / "b\udcff").mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    with pytest.raises(SystemExit) as end:
+        call(copied, flag, tmp_path / "out")
+    assert end.value.code == 2 and "class 'b\\udcff' is not UTF-8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_zip_is_the_same_each_time_and_unpacks_to_the_images(run, tmp_path, capsys):

@@ -214,6 +214,10 @@ def main(argv=None):
         fail(f"{' '.join(map(str, args.paths))}: name one or two files, or a folder, then what to write")
     if run and not (sources[0] / "result.json").is_file():
         fail(f"{sources[0]} is no run of recover.py; name one, such as runs/cifar10/gvbsm-ipc10")
+    names = [path.name for path in sources[0].glob("images/*") if run]
+    if odd := next((name for name in names if name.encode(errors="ignore").decode() != name), None):
+        fail(f"{sources[0]}/images: class {odd!a} is not UTF-8, which --hub and --zip need; rename its folder in "
+             "the data set and run all phases again")
     if folder and not run and out.suffix not in (".pt", ".npz"):
         fail(f"{out} is no .pt or .npz file, into which a folder is written; name one")
     if out.exists():

@@ -290,8 +290,12 @@ def test_a_data_set_and_a_tag_that_nobody_knows_get_their_rows(made_up):
 def test_margins_on_the_transfer_sets_stand_in_one_table_with_their_mean_and_deviation(made_up):
     cells = {f"cifar100-{name}-holdout-gvbsm": made_up("gvbsm", "odd", top1, f"cifar100-{name}-holdout")
              for name, top1 in (("b", 50), ("a", 44))}                       # random real: 42
+    for cell, top1 in zip(cells.values(), (62.25, 43)):
+        cell["teachers"] = {"wrn16_2": 90, "convnet_w128": top1}
     line, = lines_of(make_readme.page(cells), "IPC, student +\\| run +\\| cifar100-a-holdout")
-    assert line == ["10, convnet_w128", "gvbsm-odd", "+2.0", "+8.0", "+5.0 ± 3.0"]
+    assert line == ["10, convnet_w128", "gvbsm-odd", "+2.0 (1.0)", "+8.0 (20.2)", "+5.0 ± 3.0"]
+    assert ("Over the 2 cells of gvbsm with both numbers, their correlation is 1.00, and all margins are "
+            "47% of all gaps.") in make_readme.page(cells)
 
 
 def test_a_command_on_a_folder_that_is_not_here_takes_it_for_ten_classes_of_small_images(made_up):

@@ -15,10 +15,11 @@ import shlex
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import correlation, fmean, pstdev
 
 from tests.evidence.transfer_sets import CHOOSE, TEST
 from utils import fail
+from utils.checkpoint import load_torch
 from utils.cli import parse_args
 from utils.data import DATASETS, look
 from utils.files import load_json, save_json
@@ -75,6 +76,8 @@ def keep(folder, results, out):
         dataset = folder.resolve().name
         save_json(out / f"{dataset}-{stem}-{student}.json", {
             "dataset": dataset, "ipc": ipc, "student": student, "method": method, "tag": tag,
+            "teachers": {name: load_torch(path, "run squeeze.py again", ("top1",))["top1"]
+                         for name in names if (path := teachers / f"{name}.pt").exists()},
             "costs": dict(zip(PHASES, costs)),
             "bytes": {"images": size(images.glob("*/*")), "labels": size(run.glob("labels/*.npy")),
                       "teachers": size(teachers / f"{name}.pt" for name in names),
@@ -191,20 +194,44 @@ def family_table(cells):
                   "paper (labels)", "backbones of recover"), [line for _, line in lines])
 
 
+def margin_and_gap(cell):
+    """In points, with stored labels: the margin over random real images, and how far the student of these is
+    behind the teacher of its architecture (None where no file tells); None without a margin."""
+    ours, real = (cell[side].get("stored") for side in ("distilled", "real"))
+    teacher = cell.get("teachers", {}).get(cell["student"])
+    return (ours["top1"] - real["top1"], teacher and teacher - real["top1"]) if ours and real else None
+
+
 def transfer_table(cells):
-    """Margins in points over random real images, stored labels: a column for each of the sets of
-    transfer_sets.py, their mean and standard deviation."""
+    """Margins, gaps in brackets: a column for each of the sets of transfer_sets.py, and the margins' mean and
+    standard deviation."""
     rows = {}
-    for cell in cells:
-        ours, real = (cell[side].get("stored") for side in ("distilled", "real"))
-        if ours and real:
-            run = cell["ipc"], cell["student"], run_name(cell["method"], cell["tag"])
-            rows.setdefault(run, {})[cell["dataset"]] = ours["top1"] - real["top1"]
-    sets = sorted({dataset for margins in rows.values() for dataset in margins})
-    return table(("IPC, student", "run", *sets, "mean"), [
-        [f"{ipc}, {student}", run, *(f"{margins[name]:+.1f}" if name in margins else "" for name in sets),
-         f"{fmean(margins.values()):+.1f}" + f" ± {pstdev(margins.values()):.1f}" * (len(margins) > 1)]
-        for (ipc, student, run), margins in sorted(rows.items())])
+    for cell in filter(margin_and_gap, cells):
+        run = cell["ipc"], cell["student"], run_name(cell["method"], cell["tag"])
+        rows.setdefault(run, {})[cell["dataset"]] = margin_and_gap(cell)
+    sets, lines = sorted({dataset for row in rows.values() for dataset in row}), []
+    for (ipc, student, run), row in sorted(rows.items()):
+        shown = {name: f"{margin:+.1f}" + (f" ({gap:.1f})" if gap else "")
+                 for name, (margin, gap) in row.items()}
+        margins = [margin for margin, _ in row.values()]
+        spread = f" ± {pstdev(margins):.1f}" * (len(margins) > 1)
+        lines.append([f"{ipc}, {student}", run, *(shown.get(name, "") for name in sets),
+                      f"{fmean(margins):+.1f}{spread}"])
+    return table(("IPC, student", "run", *sets, "mean"), lines)
+
+
+def transfers(cells):
+    """The table of a kind of sets and what it says of all G-VBSM runs in it."""
+    pairs = [both for cell in cells
+             if cell["method"] == "gvbsm" and (both := margin_and_gap(cell)) and both[1]]
+    text = ("In points; in brackets how far the student of random images is behind the teacher of its "
+            "architecture.")
+    if len({gap for _, gap in pairs}) > 1:
+        margins, gaps = zip(*pairs)
+        text += (f" Over the {len(pairs)} cells of gvbsm with both numbers, their correlation is "
+                 f"{correlation(margins, gaps):.2f}, and all margins are {sum(margins) / sum(gaps):.0%} of all "
+                 "gaps.")
+    return f"{text}\n\n{transfer_table(cells)}"
 
 
 def missing_table(cells):
@@ -343,8 +370,9 @@ def page(cells):
              for dataset in datasets]
     for title, sets in (("Margins on ten classes of CIFAR-100 each", CHOOSE),
                         ("Margins on sets by which nothing was chosen", TEST)):
-        found = [cell for cell in cells.values() if re.fullmatch(rf"cifar100-[{sets}](-holdout)?", cell["dataset"])]
-        parts += [f"## {title}\n\n{transfer_table(found)}"] * bool(found)
+        found = [cell for cell in cells.values()
+                 if re.fullmatch(rf"cifar100-[{sets}](-holdout)?", cell["dataset"])]
+        parts += [f"## {title}\n\n{transfers(found)}"] * bool(found)
     rest = "## Numbers of the paper (arXiv:2311.17950) without a run here\n\n" + missing_table(cells.values())
     return "\n\n".join([INTRODUCTION, *parts, rest]) + "\n"
 

@@ -2,9 +2,8 @@
 
 Only the pixels are optimised; they start as noise (or --init). An iteration augments the batch, draws one
 backbone (Eq. 7), and takes an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; Eq. 2: CE + L_BN).
---method sre2l, cda, scdd and teddy are other settings of the same. dm and bilp match the mean features of the
-training images in random networks (utils/dm.py); random, herding, kcenter and forgetting write real images
-(utils/selection.py).
+sre2l, cda, scdd and teddy are other settings of this. dm and bilp match mean features of training images in
+random networks (utils/dm.py); random, herding, kcenter, forgetting write real images (utils/selection.py).
 
 reads   data/<dataset>/...                                      training images: --init, selections, dm, bilp
         runs/<dataset>/teachers/<teachers>/<backbone>.pt        squeeze.py; dm does without
@@ -73,8 +72,7 @@ def draw_iterations(iterations: int, matchers: list, image_size: int, *, seed: i
     """What is random in a run of T iterations: a function of seed and T, views also of a batch's number in
     `batches`. All batches have the same backbones and dropped layers, so that they can share a pass.
     choice: uniform, Eq. 7, or cycle; subset (Teddy): so many backbones act in every iteration, drawn by
-    (seed, slot), and drop layers alike; drop_rate: beta_dr, of convolutions alone; crop, flip, roll: as of
-    `draw_view`
+    (seed, slot), and drop layers alike; drop_rate: beta_dr, of convolutions; crop, flip, roll: `draw_view`'s
     -> T dicts: backbones, a tuple of numbers; kept, {number: bool [layers of matcher.targets], false where a
     convolution is dropped}; view, tensors [batches, ...], one view for a whole batch"""
     T, K, rng = iterations, len(matchers), generator("iterations", seed, iterations)
@@ -187,7 +185,8 @@ def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: d
                statistics: dict[str, dict], starts: dict[tuple, Tensor], device: torch.device) -> None:
     """Optimise all images by `recover_batch`; torchrun's processes share batches, not with --ema-carry."""
     data, size = recorder.data, recorder.data["image_size"]
-    batches = make_batches(len(data["classes"]), args.ipc, args.batch_size, args.loop)
+    moved = args.ipc - int(args.stay * args.ipc)                     # images of each class, the first ones
+    batches = make_batches(len(data["classes"]), moved, args.batch_size, args.loop)
     # batches of one slot share a pass and a subset of backbones (Teddy): those of one image a class, or alone
     slots = [(batch[0][1] if args.loop == "original" else i) if args.subset else 0
              for i, batch in enumerate(batches)]
@@ -200,6 +199,7 @@ def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: d
     todo = [numbers for numbers in passes if not recorder.load_existing([batches[i] for i in numbers])]
     barrier()                                                        # none writes until all have looked
     todo = shard(todo) if not args.ema_carry else todo if rank() == 0 else []    # carried: by one process
+    recorder.keep({key: image for key, image in starts.items() if key[1] >= moved})
     run.start(args.iterations * sum(map(len, todo)), "iterations")
     for numbers in todo:
         together = [batches[i] for i in numbers]
@@ -250,6 +250,7 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     add = parser.add_argument_group("start and augmentation of the images").add_argument
     add("--init", choices=["noise", "real", "herding", "kcenter", "crops"], default="noise",
         help="noise; training images, random or chosen by the first backbone; or their crops of lowest loss")
+    add("--stay", type=number(float, 0, 0.9), default=0.0, help="share of a class that stays as it starts")
     add("--mosaic", type=number(int, 1, 8), default=1, help="tiles a side of a start, 1 = off [RDED]")
     add("--crop", type=lambda name: name if name in ("linear", "cosine") else crop_name(name),
         default="resized", help="none, resized, pad<pixels>; linear, cosine: resized, ever smaller [CDA]")

@@ -627,7 +627,7 @@ def test_what_a_pretrained_backbone_forgot_nobody_knows(project):
     ("recover", "--method herding --backbones wrn16_2", "squeeze.py"),
     ("recover", "--method bilp --backbones wrn16_2", "squeeze.py"),
     ("recover", "--init real --ipc 13", "--ipc 13"), ("recover", "--mosaic 2", "name an --init"),
-    ("recover", "--init real --mosaic 3", "16 pixels"),
+    ("recover", "--init real --mosaic 3", "16 pixels"), ("recover", "--stay 0.5", "--stay 0.5 is of real"),
     ("recover", "--init real --ipc 4 --mosaic 2", "--ipc 4 with --mosaic 2 takes 16"),
     ("relabel", "--method sre2l", "squeeze.py --dataset"),
     ("relabel", "--recipe sre2l", "--method sre2l --teachers sre2l"),
@@ -701,6 +701,16 @@ def test_real_starts_are_random_training_images_of_the_class(method, project):
         assert {image.tobytes() for image in mine[label]} < {image.tobytes()
                                                              for image in images[labels == label]}
         assert len({image.tobytes() for image in mine[label]}) == 3
+
+
+def test_images_that_stay_are_those_of_the_start_and_the_others_are_made_as_if_they_were_all(project):
+    project.call("recover", "--init herding --iterations 2")                 # --ipc 2
+    project.call("recover", "--init herding --iterations 2 --ipc 4 --stay 0.5")
+    project.call("recover", "--method herding --ipc 4")
+    moved, partly, chosen = (project.images(name).reshape(4, -1, 16, 16, 3)
+                             for name in ("gvbsm-ipc2", "gvbsm-ipc4", "herding-ipc4"))
+    assert (partly[:, :2] == moved).all() and (partly[:, 2:] == chosen[:, 2:]).all()
+    assert (partly[:, :2] != chosen[:, :2]).any((1, 2, 3, 4)).all()
 
 
 def test_a_mosaic_start_is_made_of_four_times_as_many_images(project):

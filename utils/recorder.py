@@ -95,6 +95,13 @@ class Recorder:
             save_png(self.file(*key), image)
         self.run.checkpoint.drop(self.piece)
 
+    def keep(self, images: dict[tuple[int, int], Tensor]) -> None:
+        """Write images that stay as they are.   images: {(class, index): normalised [3, S, S]}"""
+        for key, image in images.items() if rank() == 0 else ():
+            image = to_uint8(image[None], self.data["mean"], self.data["std"])
+            save_png(self.file(*key), image[0])
+            self.grid.add([key], image)
+
     def copy(self, split: Split, chosen: list[Tensor]) -> None:
         """Write the chosen real images of a split, class by class.   chosen: [LongTensor [ipc]]"""
         self.run.start(len(chosen), "classes")

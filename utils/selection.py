@@ -121,8 +121,9 @@ def class_indices(split: Split, kept: Tensor, classes: list[str], ipc: int, tile
 def real_images(args: argparse.Namespace, paths: SimpleNamespace, data: dict, models: dict[str, nn.Module],
                 records: dict[str, dict], device: torch.device) -> "RealImages | SimpleNamespace":
     """`RealImages` for a method or an --init that takes some, else an object that starts from noise."""
-    if args.mosaic > 1 and args.init == "noise":
-        fail(f"--mosaic {args.mosaic} is of real images; name an --init")
+    if (args.mosaic > 1 or args.stay) and args.init == "noise":
+        flag = f"--mosaic {args.mosaic}" if args.mosaic > 1 else f"--stay {args.stay:g}"
+        fail(f"{flag} is of real images; name an --init")
     if data["image_size"] % args.mosaic:
         fail(f"--mosaic {args.mosaic}: use a divisor of the images' {data['image_size']} pixels")
     if args.method in UNMATCHED or args.init != "noise":

@@ -171,7 +171,11 @@ def test_a_data_set_is_no_folder_of_classes(tmp_path, capsys):
     ("nan", lambda x, y: (x.index_fill(0, torch.tensor([4]), torch.nan), y),
      "pixels of image 4 are not finite"),
     ("length", lambda x, y: (x, y[1:]), "labels of shape [5] for 6 images"),
-    ("fraction", lambda x, y: (x, y + 0.5), "labels of shape [6] for 6 images"),
+    ("fraction", lambda x, y: (x, y + 0.5), "label 2.5; number the classes from 0 on"),
+    ("negative", lambda x, y: (x, y - 1), "label -1; number the classes from 0 on"),
+    ("huge", lambda x, y: (x, y + 10 ** 12 * (y == 2)), "class 2 has no image for the 1000000000003 classes"),
+    ("none", lambda x, y: (x[:0], y[:0]), "images of shape [0, 3, 8, 8]; write them as [N, 3, H, W], none"),
+    ("levels", lambda x, y: (1000 * x, y), "% lie outside 0 .. 255 with mean"),
     ("channels", lambda x, y: (x[:, [0, 1, 2, 0]], y), "images of shape [6, 4, 8, 8]"),
     ("numbers", lambda x, y: (x.long(), y), "images of type torch.int64"),
     ("list", lambda x, y: (["a"], y), "holds no images and labels"),
@@ -185,6 +189,23 @@ def test_bad_files_end_in_one_line_that_names_them(tensors, tmp_path, capsys, mo
     error = mistake(capsys, "images.pt", "labels.pt", "out", *units())
     assert told in error and ("images.pt" in error or "labels.pt" in error)
     assert sorted(os.listdir()) == ["images.pt", "images_best.pt", "labels.pt", "labels_best.pt"]
+
+
+@pytest.mark.parametrize("more, told", [
+    ({"mean": [0, 0, np.nan], "std": [1, 1, 1]}, "no units of pixels; name --mean and --std"),
+    ({"mean": [0, 0, 0], "std": [1, 0, 1]}, "no units of pixels; name --mean and --std"),
+    ({"mean": [0, 0, 0], "std": [1, 1, 1], "classes": ["a", "b", "a"]}, "class a stands twice"),
+    ({}, "--index 3 is of a res_*.pt; leave it out")])
+def test_a_file_of_odd_units_names_or_count_is_not_read(tmp_path, capsys, more, told):
+    np.savez(tmp_path / "set.npz", images=np.zeros((3, 3, 8, 8), "f"), labels=np.arange(3), **more)
+    index = () if more else ("--index", 3)
+    assert told in mistake(capsys, tmp_path / "set.npz", tmp_path / "out", *index)
+
+
+@pytest.mark.parametrize("units", [(np.nan, 0, 0, 1, 1, 1), (0, 0, 0, 1, 1, np.inf), (0, 0, 0, 0, 1, 1)])
+def test_odd_units_on_the_command_line_are_told(tensors, tmp_path, capsys, units):
+    files = tmp_path / "images_best.pt", tmp_path / "labels_best.pt", tmp_path / "out"
+    assert "three finite numbers each" in mistake(capsys, *files, "--mean", *units[:3], "--std", *units[3:])
 
 
 @pytest.mark.parametrize("content", [b"text", b""])

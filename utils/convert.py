@@ -74,24 +74,30 @@ def load_tensors(files: list[Path], index: int = -1) -> dict:
         print(f"{where}: of soft labels only the largest, the class, is kept; relabel.py makes new ones")
         labels = labels.argmax(1)
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
-        fail(f"{where}: images of shape {list(images.shape)}; write them as [N, 3, H, W]")
+        fail(f"{where}: images of shape {list(images.shape)}; write them as [N, 3, H, W], none of these 0")
     if not images.is_floating_point() and images.dtype != torch.uint8:
         fail(f"{where}: images of type {images.dtype}; write them as floats, or as bytes (uint8)")
     if not (finite := images.flatten(1).isfinite().all(1)).all():
         fail(f"{where}: pixels of image {finite.int().argmin()} are not finite; leave it out or mend it")
-    if labels.shape != images.shape[:1] or not (labels.long() == labels).all() or labels.min() < 0:
+    if labels.shape != images.shape[:1]:
         fail(f"{where}: labels of shape {list(labels.shape)} for {len(images)} images; write one class each")
+    if (odd := labels[(labels.long() != labels) | (labels < 0)]).numel():
+        fail(f"{where}: label {odd[0]:g}; number the classes from 0 on")
     return found | dict(images=images, labels=labels.long())
 
 
 def check_classes(labels: torch.Tensor, names: list[str] | None, where: Path) -> list[str]:
     """Names of the classes, numbers if names is None. Every class has images, and there are no others."""
     there = labels.unique().tolist()
-    names = names or [f"{i:0{len(str(there[-1]))}}" for i in range(there[-1] + 1)]
-    if odd := sorted(set(there) ^ set(range(len(names)))):
-        what = "has no image" if odd[0] < len(names) else "is one too many"
-        fail(f"{where}: class {odd[0]} {what} for the {len(names)} classes {names[0]} .. {names[-1]}; "
+    count = len(names) if names else there[-1] + 1
+    if odd := sorted(set(there) ^ set(range(min(count, len(there) + 1)))):
+        what = "has no image" if odd[0] < count else "is one too many"
+        ends = f"{names[0]} .. {names[-1]}" if names else f"0 .. {there[-1]}"
+        fail(f"{where}: class {odd[0]} {what} for the {count} classes {ends}; "
              "name the --dataset that the file is of, or a folder of its classes")
+    names = names or [f"{i:0{len(str(there[-1]))}}" for i in range(count)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        fail(f"{where}: class {twice} stands twice among the names; give each its own")
     return names
 
 
@@ -105,6 +111,9 @@ def to_pixels(images: torch.Tensor, units) -> tuple[torch.Tensor, str]:
         done.copy_(inside.round())
         rounded, outside = rounded + (done - inside).abs().sum(), outside + (levels.round() != done).sum()
         furthest = max(furthest, (inside - levels).abs().max().item())
+    if 2 * outside > images.numel():
+        fail(f"of the pixels {100 * outside / images.numel():.0f} % lie outside 0 .. 255 with mean {units[0]} and "
+             f"std {units[1]}; name the --mean and --std of these floats")
     return pixels, (f"rounding moved pixels by {rounded / images.numel():.3f} of 255 on average; clamping "
                     f"moved {100 * outside / images.numel():.1f} % of them, by up to {furthest:.1f}")
 
@@ -149,11 +158,14 @@ def read_folder(folder: Path, classes: list[str] | None = None) -> tuple[torch.T
 def mean_std(args: argparse.Namespace, known: dict):
     """[2, 3]: of --mean and --std, of the file itself, or of the data set."""
     if args.mean or args.std:
-        if not (args.mean and args.std and min(args.std) > 0):
-            fail("--mean and --std are three numbers each, those of --std above 0; name both")
+        if not (args.mean and args.std and np.isfinite(args.mean + args.std).all() and min(args.std) > 0):
+            fail("--mean and --std are three finite numbers each, those of --std above 0; name both")
         return [args.mean, args.std]
     if np.shape(known.get("mean")) == np.shape(known.get("std")) == (3,):
-        return [[float(value) for value in known[key]] for key in ("mean", "std")]
+        mean, std = ([float(value) for value in known[key]] for key in ("mean", "std"))
+        if not (np.isfinite(mean + std).all() and min(std) > 0):
+            fail(f"the file's mean {mean} and std {std} are no units of pixels; name --mean and --std")
+        return [mean, std]
     if not (dataset := args.dataset or known.get("dataset")):
         fail("--dataset, or --mean and --std, give the units of floats; 0..1 is --mean 0 0 0 --std 1 1 1")
     data = {} if dataset in UNITS else describe(dataset, args.data_dir)
@@ -212,12 +224,14 @@ def main(argv=None):
              "inverse gives (MTT's images_zca_<step>.pt) with --mean 0 0 0 --std 1 1 1")
     if not 1 <= len(sources) <= (1 if folder or run else 2):
         fail(f"{' '.join(map(str, args.paths))}: name one or two files, or a folder, then what to write")
+    if args.index != -1 and (run or folder or sources[0].suffix != ".pt"):
+        fail(f"--index {args.index} is of a res_*.pt; leave it out")
     if run and not (sources[0] / "result.json").is_file():
         fail(f"{sources[0]} is no run of recover.py; name one, such as runs/cifar10/gvbsm-ipc10")
     names = [path.name for path in sources[0].glob("images/*") if run]
     if odd := next((name for name in names if name.encode(errors="ignore").decode() != name), None):
-        fail(f"{sources[0]}/images: class {odd!a} is not UTF-8, which --hub and --zip need; rename its folder in "
-             "the data set and run all phases again")
+        fail(f"{sources[0]}/images: class {odd!a} is not UTF-8, which --hub and --zip need; rename its folder "
+             "in the data set and run all phases again")
     if folder and not run and out.suffix not in (".pt", ".npz"):
         fail(f"{out} is no .pt or .npz file, into which a folder is written; name one")
     if out.exists():

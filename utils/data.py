@@ -159,7 +159,7 @@ def find_root(dataset: str, data_dir: str, download: bool = False) -> Path:
     archive = Path(data_dir, ARCHIVES[dataset])
     if not (archive.is_dir() or download):
         fail(f"--dataset {dataset}: there is neither {there}/train/<class>/<image> nor {archive.absolute()}; "
-             f"name another --data-dir or fetch it with --download")
+             f"name another --data-dir, or fetch it by python squeeze.py --dataset {dataset} --download")
     return archive
 
 

@@ -88,7 +88,7 @@ def epoch_range(text: str) -> str:
 
 def plain_name(text: str) -> str:
     """argparse type: a word that is safe as part of a folder's name."""
-    if len(text) > 100 or text.strip(".") != text or not re.fullmatch(r"[\w.-]+", text, re.ASCII):
+    if len(text) > 100 or text.strip(".") != text or not re.fullmatch(r"\w[\w.-]*", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is no plain name; use up to 100 letters, digits, '.', "
-                                         "'_' and '-'")
+                                         "'_' and '-', the first no '-'")
     return text

@@ -175,7 +175,6 @@ def test_a_data_set_is_no_folder_of_classes(tmp_path, capsys):
     ("negative", lambda x, y: (x, y - 1), "label -1; number the classes from 0 on"),
     ("huge", lambda x, y: (x, y + 10 ** 12 * (y == 2)), "class 2 has no image for the 1000000000003 classes"),
     ("none", lambda x, y: (x[:0], y[:0]), "images of shape [0, 3, 8, 8]; write them as [N, 3, H, W], none"),
-    ("levels", lambda x, y: (1000 * x, y), "% lie outside 0 .. 255 with mean"),
     ("channels", lambda x, y: (x[:, [0, 1, 2, 0]], y), "images of shape [6, 4, 8, 8]"),
     ("numbers", lambda x, y: (x.long(), y), "images of type torch.int64"),
     ("list", lambda x, y: (["a"], y), "holds no images and labels"),
@@ -200,6 +199,12 @@ def test_a_file_of_odd_units_names_or_count_is_not_read(tmp_path, capsys, more, 
     np.savez(tmp_path / "set.npz", images=np.zeros((3, 3, 8, 8), "f"), labels=np.arange(3), **more)
     index = () if more else ("--index", 3)
     assert told in mistake(capsys, tmp_path / "set.npz", tmp_path / "out", *index)
+
+
+def test_floats_of_which_most_lie_outside_black_and_white_are_in_other_units(tensors, tmp_path, capsys):
+    files = tmp_path / "images_best.pt", tmp_path / "labels_best.pt", tmp_path / "out"
+    units = "--mean", 0, 0, 0, "--std", 9, 9, 9
+    assert "% lie outside 0 .. 255 with mean [0.0, 0.0, 0.0] and std [9.0" in mistake(capsys, *files, *units)
 
 
 @pytest.mark.parametrize("units", [(np.nan, 0, 0, 1, 1, 1), (0, 0, 0, 1, 1, np.inf), (0, 0, 0, 0, 1, 1)])

@@ -1,7 +1,9 @@
 """Folders as people have them: each kind is read, counted or refused in one line."""
 import json
 import os
+import struct
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +267,43 @@ def test_one_folder_by_two_spellings_is_one_and_changed_files_are_told(tmp_path,
     assert look("./mine/", "x") == look(str(root), "x") == first == look("mine", "x", [first])
     save(root / "train/cat/0.png", noise(8, 8, 3, seed=99))
     assert look("mine", "x", [first])["fingerprint"] != first["fingerprint"]
+
+
+def test_equal_files_among_the_test_images_or_in_two_classes_are_a_warning(tmp_path, capsys):
+    root = make_folder(tmp_path / "mine")
+    look(str(root), "x")
+    assert capsys.readouterr().err == ""
+    train, val = (sorted(root.glob(f"{split}/*/*.png")) for split in ("train", "val"))
+    val[0].write_bytes(train[-1].read_bytes())
+    look(str(root), "x")
+    assert capsys.readouterr().err == (f"warning: 1 test images are training images, such as {val[0]} and "
+                                       f"{train[-1]}; remove them from one\n")
+    save(val[0], noise(8, 8, 3, seed=99))
+    train[0].write_bytes(train[-1].read_bytes())
+    look(str(root), "x")
+    assert capsys.readouterr().err == (f"warning: 1 training images are of two classes, such as {train[0]} and "
+                                       f"{train[-1]}; remove them from one\n")
+
+
+def test_of_several_frames_the_first_is_read_and_that_is_said(tmp_path, capsys):
+    root = make_folder(tmp_path / "mine")
+    frames = [Image.fromarray(noise(8, 8, 3, seed=seed)) for seed in (1, 2)]
+    frames[0].save(root / "train/cat/many.tiff", save_all=True, append_images=frames[1:])
+    look(str(root), "x")
+    assert "1 images, such as" in (error := capsys.readouterr().err) and "many.tiff, have several" in error
+
+
+@pytest.mark.parametrize("value, dark", [(4000, True), (40000, False)])
+def test_colours_of_16_bits_that_use_fewer_are_a_warning(tmp_path, capsys, value, dark):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    rows = 8 * (b"\0" + 8 * struct.pack(">3H", value, value // 2, 0))
+    header = struct.pack(">2I5B", 8, 8, 16, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    assert Image.open(tmp_path / "a.png").getpixel((0, 0)) == (value // 256, value // 512, 0)
+    white_levels([str(tmp_path / "a.png")])
+    assert ("1 images of 16 bits a colour" in capsys.readouterr().err) == dark
 
 
 def test_two_data_sets_of_one_name_do_not_share_a_folder(tmp_path, capsys):

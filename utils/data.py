@@ -308,7 +308,7 @@ def look(dataset: str, data_dir: str, known: Iterable[dict] = (), holdout: bool 
     root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
     if dataset == "shapes" or named and not (root / "train").is_dir():
         return nothing | dict(classes=named["num_classes"], image_size=named["image_size"])
-    files, _, classes, passed = list_split(root, "train")
+    files, labels, classes, passed = list_split(root, "train")
     tests, others = [], dict.fromkeys(passed, [])
     if not holdout or alike(root / "train", test_folder(root)):
         tests, _, _, others = list_split(root, "test")
@@ -319,7 +319,8 @@ def look(dataset: str, data_dir: str, known: Iterable[dict] = (), holdout: bool 
     for one in known:
         if one.get("stamp") == mark:
             return one | dict(path=str(root.resolve()), image_size=one.get("fits", one["image_size"]))
-    sizes, fingerprint = survey(files + tests, root)
+    sizes, fingerprint, contents = survey(files + tests, root)
+    warn_of_copies(files, labels, tests, contents)
     sides = [side for size in sizes for side in size]
     passed = {kind: passed[kind] + others[kind] for kind in passed}
     fits = named["image_size"] if named else fitting_size(sizes[:len(files)])
@@ -327,6 +328,17 @@ def look(dataset: str, data_dir: str, known: Iterable[dict] = (), holdout: bool 
                 classes=len(classes), pixels=[min(sides), max(sides)], stamp=mark,
                 passed={kind: [len(paths), *paths[:1]] for kind, paths in passed.items()},
                 image_size=fits, fits=fits)
+
+
+def warn_of_copies(files: list[str], labels: list[int], tests: list[str], contents: list[bytes]) -> None:
+    """Training images that are test images too, or of two classes.   contents: sha256 of all files, or []"""
+    last = dict(zip(contents, zip(files, labels)))
+    shared = [(test, last[content][0]) for test, content in zip(tests, contents[len(files):]) if content in last]
+    double = [(file, last[content][0]) for file, label, content in zip(files, labels, contents)
+              if last[content][1] != label]
+    for found, what in (shared, "test images are training images"), (double, "training images are of two classes"):
+        if found:
+            warn(f"{len(found)} {what}, such as {found[0][0]} and {found[0][1]}; remove them from one")
 
 
 def folder_column(size: int, classes: int) -> str:

@@ -43,7 +43,7 @@ from utils.teachers import load_teachers
 DPI = 150
 STYLE = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.spines.top": False,
          "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
-         "legend.frameon": False, "figure.dpi": DPI}
+         "legend.frameon": False, "figure.dpi": DPI, "text.parse_math": False}     # names may hold a $
 MANY = 30       # classes: above, bars and names of classes would not be read
 DASHES = dict(zip(LABELS, ("-", ":", "--")))
 MARKERS = "osD^vP*X<>"
@@ -139,7 +139,8 @@ def read_teacher(args: argparse.Namespace, asked: dict) -> tuple[Callable, int]:
     -> function(uint8 images [N, 3, S, S]) -> logits [N, classes], its image size S"""
     args.backbone, args.teachers = args.backbone or asked["backbones"][0], args.teachers or asked["teachers"]
     device, folder = pick_device(args.device), args.folders[0].parent / "teachers" / args.teachers
-    given = {key: asked.get(key) for key in ("dataset", "method", "holdout")}
+    given = {"run_dir": str(args.folders[0].parents[1])}
+    given |= {key: asked.get(key) for key in ("dataset", "method", "holdout")}
     wanted = argparse.Namespace(backbones=[args.backbone], recipe=None, teachers=args.teachers,
                                 precision="fp32", given=given)
     models, _, data = load_teachers(wanted, folder, device)
@@ -538,7 +539,7 @@ def main(argv=None):
     except ImportError as error:
         fail(f"utils.figures: {error}; run: pip install matplotlib scikit-learn")
     args.folders = [folder.absolute() for folder in args.folders]
-    dataset = [args.folders[0], *args.folders[0].parents][where.count("/") - 1]
+    dataset = [args.folders[0], *args.folders[0].parents][:where.count("/")][-1]
     draw(FIGURES[name], args, args.out or dataset / f"{name}.png")
 
 

@@ -10,6 +10,7 @@ import io
 import os
 import stat
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from utils.processes import warn
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information",
                "Thumbs.db", "desktop.ini"}
 Image.init()
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)     # twice as large is an error
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
 EXTENSIONS = tuple(extension for extension, name in Image.registered_extensions().items()
                    if name in Image.OPEN and name not in NO_PICTURES)
@@ -116,6 +118,7 @@ def white_levels(files: list[str], white: dict[str, int] | None = None) -> dict[
     all, or `white`, that of the training images. Far darker images are a warning.
     -> {"I" (integers): 255, 1023, 4095, 16383 or 65535, "F": 1 or 255}; fails for pixels in no such range"""
     found = {"I": {}, "F": {}}                                       # {mode: {file: its own range}}
+    colours = {}                                                     # {file: highest}, upper 8 of 16 bits
     for file in sampled(files):
         with suppress(UnreadableImage), opened(file) as image:       # whoever needs its pixels tells
             if (mode := image.mode[0]) in "IF":
@@ -127,6 +130,11 @@ def white_levels(files: list[str], white: dict[str, int] | None = None) -> dict[
                          f"integers of 8 to 16 bits")
                 if high:                                             # a black one tells nothing
                     found[mode][file] = fitting[0]
+            elif ";16" in str(image.tile):
+                colours[file] = max(high for _, high in image.getextrema())
+    if colours and max(colours.values()) < 16:
+        warn(f"{len(colours)} images of 16 bits a colour, such as {next(iter(colours))}, use at most 12 of them, "
+             "and are read as nearly black; write all in the range of 16 bits, or of 8")
     white = white or {mode: max(levels.values()) for mode, levels in found.items() if levels}
     for mode, levels in found.items():
         if dark := [file for file, level in levels.items() if 16 * level <= white.get(mode, 0)]:
@@ -213,13 +221,15 @@ def damaged_end(path: str, content: bytes) -> bool:
     return mark is None or mark not in end
 
 
-def look_at(path: str, whole: bool) -> tuple[tuple[int, int], bytes]:
-    """-> (width, height) of an image; sha256 of the file if all is read, to see that it can be decoded"""
+def look_at(path: str, whole: bool) -> tuple[tuple[int, int], bytes, bool]:
+    """-> (width, height) of an image; sha256 of the file if all is read, to see that it can be decoded; whether
+    it has more frames than one"""
     content = Path(path).read_bytes() if whole else None
     with opened(path, content) as image:
         if whole and damaged_end(path, content):
             image.load()
-        return image.size, hashlib.sha256(content).digest() if whole else b""
+        return (image.size, hashlib.sha256(content).digest() if whole else b"",
+                getattr(image, "is_animated", False))
 
 
 def stamp(files: list[str], root: Path) -> str:
@@ -235,17 +245,20 @@ def stamp(files: list[str], root: Path) -> str:
     return digest.hexdigest()
 
 
-def survey(files: list[str], root: Path, workers: int = 2) -> tuple[list[tuple[int, int]], str]:
+def survey(files: list[str], root: Path, workers: int = 2) -> tuple[list[tuple[int, int]], str, list[bytes]]:
     """What the images of a data set are, from each file up to MANY_FILES files and MANY_BYTES, or from the
     headers of a sample. A file that cannot be read ends it.   -> [(width, height)], fingerprint of names and
-    contents, or of names and sizes"""
+    contents, or of names and sizes; sha256 of each file where all are read, else []"""
     whole = len(files) <= MANY_FILES and sum(map(os.path.getsize, files)) <= MANY_BYTES
+    looked_at = files if len(files) <= MANY_FILES else sampled(files)
     with unreadable_fails(), ThreadPoolExecutor(max(1, workers)) as pool:
-        seen = list(pool.map(lambda file: look_at(file, whole),
-                             files if len(files) <= MANY_FILES else sampled(files)))
+        seen = list(pool.map(lambda file: look_at(file, whole), looked_at))
+    if several := [file for file, (_, _, frames) in zip(looked_at, seen) if frames]:
+        warn(f"{len(several)} images, such as {several[0]}, have several frames, of which the first is read")
     digest = hashlib.sha256()
     for i, file in enumerate(files):
         digest.update(os.fsencode(os.path.relpath(file, root)) + b"\0")
         digest.update(seen[i][1] if whole else b"" if len(files) > MANY_FILES
                       else str(os.path.getsize(file)).encode())
-    return [size for size, _ in seen], digest.hexdigest()
+    return ([size for size, _, _ in seen], digest.hexdigest(),
+            [content for _, content, _ in seen] if whole else [])

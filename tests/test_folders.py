@@ -285,6 +285,12 @@ def test_equal_files_among_the_test_images_or_in_two_classes_are_a_warning(tmp_p
                                        f"{train[-1]}; remove them from one\n")
 
 
+def test_of_val_and_test_the_one_that_holds_images_is_taken(tmp_path):
+    root = make_folder(tmp_path / "mine", splits=("train", "test"))
+    (root / "val").mkdir()
+    assert look(str(root), "x")["test"] == 4
+
+
 def test_of_several_frames_the_first_is_read_and_that_is_said(tmp_path, capsys):
     root = make_folder(tmp_path / "mine")
     frames = [Image.fromarray(noise(8, 8, 3, seed=seed)) for seed in (1, 2)]

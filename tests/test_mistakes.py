@@ -68,7 +68,8 @@ def test_without_backbones(phase, flags, words, bare):
      ["run: python relabel.py --dataset ", " --ipc 2 --tag a", " --holdout", " --images its"]),
     ("recover", "--teachers other", ["other/convnet_w8.pt", "squeeze.py", "--teachers other",
                                      "name one of the --teachers that are there: supervised"]),
-    ("collect_stats", "--backbones resnet81", ["resnet81.pt", "squeeze.py"])])
+    ("collect_stats", "--backbones resnet81", ["--backbones resnet81: unknown model", "resnet18 is near"]),
+    ("collect_stats", "--backbones resnet18", ["resnet18.pt", "squeeze.py"])])
 def test_without_images(phase, flags, words, project):
     tells(project.mistake(phase, flags), *words)
 

@@ -199,7 +199,7 @@ def for_student(args: argparse.Namespace, name: str) -> argparse.Namespace:
             own[flag] = values.get(name, values[""])
         except (KeyError, ValueError, argparse.ArgumentTypeError):
             what = ("adamw or sgd, and exceptions such as swin_t=adamw" if flag == "optimizer" else
-                    f"one {'positive ' * (flag == 'lr')}number, and exceptions such as resnet18=0.2")
+                    f"one number {'above' if flag == 'lr' else 'from'} 0, and exceptions such as resnet18=0.2")
             fail(f"--{flag.replace('_', '-')} {' '.join(words)}: give {what} after it")
     return argparse.Namespace(**vars(args) | own)
 

@@ -191,7 +191,9 @@ def find_split(dataset: str, data_dir: str, split: str, download: bool = False) 
 
 
 def test_folder(root: Path) -> Path | None:
-    return next(filter(Path.is_dir, (root / "val", root / "test")), None)
+    """val/ or else test/, the one that is not empty; None where neither is there."""
+    folders = list(filter(Path.is_dir, (root / "val", root / "test")))
+    return next((folder for folder in folders if any(folder.iterdir())), next(iter(folders), None))
 
 
 def alike(train: Path, test: Path | None) -> bool:

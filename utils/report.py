@@ -269,7 +269,9 @@ def main(argv=None):
     parser.add_argument("folder", type=Path, metavar="runs/DATASET", help="where the phases wrote")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
-        there = sorted(str(path) for path in args.folder.parent.glob("*/") if path.is_dir())
+        near = args.folder.parent
+        there = sorted({str(near / path.relative_to(near).parts[0])
+                        for path in [*near.glob("*/teachers"), *near.glob("*/*/result.json")]})
         fail(f"{args.folder}: there is no such folder; "
              + (f"name one of: {' '.join(there)}" if there else "run the phases first"))
     results = read_results(args.folder)

@@ -77,6 +77,8 @@ def script(main: Callable) -> None:
         main()
     except OSError as error:
         fail(f"{error.filename or 'the output'}: {error.strerror or error}; make it usable or name another")
+    except KeyboardInterrupt:                                        # before `begin`, with nothing to save
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def pick_device(name: str, precision: str = "tf32") -> torch.device:

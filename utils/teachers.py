@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import build_model
+from models import build_model, check_name
 from utils import fail
 from utils.checkpoint import load_torch
 from utils.cli import call
@@ -31,6 +31,11 @@ def need_files(args: argparse.Namespace, folder: Path, suffix: str, script: str)
     missing = [name for name in args.backbones if not (folder / f"{name}{suffix}").exists()]
     if not missing:
         return command
+    for name in missing:
+        try:
+            check_name(name.partition("@")[0])
+        except ValueError as error:
+            fail(f"--backbones {name}: {error}")
     names, more = missing, ""
     if script == "squeeze.py" and "@" in "".join(missing):
         names = dict.fromkeys(name.partition("@")[0] for name in missing)

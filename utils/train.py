@@ -19,7 +19,7 @@ from utils.run import Progress, send
 
 def fit(trained: tuple, draw_batches: Callable, train_epoch: Callable, *, epochs: int, name: str,
         resume: dict | None = None, save: Callable | None = None,
-        remedy: str = "use a smaller --lr") -> Iterator[int]:
+        remedy: str = "use a smaller --lr or --weight-decay") -> Iterator[int]:
     """Train; yields the number of each epoch done, from 1, and the caller may then test, save or print.
 
     trained       (model, optimizer, schedule of the learning rate by epoch, ...): all that changes
@@ -140,7 +140,7 @@ class Training(NamedTuple):
     crop: str = "resized"
     seed: int = 0
     cuda_graphs: bool = False
-    remedy: str = "use a smaller --lr"      # see `fit`
+    remedy: str = "use a smaller --lr or --weight-decay"    # see `fit`
 
     def optimizer(self, model: nn.Module) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
         """-> optimizer, the schedule of its learning rate"""

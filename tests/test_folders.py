@@ -281,8 +281,8 @@ def test_equal_files_among_the_test_images_or_in_two_classes_are_a_warning(tmp_p
     save(val[0], noise(8, 8, 3, seed=99))
     train[0].write_bytes(train[-1].read_bytes())
     look(str(root), "x")
-    assert capsys.readouterr().err == (f"warning: 1 training images are of two classes, such as {train[0]} and "
-                                       f"{train[-1]}; remove them from one\n")
+    assert capsys.readouterr().err == (f"warning: 1 training images are of two classes, such as {train[0]} "
+                                       f"and {train[-1]}; remove them from one\n")
 
 
 def test_of_val_and_test_the_one_that_holds_images_is_taken(tmp_path):
@@ -302,7 +302,8 @@ def test_of_several_frames_the_first_is_read_and_that_is_said(tmp_path, capsys):
 @pytest.mark.parametrize("value, dark", [(4000, True), (40000, False)])
 def test_colours_of_16_bits_that_use_fewer_are_a_warning(tmp_path, capsys, value, dark):
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        content = kind + content
+        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
     rows = 8 * (b"\0" + 8 * struct.pack(">3H", value, value // 2, 0))
     header = struct.pack(">2I5B", 8, 8, 16, 2, 0, 0, 0)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)

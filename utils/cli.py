@@ -198,8 +198,9 @@ def for_student(args: argparse.Namespace, name: str) -> argparse.Namespace:
                 raise ValueError
             own[flag] = values.get(name, values[""])
         except (KeyError, ValueError, argparse.ArgumentTypeError):
+            low = "above" if flag == "lr" else "from"
             what = ("adamw or sgd, and exceptions such as swin_t=adamw" if flag == "optimizer" else
-                    f"one number {'above' if flag == 'lr' else 'from'} 0, and exceptions such as resnet18=0.2")
+                    f"one number {low} 0, and exceptions such as resnet18=0.2")
             fail(f"--{flag.replace('_', '-')} {' '.join(words)}: give {what} after it")
     return argparse.Namespace(**vars(args) | own)
 

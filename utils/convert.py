@@ -112,8 +112,8 @@ def to_pixels(images: torch.Tensor, units) -> tuple[torch.Tensor, str]:
         rounded, outside = rounded + (done - inside).abs().sum(), outside + (levels.round() != done).sum()
         furthest = max(furthest, (inside - levels).abs().max().item())
     if 2 * outside > images.numel():
-        fail(f"of the pixels {100 * outside / images.numel():.0f} % lie outside 0 .. 255 with mean {units[0]} and "
-             f"std {units[1]}; name the --mean and --std of these floats")
+        fail(f"{100 * outside / images.numel():.0f} % of the pixels lie outside 0 .. 255 with mean {units[0]} "
+             f"and std {units[1]}; name the --mean and --std of these floats")
     return pixels, (f"rounding moved pixels by {rounded / images.numel():.3f} of 255 on average; clamping "
                     f"moved {100 * outside / images.numel():.1f} % of them, by up to {furthest:.1f}")
 
@@ -230,8 +230,8 @@ def main(argv=None):
         fail(f"{sources[0]} is no run of recover.py; name one, such as runs/cifar10/gvbsm-ipc10")
     names = [path.name for path in sources[0].glob("images/*") if run]
     if odd := next((name for name in names if name.encode(errors="ignore").decode() != name), None):
-        fail(f"{sources[0]}/images: class {odd!a} is not UTF-8, which --hub and --zip need; rename its folder "
-             "in the data set and run all phases again")
+        fail(f"{sources[0]}/images: class {odd!a} is not UTF-8, which --hub and --zip need; rename its "
+             "folder in the data set and run all phases again")
     if folder and not run and out.suffix not in (".pt", ".npz"):
         fail(f"{out} is no .pt or .npz file, into which a folder is written; name one")
     if out.exists():

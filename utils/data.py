@@ -335,12 +335,14 @@ def look(dataset: str, data_dir: str, known: Iterable[dict] = (), holdout: bool 
 def warn_of_copies(files: list[str], labels: list[int], tests: list[str], contents: list[bytes]) -> None:
     """Training images that are test images too, or of two classes.   contents: sha256 of all files, or []"""
     last = dict(zip(contents, zip(files, labels)))
-    shared = [(test, last[content][0]) for test, content in zip(tests, contents[len(files):]) if content in last]
+    tested = [(test, last[content][0]) for test, content in zip(tests, contents[len(files):])
+              if content in last]
     double = [(file, last[content][0]) for file, label, content in zip(files, labels, contents)
               if last[content][1] != label]
-    for found, what in (shared, "test images are training images"), (double, "training images are of two classes"):
-        if found:
-            warn(f"{len(found)} {what}, such as {found[0][0]} and {found[0][1]}; remove them from one")
+    for copies, what in ((tested, "test images are training images"),
+                         (double, "training images are of two classes")):
+        if copies:
+            warn(f"{len(copies)} {what}, such as {copies[0][0]} and {copies[0][1]}; remove them from one")
 
 
 def folder_column(size: int, classes: int) -> str:

@@ -133,8 +133,8 @@ def white_levels(files: list[str], white: dict[str, int] | None = None) -> dict[
             elif ";16" in str(image.tile):
                 colours[file] = max(high for _, high in image.getextrema())
     if colours and max(colours.values()) < 16:
-        warn(f"{len(colours)} images of 16 bits a colour, such as {next(iter(colours))}, use at most 12 of them, "
-             "and are read as nearly black; write all in the range of 16 bits, or of 8")
+        warn(f"{len(colours)} images of 16 bits a colour, such as {next(iter(colours))}, use at most 12 of "
+             "them, and are read as nearly black; write all in the range of 16 bits, or of 8")
     white = white or {mode: max(levels.values()) for mode, levels in found.items() if levels}
     for mode, levels in found.items():
         if dark := [file for file, level in levels.items() if 16 * level <= white.get(mode, 0)]:
@@ -222,8 +222,8 @@ def damaged_end(path: str, content: bytes) -> bool:
 
 
 def look_at(path: str, whole: bool) -> tuple[tuple[int, int], bytes, bool]:
-    """-> (width, height) of an image; sha256 of the file if all is read, to see that it can be decoded; whether
-    it has more frames than one"""
+    """-> (width, height) of an image; sha256 of the file if all is read, to see that it can be decoded;
+    whether it has more frames than one"""
     content = Path(path).read_bytes() if whole else None
     with opened(path, content) as image:
         if whole and damaged_end(path, content):

@@ -131,6 +131,7 @@ FOLDER = {
 BEST_FOLDER = {     # of `best`, in columns that it has values for: as measured on ten classes of 450 images
     ("*", "backbones"):             ["convnet_w128", "wrn16_2"],
     ("squeeze", "batch_size"):      64,
+    ("recover", "stay"):            0.5,        # +0.8; WRN-16-2 +0.6
     ("train_eval", "students"):     ["convnet_w128"],
 }
 AT_IPC = {      # {(preset or method, column, IPC): rows}
@@ -234,6 +235,7 @@ TEDDY = SRE2L | by_phase({  # arXiv:2410.07579, Tables 4 and 5: prior generation
 })
 DM = {  # arXiv:2110.04181, as in BiLP's supplement, Secs. 6.3 and 6.6 (ImageNet at 64 pixels)
     ("recover", "init"):            "real",
+    ("recover", "stay"):            0.0,
     ("recover", "lr"):              (1.0,           1.0,           1.0,           5.0,           1.0),
     ("recover", "iterations"):      (20000,         20000,         10000,         5000,          None),
     ("recover", "batch_size"):      (256,           256,           256,           256,           64),
@@ -244,9 +246,9 @@ BILP = DM | {  # arXiv:2305.18381, supplement, Table 12, at IPC 10 (see AT_IPC);
     ("recover", "adaptive_ratio"):  0.3,
     ("recover", "adaptive_period"): (5,             10,            10,            10,            10),
 }
-METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY, "dm": DM, "bilp": BILP,
-           "random": {}, "herding": {}, "kcenter": {}, "forgetting": {}}
 SELECTIONS = "random", "herding", "kcenter", "forgetting"                       # write real images
+METHODS = {"gvbsm": {}, "sre2l": SRE2L, "cda": CDA, "scdd": SCDD, "teddy": TEDDY, "dm": DM, "bilp": BILP,
+           **dict.fromkeys(SELECTIONS, {("recover", "stay"): 0.0})}
 UNMATCHED = (*SELECTIONS, "dm", "bilp")  # take no statistics of the backbones
 TABLES = {"paper": PAPER, "release": RELEASE, "folder": FOLDER, "best": BEST} | METHODS
 PRESETS = {"paper": ["paper", "folder"], "release": ["paper", "release", "folder"],

@@ -13,7 +13,7 @@ NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", 
            "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given", "typed", "data_set",
            "weights_file"}
 # by files that are older than these flags
-ASSUMED = {"objective": "supervised", "weights": None, "flip": True}
+ASSUMED = {"objective": "supervised", "weights": None, "flip": True, "stay": 0.0}
 AGAIN = "start again with --overwrite"
 
 

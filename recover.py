@@ -185,7 +185,7 @@ def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: d
                statistics: dict[str, dict], starts: dict[tuple, Tensor], device: torch.device) -> None:
     """Optimise all images by `recover_batch`; torchrun's processes share batches, not with --ema-carry."""
     data, size = recorder.data, recorder.data["image_size"]
-    moved = args.ipc - int(args.stay * args.ipc)                     # images of each class, the first ones
+    moved = args.ipc - int(args.stay * args.ipc + 1e-9)              # images of each class, the first ones
     batches = make_batches(len(data["classes"]), moved, args.batch_size, args.loop)
     # batches of one slot share a pass and a subset of backbones (Teddy): those of one image a class, or alone
     slots = [(batch[0][1] if args.loop == "original" else i) if args.subset else 0

@@ -277,17 +277,18 @@ def test_equal_files_among_the_test_images_or_in_two_classes_are_a_warning(tmp_p
     val[0].write_bytes(train[-1].read_bytes())
     look(str(root), "x")
     assert capsys.readouterr().err == (f"warning: 1 test images are training images, such as {val[0]} and "
-                                       f"{train[-1]}; remove them from one\n")
+                                       f"{train[-1]}; remove one of each pair\n")
     save(val[0], noise(8, 8, 3, seed=99))
     train[0].write_bytes(train[-1].read_bytes())
     look(str(root), "x")
     assert capsys.readouterr().err == (f"warning: 1 training images are of two classes, such as {train[0]} "
-                                       f"and {train[-1]}; remove them from one\n")
+                                       f"and {train[-1]}; remove one of each pair\n")
 
 
 def test_of_val_and_test_the_one_that_holds_images_is_taken(tmp_path):
     root = make_folder(tmp_path / "mine", splits=("train", "test"))
     (root / "val").mkdir()
+    (root / "val/.DS_Store").touch()
     assert look(str(root), "x")["test"] == 4
 
 

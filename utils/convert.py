@@ -112,8 +112,8 @@ def to_pixels(images: torch.Tensor, units) -> tuple[torch.Tensor, str]:
         rounded, outside = rounded + (done - inside).abs().sum(), outside + (levels.round() != done).sum()
         furthest = max(furthest, (inside - levels).abs().max().item())
     if 2 * outside > images.numel():
-        fail(f"{100 * outside / images.numel():.0f} % of the pixels lie outside 0 .. 255 with mean {units[0]} "
-             f"and std {units[1]}; name the --mean and --std of these floats")
+        fail(f"{100 * outside / images.numel():.0f} % of the pixels lie outside 0 .. 255 with mean "
+             f"{units[0]} and std {units[1]}, which are not their units; name these by --mean and --std")
     return pixels, (f"rounding moved pixels by {rounded / images.numel():.3f} of 255 on average; clamping "
                     f"moved {100 * outside / images.numel():.1f} % of them, by up to {furthest:.1f}")
 

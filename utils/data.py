@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from utils import fail
 from utils.folders import (UnreadableImage, class_folders, fit_image, list_images, opened, pixels,
                            read_images, rgb_image, same_letters, sampled, stamp, survey, unreadable_fails,
-                           walk, white_levels)
+                           visible, walk, white_levels)
 from utils.processes import warn
 from utils.shapes import SHAPES, draw_shapes
 
@@ -193,7 +193,8 @@ def find_split(dataset: str, data_dir: str, split: str, download: bool = False) 
 def test_folder(root: Path) -> Path | None:
     """val/ or else test/, the one that is not empty; None where neither is there."""
     folders = list(filter(Path.is_dir, (root / "val", root / "test")))
-    return next((folder for folder in folders if any(folder.iterdir())), next(iter(folders), None))
+    return next((folder for folder in folders if any(map(visible, os.listdir(folder)))),
+                next(iter(folders), None))
 
 
 def alike(train: Path, test: Path | None) -> bool:
@@ -342,7 +343,7 @@ def warn_of_copies(files: list[str], labels: list[int], tests: list[str], conten
     for copies, what in ((tested, "test images are training images"),
                          (double, "training images are of two classes")):
         if copies:
-            warn(f"{len(copies)} {what}, such as {copies[0][0]} and {copies[0][1]}; remove them from one")
+            warn(f"{len(copies)} {what}, such as {copies[0][0]} and {copies[0][1]}; remove one of each pair")
 
 
 def folder_column(size: int, classes: int) -> str:

@@ -130,9 +130,9 @@ def white_levels(files: list[str], white: dict[str, int] | None = None) -> dict[
                          f"integers of 8 to 16 bits")
                 if high:                                             # a black one tells nothing
                     found[mode][file] = fitting[0]
-            elif ";16" in str(image.tile):
+            elif image.mode == "RGB" and ";16B" in str(image.tile):
                 colours[file] = max(high for _, high in image.getextrema())
-    if colours and max(colours.values()) < 16:
+    if colours and 0 < max(colours.values()) < 16:
         warn(f"{len(colours)} images of 16 bits a colour, such as {next(iter(colours))}, use at most 12 of "
              "them, and are read as nearly black; write all in the range of 16 bits, or of 8")
     white = white or {mode: max(levels.values()) for mode, levels in found.items() if levels}

@@ -131,7 +131,7 @@ FOLDER = {
 BEST_FOLDER = {     # of `best`, in columns that it has values for: as measured on ten classes of 450 images
     ("*", "backbones"):             ["convnet_w128", "wrn16_2"],
     ("squeeze", "batch_size"):      64,
-    ("recover", "stay"):            0.5,        # +0.8; WRN-16-2 +0.6
+    ("recover", "stay"):            0.5,        # +1.1; WRN-16-2 +0.5
     ("train_eval", "students"):     ["convnet_w128"],
 }
 AT_IPC = {      # {(preset or method, column, IPC): rows}
@@ -181,6 +181,7 @@ SRE2L = by_phase({       # arXiv:2306.13092 and its release
     ("train_eval", "weight_decay"): (["0.01"],      ["0.01"],      ["0.0001", *DECAYED], ["0.01"], None),
     ("train_eval", "loss"):         ("kl",          "kl",          "kl_t2",       "kl",          "kl"),
     ("train_eval", "temperature"):  (30.0,          30.0,          20.0,          20.0,          30.0),
+    ("recover", "stay"):            0.0,
 })
 CDA = SRE2L | {  # arXiv:2311.18838
     ("recover", "lr"):              (0.25,          0.25,          0.4,           0.25,          0.25),

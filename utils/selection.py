@@ -122,8 +122,9 @@ def real_images(args: argparse.Namespace, paths: SimpleNamespace, data: dict, mo
                 records: dict[str, dict], device: torch.device) -> "RealImages | SimpleNamespace":
     """`RealImages` for a method or an --init that takes some, else an object that starts from noise."""
     if (args.mosaic > 1 or args.stay) and args.init == "noise":
-        flag = f"--mosaic {args.mosaic}" if args.mosaic > 1 else f"--stay {args.stay:g}"
-        fail(f"{flag} is of real images; name an --init")
+        flag, other = ((f"--mosaic {args.mosaic}", "--mosaic 1") if args.mosaic > 1 else
+                       (f"--stay {args.stay:g}", "--stay 0"))
+        fail(f"{flag} is of real images; name an --init for them, or {other}")
     if data["image_size"] % args.mosaic:
         fail(f"--mosaic {args.mosaic}: use a divisor of the images' {data['image_size']} pixels")
     if args.method in UNMATCHED or args.init != "noise":

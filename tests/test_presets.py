@@ -327,8 +327,9 @@ def test_best_trains_longer_on_a_folder(column, phase, train, classes, ipc, expe
 
 
 @pytest.mark.parametrize("preset, column, own, method, stay", [
-    ("best", "cifar10", (4500, 10), "gvbsm", 0.5), ("best", "cifar100", (4500, 90), "gvbsm", 0.5), ("best", "cifar10", (4500, 10), "cda", 0.0),
-    ("best", "cifar10", (4500, 10), "dm", 0.0), ("best", "cifar10", None, "gvbsm", None),
+    ("best", "cifar10", (4500, 10), "gvbsm", 0.5), ("best", "cifar100", (4500, 90), "gvbsm", 0.5),
+    ("best", "cifar10", (4500, 10), "cda", 0.0), ("best", "cifar10", (4500, 10), "dm", 0.0),
+    ("best", "cifar10", None, "gvbsm", None),
     ("best", "tiny", (4500, 10), "gvbsm", None), ("paper", "cifar10", (4500, 10), "gvbsm", None)])
 def test_best_leaves_half_of_the_images_of_a_small_folder_as_they_are(preset, column, own, method, stay):
     assert preset_values(preset, column, "recover", 10, method, own).get("stay") == stay

@@ -206,9 +206,10 @@ def transfer_table(cells):
     """Margins, gaps in brackets: a column for each of the sets of transfer_sets.py, and the margins' mean and
     standard deviation."""
     rows = {}
-    for cell in filter(margin_and_gap, cells):
-        run = cell["ipc"], cell["student"], run_name(cell["method"], cell["tag"])
-        rows.setdefault(run, {})[cell["dataset"]] = margin_and_gap(cell)
+    for cell in cells:
+        if both := margin_and_gap(cell):
+            run = cell["ipc"], cell["student"], run_name(cell["method"], cell["tag"])
+            rows.setdefault(run, {})[cell["dataset"]] = both
     sets, lines = sorted({dataset for row in rows.values() for dataset in row}), []
     for (ipc, student, run), row in sorted(rows.items()):
         shown = {name: f"{margin:+.1f}" + (f" ({gap:.1f})" if gap else "")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,6 +351,34 @@ def test_a_learning_rate_beyond_all_presets_is_noted():
     args = parser.Parser("").parse_args([])
     args.lr, args.probe_lr = ["0.1", "convnet_w8=1e9", "word"], 30.0
     assert [line.split(" is ")[0] for line in cli.high_rates(args)] == ["note: --lr convnet_w8=1e9"]
+
+
+@pytest.mark.parametrize("phase, flags, notes", [
+    ("squeeze", "--queue 8 --epochs 2", ["--queue has no effect without --objective moco"]),
+    ("squeeze", "--objective probe --lr=1 --probe-lr 1",
+     ["--lr has no effect without --objective supervised or moco"]),
+    ("squeeze", "--score-trials 2", ["--score-trials has no effect without --prune-ratio"]),
+    ("squeeze", "--score-trials 2 --method bilp", []),
+    ("recover", "--method dm --lr 1 --no-flip",
+     ["--flip has no effect without --method gvbsm or sre2l or cda or scdd or teddy"]),
+    ("recover", "--adaptive-ratio 0.1 --stay 0.5",
+     ["--adaptive-ratio has no effect without --method dm or bilp"]),
+    ("recover", "--method sre2l --dd-on view", ["--dd-on has no effect without --dd-weight"]),
+    ("train_eval", "--steps 2 --no-flip --gamma 1",
+     ["--flip has no effect without --labels online or hard",
+      "--steps has no effect without --protocol continual"]),
+    ("train_eval", "--protocol prune --l1 0 --labels online --no-flip", [])])
+def test_a_typed_flag_without_effect_is_noted(phase, flags, notes):
+    args = cli.parse_args(import_module(phase).get_parser(), phase, flags.split())
+    assert sorted(cli.idle_flags(args)) == [f"note: {line}" for line in notes]
+
+
+def test_every_flag_that_may_be_idle_exists():
+    for phase, rows in cli.NEEDS.items():
+        known = {action.dest: action for action in import_module(phase).get_parser()._actions}
+        for flags, other, values in rows:
+            assert {flag.replace("-", "_") for flag in flags.split()} <= set(known)
+            assert set(values) <= set(known[other.replace("-", "_")].choices or [])
 
 
 @pytest.mark.parametrize("threads, load, now, noted", [

@@ -15,7 +15,7 @@ from models import is_model_name
 from utils import fail
 from utils.data import DATASETS, SMALL, folder_column, look
 from utils.parser import Parser, number, plain_name
-from utils.presets import METHODS, PRESETS, SELECTIONS, preset_values
+from utils.presets import METHODS, PRESETS, SELECTIONS, UNMATCHED, preset_values
 
 # flags that a chain of phases has in common
 SHARED = {"dataset", "ipc", "method", "recipe", "tag", "teachers", "backbones", "preset", "data_dir",
@@ -167,7 +167,43 @@ def describe_choice(args: argparse.Namespace) -> str:
         if data["passed"] and data["passed"][kind][0]:
             count, example = data["passed"][kind]
             line += f"\nnot read: {count} files or folders that are {what}, such as {example}"
-    return "\n".join([line, *high_rates(args)])
+    return "\n".join([line, *idle_flags(args), *high_rates(args)])
+
+
+# phase: (flags, the one they need, its values that let them act; all but 0 and none where there are none)
+NEEDS = {
+    "squeeze": [
+        ("crop", "objective", ["supervised"]), ("queue", "objective", ["moco"]),
+        ("probe-epochs probe-lr probe-weight-decay", "objective", ["moco", "probe"]),
+        ("epochs batch-size lr momentum weight-decay schedule warmup-epochs", "objective",
+         ["supervised", "moco"]),
+        ("score-trials score-epochs score-lr score-batch-size", "prune-ratio", [])],
+    "recover": [
+        ("alpha ema-carry drop-rate bn-weight conv-weight first-multiplier dd-weight dd-scale dd-on loop "
+         "choice unit-gradients subset class-statistics statistics stay crop flip roll weight-decay "
+         "groups-per-step cuda-graphs", "method", [name for name in METHODS if name not in UNMATCHED]),
+        ("init mosaic iterations batch-size lr", "method",
+         [name for name in METHODS if name not in SELECTIONS]),
+        ("adaptive-ratio adaptive-period", "method", ["dm", "bilp"]),
+        ("dd-scale dd-on", "dd-weight", []), ("adaptive-period", "adaptive-ratio", [])],
+    "relabel": [("class-map", "images", [])],
+    "train_eval": [
+        ("class-map", "images", []), ("label-epochs", "labels", ["stored"]),
+        ("logit-norm", "labels", ["online"]), ("mix flip crop-floor", "labels", ["online", "hard"]),
+        ("loss gamma temperature", "labels", ["stored", "online"]),
+        ("gamma", "loss", ["mse_gt"]), ("temperature", "loss", ["kl", "kl_t2"]),
+        ("steps orders", "protocol", ["continual"]), ("sparsity l1", "protocol", ["prune"])]}
+
+
+def idle_flags(args: argparse.Namespace) -> Iterator[str]:
+    """A line for each typed flag without an effect."""
+    _, script, *words = args.typed
+    typed = {word.partition("=")[0].removeprefix("--").removeprefix("no-") for word in words}
+    for flags, other, values in NEEDS.get(script.removesuffix(".py"), []):
+        value = getattr(args, other.replace("-", "_"))
+        if not (value in values if values else value):
+            for flag in sorted(typed & set(flags.split())):
+                yield f"note: --{flag} has no effect without --{other} {' or '.join(values)}".rstrip()
 
 
 def high_rates(args: argparse.Namespace) -> Iterator[str]:

@@ -54,6 +54,13 @@ def test_the_first_line_tells_that_a_tenth_is_held_out(tmp_path, monkeypatch):
     assert "20 training images of 8 pixels, of which a tenth of each class is held out to test" in line
 
 
+def test_more_distilled_images_than_training_images_are_noted_before_any_work(tmp_path, monkeypatch):
+    root, note = make_folder(tmp_path, count=5), "note: --ipc 6 makes 12 images of 10 training images"
+    for ipc, noted in ("5", False), ("6", True):
+        args = parsed("squeeze", monkeypatch, "--dataset", str(root), "--ipc", ipc)
+        assert (note in cli.describe_choice(args)) == noted
+
+
 def test_holdout_needs_no_test_images_of_a_named_data_set_either_and_ignores_those_of_no_class(tmp_path):
     make_folder(tmp_path / "tiny", splits=["train"], count=10)
     assert look("tiny", str(tmp_path), holdout=True)["test"] == 0

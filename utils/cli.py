@@ -167,6 +167,8 @@ def describe_choice(args: argparse.Namespace) -> str:
         if data["passed"] and data["passed"][kind][0]:
             count, example = data["passed"][kind]
             line += f"\nnot read: {count} files or folders that are {what}, such as {example}"
+    if data["train"] and (count := args.ipc * data["classes"]) > data["train"]:
+        line += f"\nnote: --ipc {args.ipc} makes {count} images of {data['train']} training images"
     return "\n".join([line, *idle_flags(args), *high_rates(args)])
 
 

@@ -190,7 +190,8 @@ def _keep_weights(model, prefix, keep_vars):
 class ClosedFormMatching:
     """Eq. 6 and Eq. 10 as `utils.stats.Matching`, with the same arguments, errors and calls, but without a
     graph through any statistic: the losses that `inject` returns are values, and any backward pass through
-    the model, as of the classification loss alone, adds their gradient. model: perhaps of `freeze`."""
+    the model, as of the classification loss or of (0 * logits).sum(), adds their gradient.
+    model: perhaps of `freeze`."""
 
     def __init__(self, model, targets, weights, *, alpha=0.8, patch=4):
         self.model, self.alpha, self.patch, self.terms = model, alpha, patch, {}

@@ -294,8 +294,8 @@ def test_margins_on_the_transfer_sets_stand_in_one_table_with_their_mean_and_dev
         cell["teachers"] = {"wrn16_2": 90, "convnet_w128": top1}
     line, = lines_of(make_readme.page(cells), "IPC, student +\\| run +\\| cifar100-a-holdout")
     assert line == ["10, convnet_w128", "gvbsm-odd", "+2.0 (1.0)", "+8.0 (20.2)", "+5.0 ± 3.0"]
-    assert ("Over the 2 cells of gvbsm with both numbers, their correlation is 1.00, and all margins are "
-            "47% of all gaps.") in make_readme.page(cells)
+    assert ("Over the 2 cells of gvbsm with both numbers, their correlation is 1.00, and the sum of "
+            "margins is 47% of the sum of gaps.") in make_readme.page(cells)
 
 
 def test_a_command_on_a_folder_that_is_not_here_takes_it_for_ten_classes_of_small_images(made_up):

@@ -38,7 +38,8 @@ Written by `python -m tests.evidence.make_readme` from the files beside this pag
 and *random real*: top-1 on the test images after the last epoch in %, mean ± standard deviation over student seeds, of a
 student trained on the run's images, and on as many random training images under the same teachers, labels and training.
 *margin*: their difference. *hard labels*: the same images with their classes alone, distilled first, random real second.
-*paper*: what the method's paper prints, under its own recipe.
+*paper*: what the method's paper prints, under its own recipe. *against the base*: *distilled* less the base run's. A run
+under `--images` distils nothing: its images come from that folder.
 
 One set of images stands behind a row, and one seed where there is no ±. Differences below one or two points then say nothing.
 A data set named `...-holdout` is tested on a tenth of its training images, which serves to choose settings.
@@ -191,7 +192,7 @@ def family_table(cells):
     lines += reals.values()
     lines.sort(key=lambda line: -line[0]["top1"] if line[0] else 0)
     return table(("run", "soft labels", "margin", "hard labels", "margin, hard", "seconds of recover",
-                  "paper (labels)", "backbones of recover"), [line for _, line in lines])
+                  "paper (labels)", "backbones and flags of recover"), [line for _, line in lines])
 
 
 def margin_and_gap(cell):
@@ -226,12 +227,12 @@ def transfers(cells):
     pairs = [both for cell in cells
              if cell["method"] == "gvbsm" and (both := margin_and_gap(cell)) and both[1]]
     text = ("In points; in brackets how far the student of random images is behind the teacher of its "
-            "architecture.")
+            "architecture. Mean ± standard deviation are over a row's sets.")
     if len({gap for _, gap in pairs}) > 1:
         margins, gaps = zip(*pairs)
         text += (f" Over the {len(pairs)} cells of gvbsm with both numbers, their correlation is "
-                 f"{correlation(margins, gaps):.2f}, and all margins are {sum(margins) / sum(gaps):.0%} of all "
-                 "gaps.")
+                 f"{correlation(margins, gaps):.2f}, and the sum of margins is {sum(margins) / sum(gaps):.0%} of "
+                 "the sum of gaps.")
     return f"{text}\n\n{transfer_table(cells)}"
 
 

@@ -1,12 +1,12 @@
 """Collect statistics: the data set's moments at every convolution (phase 2 of 5).
 G-VBSM, arXiv:2311.17950, Eq. 9.
 
-One pass over the training images, augmented as for squeeze.py (the paper does not say), through each backbone
-in eval mode. At the input of every Conv2d: mean and biased variance of each channel and of each patch of the
-map. Eq. 9 averages them over batches (here by their size: a last one may be smaller). A variance is thus the
-mean of the batches' variances (Eq. 10 compares it with that of a batch), smaller than that of the data set by
-the variance of the batches' means. --class-statistics adds the moments of each class alone, there and at the
-input of every BatchNorm2d (after Teddy's Eq. 11).
+One pass over the training images, augmented as squeeze.py does by default (the paper does not say), through
+each backbone in eval mode. At the input of every Conv2d: mean and biased variance of each channel and of each
+patch of the map. Eq. 9 averages them over batches (here by their size: a last one may be smaller). A variance
+is thus the mean of the batches' variances (Eq. 10 compares it with that of a batch), smaller than that of the
+data set by the variance of the batches' means. --class-statistics adds the moments of each class alone, there
+and at the input of every BatchNorm2d (after Teddy's Eq. 11).
 
 reads   data/<dataset>/...                                           the training images
         runs/<dataset>/teachers/<teachers>/<backbone>.pt             squeeze.py
@@ -154,6 +154,7 @@ def main(argv=None):
             todo.append(name)
     if not todo and run.unchanged(settings | {"backbones": args.backbones}, made_from=run.inputs):
         return None
+    costs(run.result)                    # where it is damaged, stop before the work
     if todo:
         split = training_split(args, paths.teachers, data, records).to(device)
         split.check_crop(args.crop)

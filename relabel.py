@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from utils import fail
 from utils.augment import apply_epoch
 from utils.cli import identity_flags, parse_args
-from utils.distilled import check_recovered, earlier_result, images_hash, load_images
+from utils.distilled import check_recovered, class_map_hash, earlier_result, images_hash, load_images
 from utils.labels import LabelWriter, draw_labels
 from utils.losses import ensemble_logits
 from utils.parser import Parser, number
@@ -99,7 +99,7 @@ def main(argv=None):
         recovered, upstream = earlier_result("recover", args, paths.run)
         check_recovered(recovered, args, paths, data, records)
     upstream["squeeze"] = upstream.get("squeeze", {}) | {name: one["args"] for name, one in records.items()}
-    inputs = fingerprints(records) | {"images": images_hash(folder, recovered)}
+    inputs = fingerprints(records) | {"images": images_hash(folder, recovered)} | class_map_hash(args)
     run = Run("relabel", args, paths.labels / "result.json", inputs)
     if run.finished():
         return None

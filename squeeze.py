@@ -35,7 +35,7 @@ from utils.checkpoint import Checkpoint, load_finished, save_torch
 from utils.cli import identity_flags, parse_args
 from utils.data import Split, describe, load_split
 from utils.ddp import gathered, in_parallel, share, share_weight
-from utils.moco import Probe, check_contrast, check_contrasted, train_moco
+from utils.moco import Probe, check_contrast, check_contrasted, check_linear, train_moco
 from utils.parser import Parser, crop_name, epoch_range, number
 from utils.pool import check_pool, fine_tuning, prune_teacher, saved_epochs, teachers_of
 from utils.presets import SELECTIONS
@@ -76,7 +76,7 @@ def train(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, traini
 
     def train_epoch(epoch, batches, rng):
         nonlocal batch, view
-        shares = split.batches([share(whole) for whole in batches], crop_seed=epoch)
+        shares = split.batches([share(whole) for whole in batches], training.seed * 10 ** 6 + epoch)
         for batch, (images, labels) in zip(batches, shares):
             if not split.streamed:
                 view = draw_view(len(batch), split.image_size, training.crop, True, 0, rng)
@@ -221,6 +221,8 @@ def check_flags(args: argparse.Namespace, device: torch.device) -> None:
         fail(f"--backbones {weak}: squeeze.py makes it of {weak.partition('@')[0]}; name that, and "
              "--save-epochs or --pruned")
     check_models("--backbones", args.backbones)
+    if args.objective != "supervised":
+        check_linear(args.backbones)
     check_pool(args)
     check_weights(args)
     if args.objective == "moco":
@@ -297,6 +299,7 @@ def main(argv=None):
     if not todo and run.unchanged(settings(args) | {"backbones": args.backbones},
                                   top1={name: one["top1"] for name, one in found.items()}):
         return None
+    costs(run.result)                    # where it is damaged, stop before the work
     made = make_teachers(todo, args, device, paths.teachers, found) if todo else {}
     spent = costs(run.result) | made  # read now: another process may have added to it
     metrics = {key: {name: found[name][key] for name in names} for key in ("top1", "first_bn_variance")}

@@ -110,7 +110,7 @@ def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespa
     data, count, device = train_data["data"], len(train_data["images"]), train_data["images"].device
     if model is None:
         model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
-    model = with_precision(channels_last(model), device, args.precision)
+        model = with_precision(channels_last(model), device, args.precision)
     groups, fused = parameter_groups(model, args.weight_decay), device.type == "cuda"
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=float(args.lr[0]), fused=fused)
@@ -122,8 +122,8 @@ def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespa
     loss = partial(student_loss, kind="hard" if args.labels == "hard" else args.loss, gamma=args.gamma,
                    temperature=args.temperature)
     train_epoch = learn(model, optimizer, train_data, lambda *inputs: loss(*inputs) + penalty(),
-                        record, label_epochs=args.label_epochs or args.epochs, ema_decay=args.ema_decay,
-                        cuda_graphs=args.cuda_graphs)
+                        record, label_epochs=args.labels == "stored" and args.label_epochs or args.epochs,
+                        ema_decay=args.ema_decay, cuda_graphs=args.cuda_graphs)
     rng = generator("order", seed, name)     # one for all epochs; batches need not be those of relabel.py
     batch_size = full_batch(count, args.whole_up_to, args.batch_size)
     for epoch in fit((model, optimizer, schedule, record),
@@ -152,8 +152,10 @@ def train_piece(name: str, piece: str, seed: int, train_data: dict, checkpoint: 
         return split_accuracy(model, train_data["test"], train_data["mean_std"])[0]
 
     sparse = (checkpoint.read(f"{piece}-sparse") or {}).get("weights")       # there once that stage is done
-    return prune(channels_last(deepcopy(start).requires_grad_()), train_stage, test, args.sparsity, args.l1,
-                 sparse, lambda weights: checkpoint.save({"weights": weights}, f"{piece}-sparse"))
+    model = channels_last(deepcopy(start).requires_grad_()).train()
+    model = with_precision(model, train_data["images"].device, args.precision)
+    return prune(model, train_stage, test, args.sparsity, args.l1, sparse,
+                 lambda weights: checkpoint.save({"weights": weights}, f"{piece}-sparse"))
 
 
 def get_parser():    # its defaults hold where utils/presets.py has none

@@ -63,7 +63,19 @@ def test_images_of_other_names_are_labelled_and_trained_on(project, tmp_path):
     assert "--class-map" in project.mistake("relabel", *theirs)
     project.call("relabel", *theirs, "--class-map", tmp_path / "map.json")
     assert f"--class-map {tmp_path / 'map.json'}" in project.printed          # of the command that is next
-    assert project.call("train_eval", *theirs, "--class-map", tmp_path / "map.json")["images"] == 8
+    mapped = *theirs, "--class-map", tmp_path / "map.json"
+    assert project.call("train_eval", *mapped)["images"] == 8
+    (tmp_path / "map.json").write_text(json.dumps(names | {"w": names["x"], "x": names["w"]}))
+    for phase in "relabel", "train_eval":
+        assert "made from other class map" in project.mistake(phase, *mapped)
+
+
+def test_a_class_map_is_of_foreign_images_alone(recovered, tmp_path):
+    plain = recovered.call("train_eval", "--labels hard")
+    (tmp_path / "map.json").write_text(json.dumps(dict(zip(CLASSES, reversed(CLASSES)))))
+    mapped = recovered.call("train_eval", "--labels hard --overwrite --class-map", tmp_path / "map.json")
+    assert mapped["top1_per_seed"] == plain["top1_per_seed"]
+    assert "note: --class-map has no effect without --images" in recovered.printed
 
 
 @pytest.mark.parametrize("text", ["x dog", "[1]", '{"x": 1}', '{"x": []}'])

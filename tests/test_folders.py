@@ -362,6 +362,13 @@ def test_what_squeeze_chose_is_the_default_of_later_phases_with_its_teachers(rem
     assert found() == (8, FOLDER["*", "backbones"])                       # other teachers: chosen anew
 
 
+def test_backbones_squeezed_later_are_noted_as_none_that_other_phases_take(remembered, monkeypatch):
+    note = "note: the other phases take wrn10_1, squeezed first; for others name --backbones there too"
+    for name, noted in ("wrn10_1", False), ("convnet_w8", True):
+        args = parsed("squeeze", monkeypatch, *remembered, "--teachers", "small", "--backbones", name)
+        assert (note in cli.describe_choice(args)) == noted
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_another_size_than_squeeze_chose_is_told_with_both(remembered, phase, monkeypatch, capsys):
     path = f"{remembered[3]}/mine/teachers/small/squeeze.json"

@@ -103,6 +103,11 @@ def test_a_distilled_dataset_refuses_an_epoch_that_is_not_stored(labelled):
         DistilledDataset(labelled.run(), epoch=3)
 
 
+def test_a_dataset_of_images_that_are_not_there_raises_instead_of_ending_the_program(labelled, tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        DistilledDataset(labelled.run(), images=tmp_path / "nowhere")
+
+
 def test_labels_without_flips_differ_in_nothing_else_that_is_drawn(relabelled):
     before = StoredLabels(relabelled.run() / "labels", "cutmix").drawn
     before = {key: np.array(array) for key, array in before.items()}

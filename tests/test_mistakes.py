@@ -281,10 +281,31 @@ def test_teachers_trained_anew_since_the_images_were_made(phase, flags, relabell
           "--overwrite")
 
 
+@pytest.mark.slow
+def test_a_backbone_trained_anew_since_it_chose_the_images(relabelled):
+    relabelled.call("recover", "--method herding")
+    relabelled.call("squeeze", "--seed 1 --overwrite --backbones convnet_w8")
+    tells(relabelled.mistake("relabel", "--method herding"),
+          "herding-ipc2/result.json was made from other weights (convnet_w8)", "--overwrite")
+
+
 def test_images_of_other_backbones(relabelled):
     relabelled.call("recover", "--tag one --backbones convnet_w8")
     tells(relabelled.mistake("relabel", "--tag one"),
           "was made from weights of convnet_w8, not of convnet_w8 wrn10_1; name the same --backbones")
+
+
+def test_labels_of_another_precision_tell_how_to_repeat_them(relabelled):
+    tells(relabelled.mistake("relabel", "--precision bf16"), "repeat the command with --precision ", "tf32",
+          "--tag in all phases from recover.py on")
+
+
+def test_a_damaged_summary_stops_before_the_work_and_can_be_removed(project):
+    for phase, name in ("squeeze", "squeeze.json"), ("collect_stats", "collect_stats.json"):
+        (project.teachers / name).write_text("x")
+        tells(project.mistake(phase, "--overwrite --backbones wrn10_1"), name, "remove it")
+        (project.teachers / name).unlink()
+        project.call(phase, "--overwrite --backbones wrn10_1")
 
 
 def test_a_recovery_from_teachers_or_statistics_made_anew_is_not_repeated(relabelled):

@@ -431,3 +431,10 @@ def test_the_variance_of_the_first_batchnorms_means_is_told_for_every_backbone(b
     assert f"vary by {first['wrn10_1']:.5f}" in bare.printed
     # one done before, one without
     assert bare.call("squeeze")["first_bn_variance"] == first | {"convnet_w8": None}
+
+
+def test_a_probe_needs_a_linear_layer_to_replace(bare):
+    weights = bare.root / "weights.pt"
+    torch.save(build_model("squeezenet", 4, 16).state_dict(), weights)
+    line = bare.mistake("squeeze", "--objective probe --backbones squeezenet --weights", weights)
+    assert "--backbones squeezenet" in line and "it has none; name others" in line

@@ -26,6 +26,7 @@ from utils import recorder
 from utils import train
 from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
 from utils.closed_form import ClosedFormMatching
+from utils.data import Split
 from utils.labels import LabelWriter, draw_labels
 from utils.run import generator
 from utils.stats import Matching
@@ -1154,3 +1155,23 @@ def test_a_student_at_chance_and_one_beside_random_images_are_told(relabelled, c
         assert words in warned
     relabelled.call("train_eval", flags, "--epochs 2 --overwrite")                 # another recipe
     assert "(chance 25.0 %), in" in relabelled.printed
+
+
+def test_the_crops_of_streamed_images_are_of_seed_and_epoch(bare, monkeypatch):
+    seeds, batches = [], Split.batches
+
+    def watched(split, index, crop_seed=None):
+        seeds.append(crop_seed)
+        return batches(split, index, crop_seed)
+
+    monkeypatch.setattr(Split, "batches", watched)
+    for seed in 0, 1:
+        bare.call("squeeze", "--backbones convnet_w8 --epochs 2 --overwrite --seed", seed)
+    drawn = [seed for seed in seeds if seed is not None]
+    assert len(set(drawn)) == 4 and drawn[0] in (0, 1)
+
+
+def test_label_epochs_are_of_stored_labels_alone(recovered):
+    results = [recovered.call("train_eval", "--labels hard --epochs 3 --overwrite", flags)["top1_by_epoch"]
+               for flags in ("", "--label-epochs 1")]
+    assert results[0] == results[1]

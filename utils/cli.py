@@ -169,16 +169,22 @@ def describe_choice(args: argparse.Namespace) -> str:
             line += f"\nnot read: {count} files or folders that are {what}, such as {example}"
     if data["train"] and (count := args.ipc * data["classes"]) > data["train"]:
         line += f"\nnote: --ipc {args.ipc} makes {count} images of {data['train']} training images"
+    others = data["backbones"] or args.backbones                     # None: weak teachers
+    if args.typed[1] == "squeeze.py" and set(args.backbones) - set(others):
+        line += (f"\nnote: the other phases take {' '.join(others)}, squeezed first; for others name "
+                 "--backbones there too")
     return "\n".join([line, *idle_flags(args), *high_rates(args)])
 
 
-# phase: (flags, the one they need, its values that let them act; all but 0 and none where there are none)
+# phase: (flags, another flag, its values that let them act: [] any but 0 and none, [None] none)
 NEEDS = {
     "squeeze": [
         ("crop", "objective", ["supervised"]), ("queue", "objective", ["moco"]),
         ("probe-epochs probe-lr probe-weight-decay", "objective", ["moco", "probe"]),
         ("epochs batch-size lr momentum weight-decay schedule warmup-epochs", "objective",
          ["supervised", "moco"]),
+        ("crop epochs batch-size lr momentum weight-decay schedule warmup-epochs", "weights", [None]),
+        ("crop epochs batch-size lr momentum weight-decay schedule warmup-epochs", "pretrained", [False]),
         ("score-trials score-epochs score-lr score-batch-size", "prune-ratio", [])],
     "recover": [
         ("alpha ema-carry drop-rate bn-weight conv-weight first-multiplier dd-weight dd-scale dd-on loop "
@@ -200,12 +206,14 @@ NEEDS = {
 def idle_flags(args: argparse.Namespace) -> Iterator[str]:
     """A line for each typed flag without an effect."""
     _, script, *words = args.typed
-    typed = {word.partition("=")[0].removeprefix("--").removeprefix("no-") for word in words}
+    typed = {word[2:].partition("=")[0].removeprefix("no-") for word in words if word.startswith("--")}
     for flags, other, values in NEEDS.get(script.removesuffix(".py"), []):
         value = getattr(args, other.replace("-", "_"))
-        if not (value in values if values else value):
-            for flag in sorted(typed & set(flags.split())):
-                yield f"note: --{flag} has no effect without --{other} {' or '.join(values)}".rstrip()
+        if value in values or value and not values:
+            continue
+        idle = f"with --{other}" if value is True or values == [None] else (
+            f"without --{other} {' or '.join(values)}".rstrip())
+        yield from (f"note: --{flag} has no effect {idle}" for flag in sorted(typed & set(flags.split())))
 
 
 def high_rates(args: argparse.Namespace) -> Iterator[str]:

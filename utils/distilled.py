@@ -34,12 +34,18 @@ def images_hash(folder: Path, recovered: dict) -> str:
     return recovered["image_set"] if recovered else image_set(folder, list_folder(folder)[2])
 
 
+def class_map_hash(args: argparse.Namespace) -> dict[str, str]:
+    """What decides over the classes of --images, for `check_inputs`; {} without a --class-map."""
+    found = read_class_map(args.class_map if args.images else None)
+    return {"class map": fingerprint(json.dumps(found, sort_keys=True))} if found else {}
+
+
 def load_images(args: argparse.Namespace, folder: Path, data: dict, expected: str,
                 labels: Path | None = None) -> tuple[Tensor, Tensor]:
     """Images with the fingerprint `expected`: that of recover.py's result, or the one for which `labels` were
     made.   data: from `load_teachers`   -> images uint8 [N, 3, S, S], classes [N]"""
     images, classes, _, files = load_folder(folder, data["image_size"], args.workers, data["classes"],
-                                            read_class_map(args.class_map))
+                                            read_class_map(args.class_map if args.images else None))
     if args.images:
         check_count(classes, args.ipc, folder)
     if image_set(folder, files) != expected:
@@ -56,13 +62,15 @@ def check_recovered(recovered: dict, args: argparse.Namespace, paths: SimpleName
     """Stop unless recover.py's images have these classes and, if it ran with the same --teachers, were made
     with these teachers. With --recipe teachers may be added or left out, but none may have changed."""
     path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
+    first = recovered["made_from"].get("first backbone", {})         # it chose the images, or their starts
     check_data(recovered["made_from"].get("data"), args, path)
     check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
-    if records and had and recovered["args"]["teachers"] == args.teachers:
-        names = had.keys() & records.keys() if args.recipe else had.keys() | records.keys()
+    if records and (had or first) and recovered["args"]["teachers"] == args.teachers:
+        both = had.keys() | records.keys() if had and not args.recipe else set()
+        names = both | (had | first).keys() & records.keys()
         remedy = (f"name the same --backbones, run recover.py --overwrite, or name --images {paths.images} "
                   "under another --tag")
-        check_inputs({"weights": {name: had.get(name) for name in names}},
+        check_inputs({"weights": {name: (had | first).get(name) for name in names}},
                      fingerprints({name: records[name] for name in names & records.keys()}), path, remedy)
 
 
@@ -87,6 +95,7 @@ def load_sources(args: argparse.Namespace, paths: SimpleNamespace, device: torch
             teachers, records, data = load_teachers(args, paths.teachers, device)
         made_from = {"images": images_hash(args.images or paths.images, before)}
         made_from |= fingerprints(records) if records else {}
+    made_from |= class_map_hash(args)
     hashes = dict.fromkeys(args.students, made_from)
     if args.protocol == "prune":                                     # train_student sets the precision
         named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})

@@ -193,7 +193,7 @@ class DistilledDataset(torch.utils.data.Dataset):
     dataset[i] -> the mixed sample of image i, float32 [3, S, S], normalised; the teachers' logits, float32
     [classes]; the class of image i (y of Eq. 11), int. The mixing is part of the stored sample, so batches
     may have any size and order. `epochs` epochs are stored; `set_epoch` also reaches DataLoader workers that
-    are alive. ValueError where labels are missing or damaged, or belong to other images.
+    are alive. ValueError where labels or images are missing or damaged, or do not belong together.
 
     run: a folder such as runs/cifar10/gvbsm-ipc10; images: by default the folder that was labelled
     """
@@ -206,8 +206,13 @@ class DistilledDataset(torch.utils.data.Dataset):
             images = Path(images or result["args"].get("images") or Path(run, "images"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} holds no finished labels ({error}); run relabel.py") from None
-        class_map = read_class_map(result["args"].get("class_map"))
-        self.images, number, _, files = load_folder(images, data["image_size"], 0, data["classes"], class_map)
+        foreign = bool(result["args"].get("images"))                 # their classes may be mapped
+        try:
+            class_map = read_class_map(result["args"].get("class_map") if foreign else None)
+            found = load_folder(images, data["image_size"], 0, data["classes"], class_map)
+        except SystemExit:
+            raise ValueError(f"{images} cannot be read, for the reason on stderr") from None
+        self.images, number, _, files = found
         if image_set(images, files) != hashes["images"]:
             raise ValueError(f"{self.folder} was made for other images than {images}; run relabel.py "
                              "--overwrite")

@@ -63,7 +63,7 @@ def as_encoder(model: nn.Module, dim: int = 128) -> nn.Module:
 
 
 class MoCo(nn.Module):
-    """Momentum contrast of two encoders: images -> [N, dim], not normalised.
+    """Momentum contrast of two encoders, each images -> [N, dim], not normalised; the module gives the loss.
 
     query is trained; key, of the same architecture, starts as its copy, follows its parameters and keeps
     buffers of its own. queue [dim, size]: unit columns, random at first; pointer: the column that is replaced
@@ -185,6 +185,15 @@ class Probe(nn.Module):
         return self.features
 
 
+def check_linear(names: list[str]) -> None:
+    """Stop where a network has no nn.Linear, whose place MoCo's outputs and the probe take."""
+    for name in names:
+        with torch.device("meta"):
+            if not any(isinstance(layer, nn.Linear) for layer in build_model(name, 10, 224).modules()):
+                fail(f"--backbones {name}: MoCo and the probe replace its last linear layer, and it has "
+                     "none; name others")
+
+
 def check_contrast(args: argparse.Namespace) -> None:
     """Stop where squeeze.py cannot train MoCo by these arguments, whatever the data."""
     if args.weights or args.pretrained:
@@ -198,11 +207,6 @@ def check_contrast(args: argparse.Namespace) -> None:
     if args.batch_size % 8 or args.batch_size < 16:
         fail(f"--batch-size {args.batch_size}: MoCo normalises 8 parts of a batch, each of at least 2 "
              "images; use a multiple of 8 from 16 on")
-    for name in args.backbones:
-        with torch.device("meta"):
-            if not any(isinstance(layer, nn.Linear) for layer in build_model(name, 10, 224).modules()):
-                fail(f"--backbones {name}: MoCo's outputs take the place of a linear layer, and it has none; "
-                     "name others")
 
 
 def check_contrasted(split: Split, count: int, batch_size: int) -> None:

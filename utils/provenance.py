@@ -9,7 +9,7 @@ from pathlib import Path
 from utils import fail
 
 # arguments that leave a result as it is, up to rounding; recipe sets other flags, given and typed repeat them
-NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download", "grid_every", "log_every",
+NEUTRAL = {"overwrite", "device", "workers", "data_dir", "run_dir", "download",
            "groups_per_step", "cuda_graphs", "checkpoint_minutes", "recipe", "given", "typed", "data_set",
            "weights_file"}
 # by files that are older than these flags
@@ -68,17 +68,21 @@ def check_same(stored: dict, settings: dict, path: Path, begun=(), typed=()) -> 
     flags = {key: f"--{key.replace('_', '-')}" for key in changed}
     chosen = [key for key in changed if {flags[key], flags[key].replace("--", "--no-")} & {*begun, *typed}]
     told = ", ".join(f"{flags[key]} {stored[key]} (now {settings[key]})" for key in chosen or changed)
+    add = f" with --precision {stored['precision']}" if changed == ["precision"] else ""
     if begun:
-        fail(f"{path} is unfinished: `{shlex.join(begun)}` began it with {told}; repeat that command, or "
+        fail(f"{path} is unfinished: `{shlex.join(begun)}` began it with {told}; repeat that command{add}, or "
              f"{AGAIN}")
-    other = "--teachers" if path.parent.parent.name == "teachers" else "--tag"
-    fail(f"{path} was made with {told}; choose another {other}, or {AGAIN}")
+    other = "another --teachers" if path.parent.parent.name == "teachers" else "another --tag"
+    if path.parent.name in ("labels", "eval"):
+        other += " in all phases from recover.py on"
+    repeat = f"repeat the command{add}, " if add else ""
+    fail(f"{path} was made with {told}; {repeat}choose {other}, or {AGAIN}")
 
 
 def check_inputs(stored: dict, now: dict, path: Path, remedy: str = AGAIN) -> None:
     """Stop where `path` was made from other files.   stored, now: {kind: hash or {name: hash}}"""
     for kind, found in now.items():
-        if kind == "data" and kind not in stored:                    # older than fingerprints of data sets
+        if kind in ("data", "class map") and kind not in stored:     # older than these fingerprints
             continue
         before, found = ({name: one for name, one in value.items() if one} if isinstance(value, dict)
                          else {"": value} for value in (stored.get(kind), found))

@@ -17,7 +17,7 @@ from utils.data import Split, load_split
 from utils.files import absent, load_json, reason
 from utils.presets import UNMATCHED
 from utils.processes import print_rank0, warn
-from utils.provenance import AGAIN, check_classes, check_data, fingerprint, fingerprints
+from utils.provenance import check_classes, check_data, fingerprint, fingerprints
 from utils.stats import Matching, layer_weights, matched_layers, mixed_moments
 from utils.train import with_precision
 
@@ -201,7 +201,7 @@ def warn_of_unmatched(models: dict[str, nn.Module], bn_weight: float, conv_weigh
 
 def costs(path: Path) -> dict[str, dict]:
     """{backbone: seconds and peak_memory} of the result of squeeze.py or collect_stats.py, {} without one."""
-    return load_json(path, AGAIN).get("costs", {}) if path.exists() else {}
+    return load_json(path, "remove it").get("costs", {}) if path.exists() else {}
 
 
 def first_bn_variance(name: str, weights: dict[str, Tensor]) -> float | None:

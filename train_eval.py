@@ -52,15 +52,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def hard_loss(logits: Tensor, labels: Tensor, partner_labels: Tensor, ratio: Tensor) -> Tensor:
-    """Cross-entropy with the classes of both images of a mixed sample, by ratio [B] and 1 - ratio."""
+    """Cross-entropy of logits [B, C] with both classes [B] of a mixed sample, by ratio [B] and 1 - ratio."""
     base, partner = (F.cross_entropy(logits, y, reduction="none") for y in (labels, partner_labels))
     return (ratio * base + (1 - ratio) * partner).mean()
 
 
 def student_loss(logits: Tensor, y: Tensor, soft: Tensor, partner_y: Tensor, ratio: Tensor, *, kind: str,
                  gamma: float, temperature: float) -> Tensor:
-    """The loss of logits [B, C] that --loss names, or, by kind "hard", that of hard labels. y, partner_y [B]:
-    classes of both images; mse_gt takes that of the first alone, as the paper's Eq. 11 has one class."""
+    """The loss of logits [B, C] that --loss names, against soft [B, C]; kind "hard": of classes. y, partner_y
+    [B]: classes of both images; mse_gt takes that of the first alone, as the paper's Eq. 11 has one class."""
     if kind == "hard":
         return hard_loss(logits, y, partner_y, ratio)
     if kind == "mse_gt":

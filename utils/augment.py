@@ -1,7 +1,7 @@
 """Augmentation in two steps: `draw_*` takes what is random from a generator, `apply_*` uses it on tensors.
 
-Needs torch alone. A draw is a tensor or a dict of tensors with one row a sample, so it can be stored, cut and
-replayed. Images are [N, C, S, S], square; boxes are [N, 4] integers: top, left, height, width.
+Needs torch alone. A draw is a tensor or a dict of tensors, most with one row a sample, so it can be stored,
+cut and replayed. Images are [N, C, S, S], square; crops are [N, 4] integers: top, left, height, width.
 """
 import math
 

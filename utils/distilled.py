@@ -43,7 +43,7 @@ def class_map_hash(args: argparse.Namespace) -> dict[str, str]:
 def load_images(args: argparse.Namespace, folder: Path, data: dict, expected: str,
                 labels: Path | None = None) -> tuple[Tensor, Tensor]:
     """Images with the fingerprint `expected`: that of recover.py's result, or the one for which `labels` were
-    made.   data: from `load_teachers`   -> images uint8 [N, 3, S, S], classes [N]"""
+    made.   data: of teachers, labels or `describe`   -> images uint8 [N, 3, S, S], classes [N]"""
     images, classes, _, files = load_folder(folder, data["image_size"], args.workers, data["classes"],
                                             read_class_map(args.class_map if args.images else None))
     if args.images:

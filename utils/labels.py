@@ -107,6 +107,7 @@ class OnlineLabels:
 
     @torch.no_grad()
     def soft_logits(self, epoch: int, batch: Tensor, mixed: Tensor) -> Tensor:
+        """Of mixed samples [B, 3, S, S] of images `batch` [B].   -> [B, classes], [0] without teachers"""
         if not self.teachers:
             return mixed.new_zeros(0)
         logits = torch.stack([teacher(mixed) for teacher in self.teachers])
@@ -141,6 +142,7 @@ class StoredLabels:
                 for key, value in draw.items()}
 
     def soft_logits(self, epoch, batch: Tensor, mixed: Tensor) -> Tensor:
+        """As stored for images `batch` [B]; mixed: for its device and dtype.   -> [B, classes]"""
         logits = torch.from_numpy(self.logits[epoch, batch.numpy()])
         return send(logits, mixed.device).to(mixed)
 

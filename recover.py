@@ -6,7 +6,7 @@ sre2l, cda, scdd and teddy are other settings of this. dm and bilp match mean fe
 random networks (utils/dm.py); random, herding, kcenter, forgetting write real images (utils/selection.py).
 
 reads   data/<dataset>/...                                      training images: --init, selections, dm, bilp
-        runs/<dataset>/teachers/<teachers>/<backbone>.pt        squeeze.py; dm does without
+        runs/<dataset>/teachers/<teachers>/<backbone>.pt        squeeze.py; dm can do without
         runs/<dataset>/teachers/<teachers>/<backbone>.stats.pt  collect_stats.py
 writes  runs/<dataset>/<run>/images/<class>/<id>.png            an ImageFolder
         runs/<dataset>/<run>/grid.png, result.json; log.jsonl where images are optimised
@@ -245,12 +245,12 @@ def get_parser():    # its defaults hold where utils/presets.py has none
     add("--subset", type=count, default=0, help="backbones that act together [|S_i|, Teddy]; 0 = one, Eq. 7")
     add("--class-statistics", **switch, help="targets: those of the classes in a batch, mixed [Teddy]")
     add("--statistics", choices=["closed", "plain"], default="closed", help="plain: by autograd")
-    add("--adaptive-ratio", type=number(float, 0, 0.9), default=0.0, help="bilp: share of real images cut")
-    add("--adaptive-period", type=number(int, 1), default=10, help="bilp: iterations from cut to cut")
+    add("--adaptive-ratio", type=number(float, 0, 0.9), default=0.0, help="dm, bilp: share of real ones cut")
+    add("--adaptive-period", type=number(int, 1), default=10, help="iterations from cut to cut")
     add = parser.add_argument_group("start and augmentation of the images").add_argument
     add("--init", choices=["noise", "real", "herding", "kcenter", "crops"], default="noise",
         help="noise; training images, random or chosen by the first backbone; or their crops of lowest loss")
-    add("--stay", type=number(float, 0, 0.9), default=0.0, help="share of a class that stays as it starts")
+    add("--stay", type=number(float, 0, 0.9), default=0.0, help="share that stays as it starts, rounded down")
     add("--mosaic", type=number(int, 1, 8), default=1, help="tiles a side of a start, 1 = off [RDED]")
     add("--crop", type=lambda name: name if name in ("linear", "cosine") else crop_name(name),
         default="resized", help="none, resized, pad<pixels>; linear, cosine: resized, ever smaller [CDA]")
@@ -288,8 +288,8 @@ def main(argv=None):
             synthesise(args, run, recorder, models, statistics, real.starts, device)
         elif rank() == 0 and args.method in SELECTIONS:
             recorder.copy(real.split, real.chosen)
-        elif rank() == 0:                                            # dm and bilp
-            by_class = make_batches(len(data["classes"]), args.ipc, args.ipc, "reorder")
+        elif rank() == 0 and not recorder.load_existing(          # dm and bilp
+                by_class := make_batches(len(data["classes"]), args.ipc, args.ipc, "reorder")):
             images = first_images(by_class, real.starts, data["image_size"], args.seed).to(device)
             run_dm(recorder, real, by_class, images, iterations=args.iterations, seed=args.seed, lr=args.lr,
                    real_batch=args.batch_size, ratio=args.adaptive_ratio, period=args.adaptive_period)

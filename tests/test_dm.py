@@ -18,7 +18,7 @@ import recover
 from models import build_model
 from tests.helpers import assert_near
 from tests.rank_error import leave_one_out_norms, rank_error
-from utils import dm
+from utils import dm, recorder
 from utils.augment import SIAMESE, apply_siamese, draw_siamese, to_uint8
 from utils.data import Split, describe, load_split
 from utils.dm import dm_loss, ite_norms, new_pruning, prune
@@ -435,3 +435,20 @@ def test_the_settings_are_those_of_table_12():
     plain = recover.get_parser().parse_args([])
     assert plain.adaptive_ratio == 0 and "adaptive_ratio" not in preset_values("paper", "cifar10", "recover",
                                                                                10, "dm")
+
+
+def test_dm_images_that_are_written_are_not_made_again(project, monkeypatch):
+    def killed(self, *others):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError), monkeypatch.context() as patched:
+        patched.setattr(recorder.Recorder, "finish", killed)
+        project.call("recover", "--method dm --iterations 2")
+    monkeypatch.setattr(recover, "run_dm", None)
+    assert project.call("recover", "--method dm --iterations 2")["images"] == 8
+
+
+@pytest.mark.parametrize("flags", ["--method random --mosaic 3", "--method dm --stay 0.5 --iterations 1"])
+def test_flags_of_starts_are_no_mistake_where_nothing_starts_so(flags, project):
+    project.call("recover", flags)
+    assert "has no effect without --method" in project.printed

@@ -347,6 +347,9 @@ def test_scdd_has_the_coefficients_of_the_objective_that_runs_at_a_size(size, ob
     args = parsed("recover", monkeypatch, *flags)
     expected = preset_values("paper", column, "recover", 10, "scdd")
     assert (args.bn_weight, args.lr) == (expected["bn_weight"], expected["lr"])
+    ours, random = (parsed("train_eval", monkeypatch, *flags, *more) for more in
+                    ([], ["--method", "random", "--recipe", "scdd"]))
+    assert (random.epochs, random.lr, random.batch_size) == (ours.epochs, ours.lr, ours.batch_size)
 
 
 def test_a_long_tail_and_held_out_images_are_told_in_the_first_line(monkeypatch):

@@ -365,7 +365,11 @@ def test_a_learning_rate_beyond_all_presets_is_noted():
      ["--flip has no effect without --method gvbsm or sre2l or cda or scdd or teddy"]),
     ("recover", "--adaptive-ratio 0.1 --stay 0.5",
      ["--adaptive-ratio has no effect without --method dm or bilp"]),
-    ("recover", "--method sre2l --dd-on view", ["--dd-on has no effect without --dd-weight"]),
+    ("recover", "--dd-on view --dd-weight 0", ["--dd-on has no effect without --dd-weight"]),
+    ("recover", "--method sre2l --dd-on view --drop-rate 0", [
+        "--dd-on has no effect without --loop reorder", "--drop-rate has no effect without --conv-weight"]),
+    ("recover", "--method teddy --choice cycle", ["--choice has no effect without --subset 0"]),
+    ("recover", "--adaptive-period 5", ["--adaptive-period has no effect without --method dm or bilp"]),
     ("train_eval", "--steps 2 --no-flip --gamma 1",
      ["--flip has no effect without --labels online or hard",
       "--steps has no effect without --protocol continual"]),
@@ -380,7 +384,7 @@ def test_every_flag_that_may_be_idle_exists():
         known = {action.dest: action for action in import_module(phase).get_parser()._actions}
         for flags, other, values in rows:
             assert {flag.replace("-", "_") for flag in flags.split()} <= set(known)
-            assert set(values) - {None, False} <= set(known[other.replace("-", "_")].choices or [])
+            assert set(values) - {None, False, 0} <= set(known[other.replace("-", "_")].choices or [])
 
 
 @pytest.mark.parametrize("threads, load, now, noted", [

@@ -111,7 +111,7 @@ def preset_defaults(known: argparse.Namespace, data_set: dict, phase: str, metho
     """The preset's values for a data set at its image_size. Sets data_set["column"], that of the tables."""
     size, classes, named = data_set["image_size"], data_set["classes"], known.dataset in DATASETS
     column = known.dataset if named else folder_column(size, classes)
-    if (known.method, column) == ("scdd", "imagenet") and size <= SMALL:
+    if (method, column) == ("scdd", "imagenet") and size <= SMALL:
         column = "tiny"                      # MoCo is trained there, ImageNet's coefficients are MoCo v3's
     data_set["column"] = column
     own = None if named or size > SMALL else (data_set["train"], classes)
@@ -167,8 +167,9 @@ def describe_choice(args: argparse.Namespace) -> str:
         if data["passed"] and data["passed"][kind][0]:
             count, example = data["passed"][kind]
             line += f"\nnot read: {count} files or folders that are {what}, such as {example}"
-    if data["train"] and (count := args.ipc * data["classes"]) > data["train"]:
-        line += f"\nnote: --ipc {args.ipc} makes {count} images of {data['train']} training images"
+    count, there = args.ipc * data["classes"], (data["train"] or 0) * (9 if args.holdout else 10) // 10
+    if 0 < there < count:
+        line += f"\nnote: --ipc {args.ipc} makes {count} images of {there} training images"
     others = data["backbones"] or args.backbones                     # None: weak teachers
     if args.typed[1] == "squeeze.py" and set(args.backbones) - set(others):
         line += (f"\nnote: the other phases take {' '.join(others)}, squeezed first; for others name "
@@ -193,13 +194,16 @@ NEEDS = {
         ("init mosaic iterations batch-size lr", "method",
          [name for name in METHODS if name not in SELECTIONS]),
         ("adaptive-ratio adaptive-period", "method", ["dm", "bilp"]),
-        ("dd-scale dd-on", "dd-weight", []), ("adaptive-period", "adaptive-ratio", [])],
+        ("dd-weight dd-scale dd-on", "loop", ["reorder"]), ("dd-scale dd-on", "dd-weight", []),
+        ("drop-rate", "conv-weight", []), ("ema-carry", "alpha", []), ("choice", "subset", [0]),
+        ("adaptive-period", "adaptive-ratio", [])],
     "relabel": [("class-map", "images", [])],
     "train_eval": [
         ("class-map", "images", []), ("label-epochs", "labels", ["stored"]),
         ("logit-norm", "labels", ["online"]), ("mix flip crop-floor", "labels", ["online", "hard"]),
         ("loss gamma temperature", "labels", ["stored", "online"]),
         ("gamma", "loss", ["mse_gt"]), ("temperature", "loss", ["kl", "kl_t2"]),
+        ("lr-stretch", "schedule", ["cosine"]),
         ("steps orders", "protocol", ["continual"]), ("sparsity l1", "protocol", ["prune"])]}
 
 
@@ -207,13 +211,15 @@ def idle_flags(args: argparse.Namespace) -> Iterator[str]:
     """A line for each typed flag without an effect."""
     _, script, *words = args.typed
     typed = {word[2:].partition("=")[0].removeprefix("no-") for word in words if word.startswith("--")}
+    found = {}
     for flags, other, values in NEEDS.get(script.removesuffix(".py"), []):
         value = getattr(args, other.replace("-", "_"))
         if value in values or value and not values:
             continue
         idle = f"with --{other}" if value is True or values == [None] else (
-            f"without --{other} {' or '.join(values)}".rstrip())
-        yield from (f"note: --{flag} has no effect {idle}" for flag in sorted(typed & set(flags.split())))
+            f"without --{other} {' or '.join(map(str, values))}".rstrip())
+        found = dict.fromkeys(sorted(typed & set(flags.split())), idle) | found      # the first reason
+    yield from (f"note: --{flag} has no effect {idle}" for flag, idle in found.items())
 
 
 def high_rates(args: argparse.Namespace) -> Iterator[str]:
@@ -240,7 +246,7 @@ def for_student(args: argparse.Namespace, name: str) -> argparse.Namespace:
         words = getattr(args, flag)
         try:
             values = {student: read(value) for student, _, value in (word.rpartition("=") for word in words)}
-            if not all(not student or is_model_name(student) for student in values):
+            if len(values) < len(words) or not all(map(is_model_name, filter(None, values))):
                 raise ValueError
             own[flag] = values.get(name, values[""])
         except (KeyError, ValueError, argparse.ArgumentTypeError):

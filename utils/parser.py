@@ -78,7 +78,7 @@ def crop_name(text: str) -> str:
 
 
 def epoch_range(text: str) -> str:
-    """argparse type: first:last:step, epochs from 1 on, the last among them; or none."""
+    """argparse type: first:last:step, epochs from 1 on, up to last; or none."""
     found = re.fullmatch(r"([1-9]\d{0,5}):(\d{1,6}):[1-9]\d{0,5}", text, re.ASCII)
     if text != "none" and not (found and int(found[1]) <= int(found[2])):
         why = "ends before it begins" if found else "is not of the form first:last:step"

@@ -16,11 +16,11 @@ from utils.provenance import AGAIN
 from utils.run import generator
 from utils.train import Training
 
-SHARE, LAST_EPOCHS = 0.66, 2    # parameters that a pruned teacher keeps; epochs of the last one's fine-tuning
+SHARE, LAST_EPOCHS = 0.66, 2    # parameters that a pruned teacher keeps; most epochs of its fine-tuning
 
 
 def saved_epochs(text: str) -> range:
-    """The epochs of first:last:step, the last among them; none of "none"."""
+    """The epochs of first:last:step, up to last; none of "none"."""
     first, last, step = map(int, (text if text != "none" else "1:0:1").split(":"))
     return range(first, last + 1, step)
 
@@ -46,8 +46,8 @@ def prune_teacher(name: str, model: nn.Module, folder: Path, seed: int) -> dict[
 
 
 def fine_tuning(name: str, count: int, **more) -> Training:
-    """How one of `count` pruned teachers is trained: 0 to LAST_EPOCHS epochs, more from one to the next, at a
-    rate of 0.1 that falls to 0.001."""
+    """How one of `count` pruned teachers is trained: from 0 to LAST_EPOCHS epochs, never fewer than the one
+    before, at a rate of 0.1 that falls to 0.001."""
     epochs = (int(name.partition("@pruned")[2]) - 1) * (LAST_EPOCHS + 1) // count
     return Training("squeeze", epochs, 32, 0.1, 1e-4, schedule="step", step_epochs=1,
                     step_factor=0.01 ** (1 / max(1, epochs - 1)), remedy="leave out --pruned", **more)

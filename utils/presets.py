@@ -281,10 +281,10 @@ def preset_values(preset: str, column: str, phase: str, ipc: int | None = None, 
 def folder_epochs(train: int, classes: int, ipc: int, squeeze: int = 400 * 32,
                   student: int = 1000 * 16) -> dict:
     """Epochs for a folder, of about so many images in all: steps times the batches of FOLDER; of squeeze at
-    least 20 steps a class. Seen at 16 pixels, 20 images a class, in % of 100 to 500 test images: students of five classes 45
-    after 200 steps of 16 (random images: 46), 88 (96) after 1000; of twenty classes, after 250 epochs, 40 in
-    one batch, 52 in batches of 16; the two teachers of fifty classes 39 and 58 after 400 steps of 32, 84 and
-    77 after 1000. With `best` (NOTES.md): 450 images a class, teachers of 15 epochs 71.9, of 50 75.2."""
+    least 20 steps a class. Seen at 16 pixels, 20 images a class, in % of 100 to 500 test images: students of
+    five classes 45 after 200 steps of 16 (random images: 46), 88 (96) after 1000; of twenty classes, after
+    250 epochs, 40 in one batch, 52 in batches of 16; the two teachers of fifty classes 39 and 58 after 400
+    steps of 32, 84 and 77 after 1000. With `best` (NOTES.md): teachers of 15 epochs 71.9, of 50 75.2."""
     return by_phase({
         ("squeeze", "epochs"): min(200, max(5, max(squeeze, 20 * 32 * classes) // train)),
         (STUDENTS, "epochs"): min(1000, max(200, student // (classes * ipc)))})

@@ -1,7 +1,7 @@
 """Which images of the original data to keep: coresets, forgetting, loss scores, crops.
 
-recover.py calls `real_images`. Functions look at the images of one class, but for `count_forgetting` and
-`drop_largest`; of equal images they take the first.
+recover.py calls `real_images`. Those that choose look at the images of one class, but for `count_forgetting`
+and `drop_largest`; of equal images they take the first.
 """
 import argparse
 import json
@@ -121,11 +121,12 @@ def class_indices(split: Split, kept: Tensor, classes: list[str], ipc: int, tile
 def real_images(args: argparse.Namespace, paths: SimpleNamespace, data: dict, models: dict[str, nn.Module],
                 records: dict[str, dict], device: torch.device) -> "RealImages | SimpleNamespace":
     """`RealImages` for a method or an --init that takes some, else an object that starts from noise."""
-    if (args.mosaic > 1 or args.stay) and args.init == "noise":
-        flag, other = ((f"--mosaic {args.mosaic}", "--mosaic 1") if args.mosaic > 1 else
+    tiled = args.mosaic > 1 and args.method not in SELECTIONS
+    if (tiled or args.stay and args.method not in UNMATCHED) and args.init == "noise":
+        flag, other = ((f"--mosaic {args.mosaic}", "--mosaic 1") if tiled else
                        (f"--stay {args.stay:g}", "--stay 0"))
         fail(f"{flag} is of real images; name an --init for them, or {other}")
-    if data["image_size"] % args.mosaic:
+    if tiled and data["image_size"] % args.mosaic:
         fail(f"--mosaic {args.mosaic}: use a divisor of the images' {data['image_size']} pixels")
     if args.method in UNMATCHED or args.init != "noise":
         return RealImages(args, paths, data, models, records, device)
@@ -134,7 +135,7 @@ def real_images(args: argparse.Namespace, paths: SimpleNamespace, data: dict, mo
 
 class RealImages:
     """The training images that a method or an --init of recover.py takes: those that the first backbone was
-    trained on.   split: the data set; members: [LongTensor], those of each class; fingerprint: of both;
+    trained on.   split: the data set; members: [LongTensor], those of each class; fingerprint: of the data;
     chosen: [LongTensor [ipc]], those of each class that a selection writes; starts: {(class, index): [3, S,
     S]}, normalised, of --init, {} for noise"""
 

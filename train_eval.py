@@ -102,7 +102,8 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, train_data: dict, 
 
 def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespace, checkpoint: Checkpoint,
                   piece: str, *, model: nn.Module | None = None, penalty: Callable = lambda: 0) -> dict:
-    """Train a student from scratch, or `model` further, in place, and resume from `piece` of the checkpoint.
+    """Train a student from scratch, or `model` further, in place and precision, and resume from `piece` of the
+    checkpoint.
     train_data: from `load_train_data`; args: from `for_student`, lr [text]; penalty(): added to the loss
     -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch;
     "images": how many}"""

@@ -97,7 +97,7 @@ def load_sources(args: argparse.Namespace, paths: SimpleNamespace, device: torch
         made_from |= fingerprints(records) if records else {}
     made_from |= class_map_hash(args)
     hashes = dict.fromkeys(args.students, made_from)
-    if args.protocol == "prune":                                     # train_student sets the precision
+    if args.protocol == "prune":                                     # train_piece sets the precision
         named = argparse.Namespace(**vars(args) | {"backbones": args.students, "precision": "fp32"})
         starts, origins, _ = load_teachers(named, paths.teachers, device)
         hashes = {name: made_from | {"teacher": origins[name]["fingerprint"]} for name in args.students}

@@ -309,9 +309,11 @@ def command(phase, args):
 
 
 def commands(cells):
-    """Those that repeat cells, one a line."""
+    """Those that repeat cells, one a line, in the order of the phases."""
     results = [result for cell in cells for side in ("distilled", "real") for result in cell[side].values()]
-    return list(dict.fromkeys(command(phase, args) for result in results for phase, args in chain(result)))
+    steps = [step for result in results for step in chain(result)]
+    steps.sort(key=lambda step: PHASES.index(step[0]))
+    return list(dict.fromkeys(command(*step) for step in steps))
 
 
 # The page

@@ -288,8 +288,8 @@ def main(argv=None):
             synthesise(args, run, recorder, models, statistics, real.starts, device)
         elif rank() == 0 and args.method in SELECTIONS:
             recorder.copy(real.split, real.chosen)
-        elif rank() == 0 and not recorder.load_existing(          # dm and bilp
-                by_class := make_batches(len(data["classes"]), args.ipc, args.ipc, "reorder")):
+        elif rank() == 0:                                            # dm and bilp
+            by_class = make_batches(len(data["classes"]), args.ipc, args.ipc, "reorder")
             images = first_images(by_class, real.starts, data["image_size"], args.seed).to(device)
             run_dm(recorder, real, by_class, images, iterations=args.iterations, seed=args.seed, lr=args.lr,
                    real_batch=args.batch_size, ratio=args.adaptive_ratio, period=args.adaptive_period)

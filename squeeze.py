@@ -76,7 +76,7 @@ def train(model: nn.Module, split: Split, rows: Tensor, mean_std: Tensor, traini
 
     def train_epoch(epoch, batches, rng):
         nonlocal batch, view
-        shares = split.batches([share(whole) for whole in batches], training.seed * 10 ** 6 + epoch)
+        shares = split.batches([share(whole) for whole in batches], crop_seed=training.seed * 10 ** 6 + epoch)
         for batch, (images, labels) in zip(batches, shares):
             if not split.streamed:
                 view = draw_view(len(batch), split.image_size, training.crop, True, 0, rng)

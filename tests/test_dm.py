@@ -444,7 +444,7 @@ def test_dm_images_that_are_written_are_not_made_again(project, monkeypatch):
     with pytest.raises(InterruptedError), monkeypatch.context() as patched:
         patched.setattr(recorder.Recorder, "finish", killed)
         project.call("recover", "--method dm --iterations 2")
-    monkeypatch.setattr(recover, "run_dm", None)
+    monkeypatch.setattr(dm, "random_embedding", None)
     assert project.call("recover", "--method dm --iterations 2")["images"] == 8
 
 

@@ -92,6 +92,8 @@ def parse_args(parser: Parser, phase: str, argv: list[str] | None = None,
     if args.precision == "auto" and phase in ("collect_stats", "recover"):
         args.precision = "tf32"               # statistics and pixels are float32
     args.recipe = method if method != args.method else None
+    if getattr(args, "class_map", None) and not args.images:
+        args.class_map = None                 # recover.py's images bear the classes' own names
     args.typed = ["python", f"{phase}.py", *argv]
     args.given = {flag: value for flag, value in vars(known).items()
                   if flag in SHARED and value != early.get_default(flag)}
@@ -177,15 +179,14 @@ def describe_choice(args: argparse.Namespace) -> str:
     return "\n".join([line, *idle_flags(args), *high_rates(args)])
 
 
+TRAINING = "epochs batch-size lr momentum weight-decay schedule warmup-epochs"
 # phase: (flags, another flag, its values that let them act: [] any but 0 and none, [None] none)
 NEEDS = {
     "squeeze": [
         ("crop", "objective", ["supervised"]), ("queue", "objective", ["moco"]),
         ("probe-epochs probe-lr probe-weight-decay", "objective", ["moco", "probe"]),
-        ("epochs batch-size lr momentum weight-decay schedule warmup-epochs", "objective",
-         ["supervised", "moco"]),
-        ("crop epochs batch-size lr momentum weight-decay schedule warmup-epochs", "weights", [None]),
-        ("crop epochs batch-size lr momentum weight-decay schedule warmup-epochs", "pretrained", [False]),
+        (TRAINING, "objective", ["supervised", "moco"]), (TRAINING, "weights", [None]),
+        (TRAINING, "pretrained", [False]),
         ("score-trials score-epochs score-lr score-batch-size", "prune-ratio", [])],
     "recover": [
         ("alpha ema-carry drop-rate bn-weight conv-weight first-multiplier dd-weight dd-scale dd-on loop "

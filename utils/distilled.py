@@ -36,7 +36,7 @@ def images_hash(folder: Path, recovered: dict) -> str:
 
 def class_map_hash(args: argparse.Namespace) -> dict[str, str]:
     """What decides over the classes of --images, for `check_inputs`; {} without a --class-map."""
-    found = read_class_map(args.class_map if args.images else None)
+    found = read_class_map(args.class_map)
     return {"class map": fingerprint(json.dumps(found, sort_keys=True))} if found else {}
 
 
@@ -45,7 +45,7 @@ def load_images(args: argparse.Namespace, folder: Path, data: dict, expected: st
     """Images with the fingerprint `expected`: that of recover.py's result, or the one for which `labels` were
     made.   data: of teachers, labels or `describe`   -> images uint8 [N, 3, S, S], classes [N]"""
     images, classes, _, files = load_folder(folder, data["image_size"], args.workers, data["classes"],
-                                            read_class_map(args.class_map if args.images else None))
+                                            read_class_map(args.class_map))
     if args.images:
         check_count(classes, args.ipc, folder)
     if image_set(folder, files) != expected:
@@ -62,15 +62,14 @@ def check_recovered(recovered: dict, args: argparse.Namespace, paths: SimpleName
     """Stop unless recover.py's images have these classes and, if it ran with the same --teachers, were made
     with these teachers. With --recipe teachers may be added or left out, but none may have changed."""
     path, had = paths.run / "result.json", recovered["made_from"].get("weights", {})
-    first = recovered["made_from"].get("first backbone", {})         # it chose the images, or their starts
+    made = had or recovered["made_from"].get("first backbone", {})   # it chose the images, or their starts
     check_data(recovered["made_from"].get("data"), args, path)
     check_classes(recovered["classes"], data["classes"], path, "the data set or the teachers now")
-    if records and (had or first) and recovered["args"]["teachers"] == args.teachers:
-        both = had.keys() | records.keys() if had and not args.recipe else set()
-        names = both | (had | first).keys() & records.keys()
+    if records and made and recovered["args"]["teachers"] == args.teachers:
+        names = had.keys() | records.keys() if had and not args.recipe else made.keys() & records.keys()
         remedy = (f"name the same --backbones, run recover.py --overwrite, or name --images {paths.images} "
                   "under another --tag")
-        check_inputs({"weights": {name: (had | first).get(name) for name in names}},
+        check_inputs({"weights": {name: made.get(name) for name in names}},
                      fingerprints({name: records[name] for name in names & records.keys()}), path, remedy)
 
 

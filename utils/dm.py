@@ -105,6 +105,8 @@ def run_dm(recorder: Recorder, real: RealImages, by_class: list[list[tuple]], im
     An iteration's network is a function of (seed, iteration), a class's real images and augmentation of the
     class too. With a ratio, every `period` iterations the real images are drawn from all and scored anew, so
     that none is lost for ever; in between only kept ones are drawn."""
+    if recorder.load_existing(by_class):                             # written before a kill
+        return
     units, size, device = (recorder.data["mean"], recorder.data["std"]), images.shape[-1], images.device
     members, split = real.members, real.split.to(device)
     recorder.run.start(iterations, "iterations")

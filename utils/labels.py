@@ -208,9 +208,8 @@ class DistilledDataset(torch.utils.data.Dataset):
             images = Path(images or result["args"].get("images") or Path(run, "images"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} holds no finished labels ({error}); run relabel.py") from None
-        foreign = bool(result["args"].get("images"))                 # their classes may be mapped
         try:
-            class_map = read_class_map(result["args"].get("class_map") if foreign else None)
+            class_map = read_class_map(result["args"].get("class_map"))
             found = load_folder(images, data["image_size"], 0, data["classes"], class_map)
         except SystemExit:
             raise ValueError(f"{images} cannot be read, for the reason on stderr") from None

@@ -131,7 +131,7 @@ FOLDER = {
 BEST_FOLDER = {     # of `best`, in columns that it has values for: as measured on ten classes of 450 images
     ("*", "backbones"):             ["convnet_w128", "wrn16_2"],
     ("squeeze", "batch_size"):      64,
-    ("recover", "stay"):            0.5,        # +1.1; WRN-16-2 +0.5
+    ("recover", "stay"):            0.5,        # +1.4; WRN-16-2 +0.8
     ("train_eval", "students"):     ["convnet_w128"],
 }
 AT_IPC = {      # {(preset or method, column, IPC): rows}

@@ -3,6 +3,7 @@ and bad files."""
 import argparse
 from copy import deepcopy
 from functools import cache
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -110,6 +111,7 @@ def test_a_prefix_is_that_of_the_network_with_most_names():
     (lambda net: trained_like("resnet34").state_dict(), "layer1.2.conv1.weight is left over"),
     (lambda net: {**net.state_dict(), "bn1.bias": torch.full((64,), torch.nan)}, "bn1.bias is not finite"),
     (lambda net: {"epoch": 3, "state_dict": {}}, "there is no state dict in it"),
+    (lambda net: {0: torch.zeros(1)}, "there is no state dict in it"),
     (lambda net: "text", "is no whole checkpoint of plain weights (torch.save did not write it)"),
     (lambda net: torch.zeros(3), "(it holds a Tensor, not a dict)"),
     (lambda net: net, "(it would run torchvision.models.resnet.ResNet); name another --weights, or save")])
@@ -132,6 +134,18 @@ def test_pretrained_weights_of_other_classes_name_what_to_do(tmp_path, monkeypat
     error = capsys.readouterr().err
     assert ("are of 1000 classes, the data has 3; use --no-pretrained, or --weights FILE with "
             "--objective probe") in error
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), RuntimeError("invalid hash value")])
+def test_pretrained_weights_that_cannot_be_fetched_are_told(error, tmp_path, monkeypatch, capsys):
+    def fetch(*args, **more):
+        raise error
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    with pytest.raises(SystemExit):
+        load_pretrained("shufflenetv2_05", build_model("shufflenetv2_05", 1000, 224), download=True)
+    said = capsys.readouterr().err
+    assert said.startswith("--pretrained: https://") and "cannot be fetched" in said and said.count("\n") == 1
 
 
 class Harmful:

@@ -78,7 +78,7 @@ def test_a_class_map_is_of_foreign_images_alone(recovered, tmp_path):
     assert "note: --class-map has no effect without --images" in recovered.printed
 
 
-@pytest.mark.parametrize("text", ["x dog", "[1]", '{"x": 1}', '{"x": []}'])
+@pytest.mark.parametrize("text", ["x dog", "[1]", '{"x": 1}', '{"x": []}', '{"x": [0, "dog"]}'])
 def test_a_bad_class_map_is_named(project, tmp_path, text):
     (tmp_path / "map.json").write_text(text)
     error = project.mistake("train_eval", "--labels hard --tag theirs --images", project.dataset / "train",

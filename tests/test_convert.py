@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.test_data import make_folder
 from utils.convert import UNITS, load_tensors, main, to_pixels
+from utils.data import load_folder
 from utils.hub import write_zip
 from utils.labels import DistilledDataset
 
@@ -155,6 +156,30 @@ def test_soft_labels_become_classes_and_that_is_said(tensors, tmp_path, capsys):
     assert "soft labels" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("change", [lambda y: y[:, None], lambda y: y.astype(np.uint16),
+                                    lambda y: y[:, None].astype(np.float32)])
+def test_a_column_of_labels_and_unsigned_ones_are_classes(tensors, tmp_path, change):
+    np.savez(tmp_path / "set.npz", images=tensors[0].numpy(), labels=change(tensors[2].numpy()))
+    call(tmp_path / "set.npz", tmp_path / "out")
+    check_folder(tmp_path / "out", tensors[0], tensors[2])
+
+
+def test_names_of_classes_may_be_bytes(tensors, tmp_path):
+    np.savez(tmp_path / "set.npz", images=tensors[0].numpy(), labels=tensors[2],
+             classes=np.array([b"x", b"y", b"z"]))
+    call(tmp_path / "set.npz", tmp_path / "out")
+    check_folder(tmp_path / "out", tensors[0], tensors[2], "xyz")
+
+
+def test_a_folder_of_12_bit_images_is_as_bright_as_for_the_phases(tmp_path):
+    (tmp_path / "deep/a").mkdir(parents=True)
+    Image.fromarray(np.linspace(0, 4080, 64).astype(np.uint16).reshape(8, 8)).save(tmp_path / "deep/a/0.png")
+    call(tmp_path / "deep", tmp_path / "deep.npz", "--mean", 0, 0, 0, "--std", 1, 1, 1)
+    found, _, _, _ = load_folder(tmp_path / "deep", 8)
+    with np.load(tmp_path / "deep.npz") as arrays:
+        assert (np.round(arrays["images"] * 255) == found.numpy()).all() and found.max() == 254
+
+
 class Code:
     def __reduce__(self):
         return os.mkdir, ("ran",)
@@ -193,6 +218,7 @@ def test_bad_files_end_in_one_line_that_names_them(tensors, tmp_path, capsys, mo
 @pytest.mark.parametrize("more, told", [
     ({"mean": [0, 0, np.nan], "std": [1, 1, 1]}, "no units of pixels; name --mean and --std"),
     ({"mean": [0, 0, 0], "std": [1, 0, 1]}, "no units of pixels; name --mean and --std"),
+    ({"mean": ["a", "b", "c"], "std": [1, 0, 1]}, "no units of pixels; name --mean and --std"),
     ({"mean": [0, 0, 0], "std": [1, 1, 1], "classes": ["a", "b", "a"]}, "class a stands twice"),
     ({}, "--index 3 is of a res_*.pt; leave it out")])
 def test_a_file_of_odd_units_names_or_count_is_not_read(tmp_path, capsys, more, told):
@@ -240,6 +266,9 @@ def test_mistakes_of_the_command_line(tensors, tmp_path, capsys):
     assert "holds no images and labels" in mistake(capsys, files[0], tmp_path / "out", *units())
     assert "is there already" in mistake(capsys, *files, tmp_path, *units())
     assert "name one or two files" in mistake(capsys, files[0])
+    assert "labels_best.pt ends like a file of tensors" in mistake(capsys, *files, *units())
+    assert "--index 3" in mistake(capsys, *files, tmp_path / "out", "--index", 3)
+    assert "name one of them" in mistake(capsys, tmp_path, "--hub", "hub", "--zip", "run.zip")
     assert "no run of recover.py" in mistake(capsys, tmp_path, "--hub", tmp_path / "hub")
 
 
@@ -262,6 +291,24 @@ def test_hub_folder(run, tmp_path):
     for mine, theirs in zip(DistilledDataset(run, 1)[3], DistilledDataset(tmp_path / "hub", 1)[3]):
         assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
     assert str(run.parents[2]) not in "".join(path.read_text() for path in tmp_path.rglob("*.[jm][sd]*"))
+
+
+def test_labels_of_other_images_are_not_published(run, tmp_path, capsys):
+    copied = Path(shutil.copytree(run, tmp_path / "copied"))
+    result = json.loads((copied / "result.json").read_text())
+    (copied / "result.json").write_text(json.dumps(result | {"image_set": "0"}))
+    assert "labels was made for other images" in mistake(capsys, copied, "--hub", tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+
+
+def test_hub_card_names_settings_that_are_zero(run, tmp_path):
+    call(run, "--hub", tmp_path / "hub")
+    card = (tmp_path / "hub/README.md").read_text()
+    assert "seed 0, " in card and "stay 0.0, " in card
+
+
+def test_a_run_in_place_of_its_images_is_told(run, tmp_path, capsys):
+    assert f"is a run; name its images, {run / 'images'}" in mistake(capsys, run, tmp_path / "out.npz")
 
 
 def test_hub_card_without_labels_speaks_of_none(squeezed, recovered, tmp_path):

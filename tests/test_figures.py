@@ -206,6 +206,31 @@ def test_channels_are_the_running_statistics_of_one_batchnorm(squeezed):
     assert (variance == weights[keys[2].replace("mean", "var")]).all()
 
 
+def test_channels_of_folders_of_one_name_are_told_apart_and_scores_are_no_backbone(squeezed, tmp_path):
+    other = shutil.copytree(squeezed.teachers, tmp_path / squeezed.teachers.name)
+    torch.save({"scores": torch.zeros(3)}, Path(other, "scores.pt"))
+    found = figures.channel_statistics(parsed("channels", squeezed.teachers, other))
+    assert list(found) == [f"wrn10_1, {squeezed.teachers}", f"wrn10_1, {other}"]
+
+
+def test_the_training_images_have_a_name_of_their_own(selected, capsys):
+    assert "--names real" in told(capsys, figures.image_groups,
+                                  parsed("images", selected.run(), "--names", "real"))
+
+
+def test_a_data_set_is_found_from_anywhere_and_missed_by_its_place(selected, tmp_path, monkeypatch, capsys):
+    path = selected.run() / "result.json"
+    result = json.loads(path.read_text())
+    for dataset, place, found in (("beasts", selected.dataset, True), ("beasts", tmp_path / "gone", False)):
+        changed = {"args": result["args"] | {"dataset": dataset}, "data_set": {"path": str(place)}}
+        path.write_text(json.dumps(result | changed))
+        for figure, function in ("similarity", figures.similarities), ("images", figures.image_groups):
+            if found:
+                function(parsed(figure, selected.run()))
+            else:
+                assert f"{place}, the data set" in told(capsys, function, parsed(figure, selected.run()))
+
+
 def test_tsne_embeds_the_logits_of_all_runs_together(selected, monkeypatch):
     monkeypatch.setattr(figures, "embed", lambda rows, seed: rows[:, :2].numpy() + seed)
     args = parsed("tsne", selected.run("random-ipc2"), selected.run(), "--backbone", "wrn10_1", "--seed", 3,

@@ -138,6 +138,13 @@ def test_a_link_that_leads_back_is_not_followed(tmp_path):
     assert len(load_split(str(root), "x", "train")) == 4
 
 
+def test_classes_that_link_to_each_other_are_read_once(tmp_path):
+    for name, other in ("a", "b"), ("b", "a"):
+        save(tmp_path / name / "0.png", noise(8, 8, 3))
+        (tmp_path / name / "link").symlink_to(tmp_path / other)
+    assert len(list_images(tmp_path)[0]) == 4                        # its own, and through the link the other's
+
+
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("gone.png"), os.mkfifo])
 def test_a_link_to_nothing_and_a_pipe_are_named(make, tmp_path, capsys):
     root = make_folder(tmp_path)
@@ -319,6 +326,20 @@ def test_colours_of_16_bits_that_use_fewer_are_a_warning(tmp_path, capsys, value
     assert Image.open(tmp_path / "a.png").getpixel((0, 0)) == (value // 256, value // 512, 0)
     white_levels([str(tmp_path / "a.png")])
     assert ("1 images of 16 bits a colour" in capsys.readouterr().err) == dark
+
+
+@pytest.mark.parametrize("order, mark", [("<", b"II*\0"), (">", b"MM\0*")])
+def test_colours_of_16_bits_in_a_tiff_of_either_byte_order(order, mark, tmp_path, capsys):
+    # width, height, bits (at 126), no compression, RGB, pixels at 132, 3 colours, rows, bytes
+    tags = {256: 8, 257: 8, 258: 126, 259: 1, 262: 2, 273: 132, 277: 3, 278: 8, 279: 384}
+    entries = [struct.pack(order + "HHII", tag, 4 - (tag == 258), 3 if tag == 258 else 1, value)
+               for tag, value in tags.items()]
+    (tmp_path / "a.tiff").write_bytes(b"".join([
+        mark, struct.pack(order + "IH", 8, len(tags)), *entries, struct.pack(order + "I", 0), b"\0\0\0\0",
+        struct.pack(order + "3H", 16, 16, 16), struct.pack(order + "192H", *[2000] * 192)]))
+    assert Image.open(tmp_path / "a.tiff").getpixel((0, 0)) == (7, 7, 7)
+    white_levels([str(tmp_path / "a.tiff")])
+    assert "1 images of 16 bits a colour" in capsys.readouterr().err
 
 
 def test_two_data_sets_of_one_name_do_not_share_a_folder(tmp_path, capsys):

@@ -168,13 +168,21 @@ def test_the_curve_is_over_orders_and_seeds_and_ends_with_what_all_classes_give(
     assert [len(curve) for curve in curves] == [2] * 4 and result["curve_images"][0][1] == 8
     assert result["curve"] == [pytest.approx(statistics.fmean(step)) for step in zip(*curves)]
     assert result["curve_std"] == [pytest.approx(statistics.stdev(step)) for step in zip(*curves)]
-    assert (result["top1"], result["top1_per_seed"]) == (result["curve"][-1], [curve[-1] for curve in curves])
+    assert (result["top1"], result["top1_per_seed"]) == (result["curve"][-1], [curves[0][1], curves[2][1]])
     whole = relabelled.call("train_eval", "--student-seeds 0 1")
-    assert result["top1_by_epoch"] == [run for run in whole["top1_by_epoch"] for _ in range(2)]
+    keys = "top1_by_epoch", "top1_per_seed", "top1_std"
+    assert [result[key] for key in keys] == [whole[key] for key in keys] and curves[0][1] == curves[1][1]
     assert [key[1:] for key in report.read_results(relabelled.results)] == [("convnet_w8", "stored", "gvbsm",
                                                                              None)]
     assert report.read_results(relabelled.results)[2, "convnet_w8", "stored", "gvbsm",
                                                    None]["args"]["protocol"] == "standard"
+
+
+def test_all_classes_are_trained_on_once_for_a_seed(relabelled, recorded):
+    seen = recorded(train_eval, "apply_epoch")
+    relabelled.call("train_eval", "--protocol continual --steps 4 --orders 3 --labels hard --epochs 1")
+    classes = [len(set(call[0].flatten(1).sum(1).tolist())) for call in seen]
+    assert len(seen) == 3 * 3 + 1 and classes.count(max(classes)) == 1
 
 
 @pytest.mark.slow

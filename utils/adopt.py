@@ -40,7 +40,11 @@ def load_pretrained(name: str, model: nn.Module, download: bool) -> None:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     remedy = "put torchvision's file there, or remove it and pass --download"
     if not cached.exists() and download:
-        weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        try:
+            weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:                     # no network, or other bytes
+            fail(f"--pretrained: {weights.url} cannot be fetched ({reason(error)}); put it at {cached}, or use "
+                 "--no-pretrained")
     state_dict = load_torch(cached, remedy)
     try:
         model.load_state_dict(state_dict)
@@ -55,7 +59,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     with torch.serialization.safe_globals([argparse.Namespace]):
         stored = load_torch(path, f"name another --weights, or {PLAIN}")
     stored = next((stored[key] for key in WRAPPERS if isinstance(stored.get(key), dict)), stored)
-    tensors = {key: value for key, value in stored.items() if torch.is_tensor(value)}
+    tensors = {key: value for key, value in stored.items()
+               if isinstance(key, str) and torch.is_tensor(value)}
     if not tensors:
         fail(f"--weights {path}: there is no state dict in it, nor under {', '.join(WRAPPERS)}; {PLAIN}")
     return tensors

@@ -15,7 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,7 +26,8 @@ from torch.serialization import safe_globals
 
 from utils import fail
 from utils.augment import normalize
-from utils.data import class_folders, describe, folder_name, list_folder, pixels, rgb_image, unreadable_fails
+from utils.data import (class_folders, describe, folder_name, list_folder, pixels, rgb_image, unreadable_fails,
+                        white_levels)
 from utils.files import load_json, whole_file
 from utils.hub import write_hub, write_zip
 from utils.parser import Parser
@@ -70,6 +71,10 @@ def load_tensors(files: list[Path], index: int = -1) -> dict:
         fail(f"{where} holds no images and labels; name the file of the images, then that of the labels")
     if images.ndim == 4 and images.shape[1] != 3 and images.shape[3] == 3:
         images = images.permute(0, 3, 1, 2)
+    if not labels.is_floating_point():
+        labels = labels.long()                                       # torch computes little with uint16
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     if labels.ndim == 2:
         print(f"{where}: of soft labels only the largest, the class, is kept; relabel.py makes new ones")
         labels = labels.argmax(1)
@@ -148,8 +153,10 @@ def read_folder(folder: Path, classes: list[str] | None = None) -> tuple[torch.T
         fail(f"{folder} is a data set of {' and '.join(found)}; name one, such as {folder / 'train'}")
     classes = classes or sorted(found, key=int if all(map(str.isdecimal, found)) else None)
     labels, _, files = list_folder(folder, classes)
+    paths = [str(folder / file) for file in files]
+    white = white_levels(paths)
     with unreadable_fails():
-        images = [pixels(rgb_image(folder / file)) for file in files]
+        images = [pixels(rgb_image(path, white)) for path in paths]
     if odd := next((file for file, image in zip(files, images) if image.shape != images[0].shape), None):
         fail(f"{folder / odd} is of another size than {files[0]}; make all images of one size")
     return torch.stack(images), labels, classes
@@ -162,10 +169,12 @@ def mean_std(args: argparse.Namespace, known: dict):
             fail("--mean and --std are three finite numbers each, those of --std above 0; name both")
         return [args.mean, args.std]
     if np.shape(known.get("mean")) == np.shape(known.get("std")) == (3,):
-        mean, std = ([float(value) for value in known[key]] for key in ("mean", "std"))
-        if not (np.isfinite(mean + std).all() and min(std) > 0):
-            fail(f"the file's mean {mean} and std {std} are no units of pixels; name --mean and --std")
-        return [mean, std]
+        with suppress(ValueError):                                   # no number
+            mean, std = ([float(value) for value in known[key]] for key in ("mean", "std"))
+            if np.isfinite(mean + std).all() and min(std) > 0:
+                return [mean, std]
+        fail(f"the file's mean {list(known['mean'])} and std {list(known['std'])} are no units of pixels; name "
+             "--mean and --std")
     if not (dataset := args.dataset or known.get("dataset")):
         fail("--dataset, or --mean and --std, give the units of floats; 0..1 is --mean 0 0 0 --std 1 1 1")
     data = {} if dataset in UNITS else describe(dataset, args.data_dir)
@@ -191,7 +200,8 @@ def to_folder(args: argparse.Namespace, sources: list[Path], out: Path) -> None:
     """One or two files of tensors into an ImageFolder."""
     known = load_tensors(sources, args.index)
     names = describe(args.dataset, args.data_dir)["classes"] if args.dataset else known.get("classes")
-    names = list(map(str, names)) if np.ndim(names) else None         # others may count them
+    names = ([name.decode() if isinstance(name, bytes) else str(name) for name in names]
+             if np.ndim(names) else None)                            # others may count them
     classes = check_classes(known["labels"], names, sources[-1])
     pixels, moved = known["images"], "the pixels are bytes already"
     if pixels.dtype != torch.uint8:
@@ -217,14 +227,16 @@ def get_parser():
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
-    *sources, out = [path.expanduser() for path in [*args.paths, args.hub, args.zip] if path]
+    *sources, out = [path for path in [*args.paths, args.hub, args.zip] if path]
     folder, run = bool(sources) and sources[0].is_dir(), args.hub or args.zip
     if args.zca:
         fail("--zca: whitened pixels are taken back by a matrix that the file lacks; convert what its "
              "inverse gives (MTT's images_zca_<step>.pt) with --mean 0 0 0 --std 1 1 1")
+    if args.hub and args.zip:
+        fail(f"--hub {args.hub} and --zip {args.zip}: name one of them, then call again for the other")
     if not 1 <= len(sources) <= (1 if folder or run else 2):
         fail(f"{' '.join(map(str, args.paths))}: name one or two files, or a folder, then what to write")
-    if args.index != -1 and (run or folder or sources[0].suffix != ".pt"):
+    if args.index != -1 and (run or folder or len(sources) > 1 or sources[0].suffix != ".pt"):
         fail(f"--index {args.index} is of a res_*.pt; leave it out")
     if run and not (sources[0] / "result.json").is_file():
         fail(f"{sources[0]} is no run of recover.py; name one, such as runs/cifar10/gvbsm-ipc10")
@@ -234,6 +246,8 @@ def main(argv=None):
              "folder in the data set and run all phases again")
     if folder and not run and out.suffix not in (".pt", ".npz"):
         fail(f"{out} is no .pt or .npz file, into which a folder is written; name one")
+    if not folder and not run and out.suffix in (".pt", ".npz"):
+        fail(f"{out} ends like a file of tensors; behind what is read, name a folder to write")
     if out.exists():
         fail(f"{out} is there already; name another, or remove it")
     if args.hub:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -428,9 +427,8 @@ def describe(dataset: str, data_dir: str, image_size: int | None = None, workers
                     if inside else "add another to tell it from"))
         for name, level, spread in zip(("red", "green", "blue"), mean, std):
             if spread <= FLAT:
-                print(f"warning: {name} is {255 * level:g} of 255 in every pixel of the training images, "
-                      f"such as "
-                      f"{split.files[0]}; look at how they are stored if that is not meant", file=sys.stderr)
+                warn(f"{name} is {255 * level:g} of 255 in every pixel of the training images, such as "
+                     f"{split.files[0]}; look at how they are stored if that is not meant")
     patch = row["patch"] if size > SMALL else 4                      # ImageNet's 16 is for 224 pixels
     return dict(classes=classes, image_size=size, mean=list(mean), std=list(std), patch=patch) | (
         {"fingerprint": fingerprint} if fingerprint else {})
@@ -461,7 +459,10 @@ def read_class_map(path: Path | None) -> dict[str, str]:
     """{folder: class} of a JSON file; of lists (as in imagenet_class_index.json) the first name. None: {}"""
     try:
         table = json.loads(Path(path).read_text()) if path else {}
-        return {folder: name if isinstance(name, str) else name[0] for folder, name in table.items()}
+        names = {folder: name if isinstance(name, str) else name[0] for folder, name in table.items()}
+        if not all(isinstance(name, str) for name in names.values()):
+            raise TypeError
+        return names
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         why = f" ({error.strerror})" if isinstance(error, OSError) else ""
         fail(f"--class-map {path} is no JSON file of the form {{folder: class}}, both in quotes{why}")

@@ -9,14 +9,12 @@
     python -m utils.figures ipc runs/cifar10
     python -m utils.figures continual runs/cifar10/random-ipc10 runs/cifar10/gvbsm-ipc10
 
-`python -m utils.figures <figure> --help` lists the flags of one. Only `draw_*` and `embed` need the packages.
+`python -m utils.figures <figure> --help` lists the flags of one.
 """
 import argparse
 import io
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
@@ -36,6 +34,7 @@ from utils.files import load_json
 from utils.losses import pooled_rows
 from utils.parser import Parser, number, plain_name
 from utils.provenance import check_classes
+from utils.recorder import logged
 from utils.report import BASES, LABELS, read_results, run_name
 from utils.run import pick_device, script
 from utils.teachers import load_teachers
@@ -124,6 +123,15 @@ def read_runs(folders: list[Path]) -> dict:
     return first
 
 
+def data_of(result: dict, remedy: str) -> str:
+    """The --dataset of a run, which may be called from elsewhere now, but must still be there."""
+    name = result["args"]["dataset"]
+    path = name if name in DATASETS else result.get("data_set", {}).get("path", name)
+    if name not in DATASETS and not Path(path).is_dir():
+        fail(f"{path}, the data set that the run is of, is not there; move it back, or {remedy}")
+    return path
+
+
 def class_images(run: Path, count: int | None, size: int | None, workers: int) -> Iterator[tuple]:
     """Yields name, uint8 images [n, 3, S, S] of a run's first `count` classes.   size None: as they are"""
     labels, classes, files = list_folder(run / "images")
@@ -140,7 +148,8 @@ def read_teacher(args: argparse.Namespace, asked: dict) -> tuple[Callable, int]:
     args.backbone, args.teachers = args.backbone or asked["backbones"][0], args.teachers or asked["teachers"]
     device, folder = pick_device(args.device), args.folders[0].parent / "teachers" / args.teachers
     given = {"run_dir": str(args.folders[0].parents[1])}
-    given |= {key: asked.get(key) for key in ("dataset", "method", "holdout")}
+    given |= {key: asked.get(key) for key in ("dataset", "ipc", "method", "preset", "holdout", "image_size")}
+    given |= {"imbalance": asked["imbalance"]} if asked.get("imbalance", 1) > 1 else {}
     wanted = argparse.Namespace(backbones=[args.backbone], recipe=None, teachers=args.teachers,
                                 precision="fp32", given=given)
     models, _, data = load_teachers(wanted, folder, device)
@@ -153,26 +162,21 @@ def read_teacher(args: argparse.Namespace, asked: dict) -> tuple[Callable, int]:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The entries of a run's log.jsonl, as far as it is written; of those logged twice the last."""
-    entries = {}
-    for path in sorted(run.glob("log*.jsonl")):
-        for line in path.read_text(errors="replace").splitlines():
-            with suppress(ValueError, KeyError):                     # half written, or the arguments
-                entry = json.loads(line)
-                entries[entry["batches"][0], entry["iteration"]] = entry
-    if not entries:
+    """The entries of a run's log.jsonl, as far as it is written."""
+    if not (entries := logged(run)):
         fail(f"{run}/log.jsonl has no losses; name a run that optimises images, not one that selects them")
     return list(entries.values())
 
 
 def similarities(args: argparse.Namespace) -> tuple[list[str], dict[str, np.ndarray]]:
     """-> class names, {run: [classes] of `mean_similarity`}"""
-    asked, found = read_runs(args.folders)["args"], {}
+    result, found = read_runs(args.folders), {}
     if args.backbone:
-        rows_of, size = read_teacher(args, asked)
+        rows_of, size = read_teacher(args, result["args"])
     else:
-        name, size = asked["dataset"], None
-        data = DATASETS.get(name) or describe(name, args.data_dir, asked.get("image_size"), args.workers)
+        name, size = data_of(result, "use --backbone"), None
+        data = DATASETS.get(name) or describe(name, args.data_dir, result["args"].get("image_size"),
+                                              args.workers)
 
         def rows_of(images):
             return pooled_rows(normalize(images, data["mean"], data["std"]))
@@ -305,15 +309,16 @@ def draw_statistics(args: argparse.Namespace, fig) -> None:
 def channel_statistics(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
     """-> {backbone and its teachers: running means [C], variances [C]} of one BatchNorm, where it exists"""
     found = {}
-    for folder in args.folders:
-        there = sorted(path.stem for path in folder.glob("*.pt") if not path.stem.endswith(".stats"))
+    for teachers, folder in zip(titles(args), args.folders):
+        there = sorted(path.stem for path in folder.glob("*.pt")
+                       if not path.stem.endswith(".stats") and path.stem != "scores")
         for name in args.backbones or there:
             pairs = running_statistics(folder, name)
             if len(pairs) >= args.batchnorm:
-                found[f"{name}, {folder.name}"] = pairs[args.batchnorm - 1]
+                found[f"{name}, {teachers}"] = pairs[args.batchnorm - 1]
     if not found:
-        fail(f"{folder} holds no backbone with {args.batchnorm} BatchNorms; name another folder that "
-             "squeeze.py wrote into, or --batchnorm")
+        fail(f"{' '.join(map(str, args.folders))}: no backbone has {args.batchnorm} BatchNorms; name another "
+             "folder that squeeze.py wrote into, or --batchnorm")
     return found
 
 
@@ -385,7 +390,8 @@ def draw_ipc(args: argparse.Namespace, fig) -> None:
     over seeds, where there are several. Without runs tagged as comparisons (ablation, family, search)."""
     curves = ipc_curves(read_results(args.folders[0]))
     if not curves:
-        fail(f"{args.folders[0]} holds no <run>/eval/<student>.json; name runs/DATASET, or run train_eval.py")
+        fail(f"{args.folders[0]} holds no <run>/eval/<student>.json, but for comparisons (tags that begin with "
+             f"{', '.join(BASES)}) and other protocols; name runs/DATASET, or run train_eval.py")
     students, _, runs = (list(dict.fromkeys(names)) for names in zip(*curves))
     ipcs = sorted({int(ipc) for points in curves.values() for ipc in points[:, 0]})
     fig.set_size_inches(1 + 3.8 * len(students), 3.8 + 0.06 * len(curves))
@@ -438,16 +444,19 @@ def draw_continual(args: argparse.Namespace, fig) -> None:
 def image_groups(args: argparse.Namespace) -> tuple[list[str], dict[str, Tensor]]:
     """-> class names, {source: uint8 [classes, columns, 3, S, S]}"""
     result, groups, size = read_runs(args.folders), {}, None
-    for run, folder in zip(args.names or titles(args), args.folders):
+    names = args.names or titles(args)
+    if args.real and "real" in names:
+        fail("--names real: that is the name of the training images; choose another, or --no-real")
+    for run, folder in zip(names, args.folders):
         found = dict(class_images(folder, args.classes, size, args.workers))
         columns = min([args.columns, *map(len, found.values())])
         groups[run] = torch.stack([images[:columns] for images in found.values()])
         size = groups[run].shape[-1]
     if args.real:
-        asked = result["args"]
-        split = load_split(asked["dataset"], args.data_dir, "train", size, args.workers,
-                           holdout=asked.get("holdout", False))
-        check_classes(split.classes, result["classes"], f"the data set {asked['dataset']}", args.folders[0])
+        name = data_of(result, "use --no-real")
+        split = load_split(name, args.data_dir, "train", size, args.workers,
+                           holdout=result["args"].get("holdout", False))
+        check_classes(split.classes, result["classes"], f"the data set {name}", args.folders[0])
         order = [folder_name(name) for name in split.classes]
         rows = [(split.labels == order.index(name)).nonzero().flatten()[:args.columns] for name in found]
         columns = min(map(len, rows))

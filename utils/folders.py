@@ -130,7 +130,7 @@ def white_levels(files: list[str], white: dict[str, int] | None = None) -> dict[
                          f"integers of 8 to 16 bits")
                 if high:                                             # a black one tells nothing
                     found[mode][file] = fitting[0]
-            elif image.mode == "RGB" and ";16B" in str(image.tile):
+            elif image.mode == "RGB" and ";16" in str(image.tile):
                 colours[file] = max(high for _, high in image.getextrema())
     if colours and 0 < max(colours.values()) < 16:
         warn(f"{len(colours)} images of 16 bits a colour, such as {next(iter(colours))}, use at most 12 of "
@@ -153,10 +153,9 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def leads_back(root: str, name: str) -> bool:
-    """Whether a folder in `root` is a link to one that `root` lies in: a walk would go round for ever."""
-    path = os.path.join(root, name)
-    return os.path.islink(path) and (os.path.realpath(root) + os.sep).startswith(
-        os.path.realpath(path).rstrip(os.sep) + os.sep)
+    """Whether a folder in `root` is a link to one on the way to it: a walk would go round for ever."""
+    path, way = Path(root, name), [Path(root), *Path(root).parents]
+    return path.is_symlink() and any(place.resolve().is_relative_to(path.resolve()) for place in way)
 
 
 def walk(folder: str | Path) -> tuple[list[str], list[str], list[str]]:
@@ -191,9 +190,10 @@ def list_images(folder: Path,
         found = (f"{len(loose)} images without a folder for their class" if loose else
                  f"{len(other)} files, none of them an image")
         fail(f"{folder} is not laid out as <class>/<image>: it holds {found}; make a folder for each class")
-    if len(set(map(same_letters, names))) < len(names):
-        letters = list(map(same_letters, names))
-        twice = next(name for name in names if letters.count(same_letters(name)) > 1)
+    if "images" in names and Path(folder, "result.json").is_file():
+        fail(f"{folder} is a run; name its images, {Path(folder, 'images')}")
+    letters = list(map(same_letters, names))
+    if twice := next((name for name in names if letters.count(same_letters(name)) > 1), None):
         fail(f"{folder} has two folders that both read {twice!r}, with accents composed and not; join them")
     beside = sorted(entry.path for entry in os.scandir(folder) if not entry.is_dir()
                     or not visible(entry.name))
@@ -248,7 +248,8 @@ def stamp(files: list[str], root: Path) -> str:
 def survey(files: list[str], root: Path, workers: int = 2) -> tuple[list[tuple[int, int]], str, list[bytes]]:
     """What the images of a data set are, from each file up to MANY_FILES files and MANY_BYTES, or from the
     headers of a sample. A file that cannot be read ends it.   -> [(width, height)], fingerprint of names and
-    contents, or of names and sizes; sha256 of each file where all are read, else []"""
+    contents, else of names and sizes, above MANY_FILES of names alone; sha256 of each file where all are
+    read, else []"""
     whole = len(files) <= MANY_FILES and sum(map(os.path.getsize, files)) <= MANY_BYTES
     looked_at = files if len(files) <= MANY_FILES else sampled(files)
     with unreadable_fails(), ThreadPoolExecutor(max(1, workers)) as pool:

@@ -29,20 +29,26 @@ def trainings(args: argparse.Namespace, train_data: dict) -> dict[str, tuple[int
             first()
     except ValueError as error:
         fail(f"--steps {args.steps}: {error}")
-    return {f"seed{seed}-order{i}-step{j}": (seed, step) for seed in args.student_seeds
-            for i, order in enumerate(orders) for j, step in enumerate(order)}
+    pieces = {}
+    for seed in args.student_seeds:                                  # the last step, all classes, has no order
+        pieces |= {f"seed{seed}-order{i}-step{j}": (seed, step)
+                   for i, order in enumerate(orders) for j, step in enumerate(order[:-1])}
+        pieces[f"seed{seed}-all"] = seed, orders[0][-1]
+    return pieces
 
 
 def metrics(args: argparse.Namespace, runs: list[dict]) -> dict:
     """What a RESULT tells of what the pieces of `trainings` gave, in their order; the last epochs count."""
     more = {}
     if args.protocol == "continual":
-        runs = [runs[i:i + args.steps] for i in range(0, len(runs), args.steps)]
+        early = args.steps - 1                                       # steps of an order before all classes
+        seeds = [runs[i:i + args.orders * early + 1] for i in range(0, len(runs), args.orders * early + 1)]
+        runs = [[*seed[i * early:(i + 1) * early], seed[-1]] for seed in seeds for i in range(args.orders)]
         curves = [[list(step["top1"].values())[-1] for step in run] for run in runs]
         more = {"curve": [statistics.fmean(step) for step in zip(*curves)],
                 "curve_std": [statistics.stdev(step) if len(curves) > 1 else 0.0 for step in zip(*curves)],
                 "curves": curves, "curve_images": [[step["images"] for step in run] for run in runs]}
-        runs = [run[-1] for run in runs]
+        runs = [seed[-1] for seed in seeds]
     elif args.protocol == "prune":
         more["stages"] = {stage: {key: [run["stages"][stage][key] for run in runs]
                                   for key in ("top1", "parameters")} for stage in runs[0]["stages"]}

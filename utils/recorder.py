@@ -178,15 +178,21 @@ class Log:
             file.write(json.dumps(entry) + "\n")
 
     def merge(self) -> None:
-        """Of entries that were logged again after a kill one stays; a line that it cut short goes."""
-        found = {}
-        for path in self.folder.glob("log*.jsonl"):
-            for line in path.read_text(errors="replace").splitlines():
-                with suppress(ValueError, KeyError, TypeError, IndexError):  # `first`, or what was cut short
-                    entry = json.loads(line)
-                    found[entry["batches"][0], entry["iteration"]] = line
+        found = logged(self.folder)
         with whole_file(self.path) as temporary:
-            lines = [json.dumps(self.first), *(found[key] for key in sorted(found))]
-            temporary.write_text("".join(f"{line}\n" for line in lines))
+            entries = [self.first, *(found[key] for key in sorted(found))]
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         for path in self.folder.glob("log-*.jsonl"):
             path.unlink()
+
+
+def logged(folder: Path) -> dict[tuple[int, int], dict]:
+    """{(first batch, iteration): entry} of a run's logs. Of entries that were logged again after a kill one
+    stays; a line that it cut short goes."""
+    found = {}
+    for path in sorted(folder.glob("log*.jsonl")):
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError, IndexError):      # `Log.first`, or cut short
+                entry = json.loads(line)
+                found[entry["batches"][0], entry["iteration"]] = entry
+    return found

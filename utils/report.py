@@ -81,7 +81,8 @@ IDENTITY = "ipc", "student", "labels", "method", "tag"
 HEADER = "ipc", "student", "labels", "run", "top-1", "random real", "margin", "published"
 LABELS = {"stored": "soft", "online": "soft, online", "hard": "hard"}
 RECIPE = ("image_size", "precision", "mix", "epochs", "batch_size", "whole_up_to", "optimizer", "lr",
-          "momentum", "weight_decay", "schedule", "lr_stretch", "ema_decay", "label_epochs", "crop_floor")
+          "momentum", "weight_decay", "schedule", "lr_stretch", "ema_decay", "label_epochs", "crop_floor",
+          "flip")
 LOST = "no better than random real images: take those, or --method herding, with the same labels"
 SOFT = ("loss", "gamma", "temperature", "logit_norm", "seed")                  # of soft labels alone
 
@@ -278,7 +279,7 @@ def main(argv=None):
     if not results:
         near = args.folder.parent if (args.folder / "eval").is_dir() else next(
             (path.parents[2] for path in args.folder.glob("*/*/eval/*.json")), None)
-        fail(f"{args.folder} holds no <run>/eval/<student>.json; "
+        fail(f"{args.folder} holds no <run>/eval/<student>.json of --protocol standard; "
              + (f"name {near}" if near else "run train_eval.py first"))
     lines, notes = rows(args.folder.resolve().name, results)
     print("\n".join([table(HEADER, lines), *[""] * bool(notes), *notes]))

@@ -225,7 +225,7 @@ class Run:
             return None
         args, folder = self.args, self.result.absolute().parent
         seconds = self.checkpoint.seconds() if seconds is None else seconds
-        result = {"phase": self.phase, "dataset": Path(args.dataset).name, "ipc": args.ipc,
+        result = {"phase": self.phase, "dataset": Path(args.dataset).resolve().name, "ipc": args.ipc,
                   "method": args.method, "tag": args.tag, **metrics, "seconds": round(seconds, 1),
                   "processes": world_size(), "peak_memory": peak_memory(), "hardware": hardware(),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__},

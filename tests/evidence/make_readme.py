@@ -23,6 +23,7 @@ from utils.checkpoint import load_torch
 from utils.cli import parse_args
 from utils.data import DATASETS, look
 from utils.files import load_json, save_json
+from utils.hub import without_places
 from utils.parser import Parser
 from utils.presets import METHODS, UNMATCHED
 from utils.provenance import relevant
@@ -62,7 +63,7 @@ def keep(folder, results, out):
         ours = {labels: results.get((ipc, student, labels, method, tag)) for labels in LABELS}
         real = {labels: random_beside(result, results)[0] if result else
                 results.get((ipc, student, labels, "random", tag)) for labels, result in ours.items()}
-        ours, real = ({labels: nowhere(result) for labels, result in side.items() if result}
+        ours, real = ({labels: without_places(result) for labels, result in side.items() if result}
                       for side in (ours, real))
         first, stem = next(iter((ours or real).values())), f"{method}-ipc{ipc}" + (f"-{tag}" if tag else "")
         run, teachers = folder / stem, folder / "teachers" / first["args"]["teachers"]
@@ -84,12 +85,6 @@ def keep(folder, results, out):
                       "teachers": size(teachers / f"{name}.pt" for name in names),
                       "statistics": size(teachers / f"{name}.stats.pt" for name in matched)},
             "distilled": ours, "real": real})
-
-
-def nowhere(result):
-    """A result without the place of its data on this machine."""
-    known = result.get("data_set") or {}
-    return result | ({"data_set": known | {"path": Path(known["path"]).name}} if known.get("path") else {})
 
 
 def spent(path, backbones=None):
@@ -132,12 +127,12 @@ def pair(cell, labels):
 
 def both(cell, labels="hard"):
     """Top-1 of a cell's images and of real ones in one text; "" where neither was run."""
-    return ", ".join(pair(cell, labels)[:2]) if labels in cell["distilled"] or labels in cell["real"] else ""
+    return ", ".join(pair(cell, labels)[:2]) if labels in cell["distilled"] | cell["real"] else ""
 
 
 def soft_kinds(cell):
-    return [labels for labels in ("stored", "online") if labels in cell["distilled"]
-            or labels in cell["real"]] or ["stored"]
+    there = cell["distilled"] | cell["real"]
+    return [labels for labels in ("stored", "online") if labels in there] or ["stored"]
 
 
 def paper(cell, labels="stored"):

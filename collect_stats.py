@@ -18,7 +18,6 @@ python collect_stats.py --dataset cifar100 --teachers e20              # of othe
 python collect_stats.py --dataset shapes                               # smoke run: seconds, no download
 """
 import argparse
-import json
 import math
 from collections.abc import Iterable, Iterator
 
@@ -32,12 +31,13 @@ from utils.checkpoint import Checkpoint, load_finished, save_torch
 from utils.cli import identity_flags, parse_args
 from utils.closed_form import conv_stats
 from utils.data import Split
+from utils.device import peak_memory
 from utils.parser import Parser, crop_name, number
 from utils.processes import barrier, rank, shard, world_size
-from utils.provenance import fingerprint, fingerprints, relevant
-from utils.run import Progress, Run, begin, generator, peak_memory, script, send
+from utils.provenance import data_hash, fingerprints, relevant
+from utils.run import Progress, Run, begin, generator, script, send
 from utils.stats import layer_inputs, matched_layers, require_eval, whole_patches
-from utils.teachers import check_statistics, costs, load_teachers, training_split
+from utils.teachers import check_statistics, load_teachers, training_split
 from utils.train import channels_last
 
 EMPTY = {"sums": {}, "class_sums": {}, "seen": 0, "batches": 0}      # `sum_statistics` before the first batch
@@ -154,7 +154,7 @@ def main(argv=None):
             todo.append(name)
     if not todo and run.unchanged(settings | {"backbones": args.backbones}, made_from=run.inputs):
         return None
-    costs(run.result)                    # where it is damaged, stop before the work
+    run.costs()                          # where it is damaged, stop before the work
     if todo:
         split = training_split(args, paths.teachers, data, records).to(device)
         split.check_crop(args.crop)
@@ -162,7 +162,7 @@ def main(argv=None):
     classes = len(data["classes"]) if args.class_statistics else 0
     for name in todo:
         path, kept = paths.teachers / f"{name}.stats.pt", records[name].get("kept", torch.arange(len(split)))
-        inputs = fingerprints({name: records[name]}) | {"data": fingerprint(json.dumps([data, len(split)]))}
+        inputs = fingerprints({name: records[name]}) | data_hash(data, len(split))
         with Checkpoint(path, args, inputs, settings | {"class_statistics": classes > 0}) as checkpoint:
             state = send(checkpoint.read(piece), device) or EMPTY
             progress = Progress(f"collect_stats {name}", math.ceil(len(kept) / world_size()), "images")
@@ -187,7 +187,7 @@ def main(argv=None):
             made[name] = {"seconds": round(checkpoint.seconds(), 1), "peak_memory": peak_memory()}
     convolutions = {name: sum(isinstance(module, nn.Conv2d) for module in model.modules())
                     for name, model in models.items()}
-    spent = costs(run.result) | made
+    spent = run.costs() | made
     return run.finish({"convolutions": convolutions, "costs": spent}, f"statistics of {' '.join(models)}",
                       {"squeeze": {name: record["args"] for name, record in records.items()}},
                       sum(spent[name]["seconds"] for name in args.backbones if name in spent))

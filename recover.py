@@ -281,7 +281,7 @@ def main(argv=None):
                             args.data_set["fingerprint"])
     real = real_images(args, paths, data, models, records, device)
     with run.work(real.fingerprint, [*paths.images.glob("*/*.png"), *paths.run.glob("log*.jsonl")]):
-        recorder = Recorder(run, paths.run, data, args.ipc, log=args.method not in SELECTIONS)
+        recorder = Recorder(run, data, log=args.method not in SELECTIONS)
         if args.method not in UNMATCHED:
             warn_of_unmatched(models, args.bn_weight, args.conv_weight)
             warn_of_backbones(records, len(data["classes"]))

@@ -17,7 +17,6 @@ python squeeze.py --dataset cifar10 --epochs 20 --teachers e20             # abl
 python squeeze.py --dataset shapes                                         # smoke run: a minute, no download
 """
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -35,16 +34,17 @@ from utils.checkpoint import Checkpoint, load_finished, save_torch
 from utils.cli import identity_flags, parse_args
 from utils.data import Split, describe, load_split
 from utils.ddp import gathered, in_parallel, share, share_weight
-from utils.moco import Probe, check_contrast, check_contrasted, check_linear, train_moco
+from utils.device import peak_memory
+from utils.moco import Probe, check_moco_data, check_objective, train_moco
 from utils.parser import Parser, crop_name, epoch_range, number
 from utils.pool import check_pool, fine_tuning, prune_teacher, saved_epochs, teachers_of
 from utils.presets import SELECTIONS
 from utils.processes import print_rank0, rank, rank0_first, world_size
-from utils.provenance import AGAIN, check_data, fingerprint, relevant
-from utils.run import Run, begin, generator, peak_memory, script, send
+from utils.provenance import AGAIN, check_data, data_hash, fingerprint, relevant
+from utils.run import Run, begin, generator, script, send
 from utils.scores import SCORES, kept_rows
 from utils.selection import class_indices, count_forgetting
-from utils.teachers import TEACHER, check_models, costs, first_bn_variance, warn_of_backbones
+from utils.teachers import TEACHER, check_models, first_bn_variance, warn_of_backbones
 from utils.train import (Record, Training, channels_last, fit, make_step, shuffled, split_accuracy,
                          with_precision)
 
@@ -168,11 +168,11 @@ def make_teachers(todo: list[str], args: argparse.Namespace, device: torch.devic
     -> {name: its seconds and peak_memory}"""
     splits, data = load_data(args, device)
     mean_std, split = torch.tensor([data["mean"], data["std"]], device=device), splits["train"]
-    hashes = {"data": fingerprint(json.dumps([data, len(split)]))}
+    hashes = data_hash(data, len(split))
     files, made = [folder / f"{name}.pt" for name in todo], {}
     rows = kept_rows(split, mean_std, args, folder / "scores.pt", hashes, files)
     if args.objective == "moco":
-        check_contrasted(split, len(rows), args.batch_size)
+        check_moco_data(split, len(rows), args.batch_size)
     shared = dict(seed=args.seed, cuda_graphs=args.cuda_graphs)
     for i, name in enumerate(todo):
         if (weak := name.partition("@")[2]).isdigit():               # an epoch, or "pruned<i>"
@@ -221,12 +221,10 @@ def check_flags(args: argparse.Namespace, device: torch.device) -> None:
         fail(f"--backbones {weak}: squeeze.py makes it of {weak.partition('@')[0]}; name that, and "
              "--save-epochs or --pruned")
     check_models("--backbones", args.backbones)
-    if args.objective != "supervised":
-        check_linear(args.backbones)
     check_pool(args)
     check_weights(args)
-    if args.objective == "moco":
-        check_contrast(args)
+    if args.objective != "supervised":
+        check_objective(args)
     if args.warmup_epochs >= args.epochs:
         fail(f"--epochs {args.epochs} is too few for --warmup-epochs {args.warmup_epochs}; use more")
 
@@ -299,9 +297,9 @@ def main(argv=None):
     if not todo and run.unchanged(settings(args) | {"backbones": args.backbones},
                                   top1={name: one["top1"] for name, one in found.items()}):
         return None
-    costs(run.result)                    # where it is damaged, stop before the work
+    run.costs()                          # where it is damaged, stop before the work
     made = make_teachers(todo, args, device, paths.teachers, found) if todo else {}
-    spent = costs(run.result) | made  # read now: another process may have added to it
+    spent = run.costs() | made  # read now: another process may have added to it
     metrics = {key: {name: found[name][key] for name in names} for key in ("top1", "first_bn_variance")}
     summary = ", ".join(f"{name} {top1:.1f} %" for name, top1 in metrics["top1"].items())
     return run.finish({**metrics, "costs": spent},

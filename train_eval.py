@@ -68,47 +68,16 @@ def student_loss(logits: Tensor, y: Tensor, soft: Tensor, partner_y: Tensor, rat
     return kl_loss(logits, soft, temperature) * (temperature ** 2 if kind == "kl_t2" else 1)
 
 
-def learn(model: nn.Module, optimizer: torch.optim.Optimizer, train_data: dict, loss_of: Callable,
-          record: Record, *, label_epochs: int, ema_decay: float = 0.0,
-          cuda_graphs: bool = False) -> Callable:
-    """The `train_epoch` that `fit` calls: a student learns mixed samples of the distilled images; epoch e has
-    the labels of epoch e % label_epochs. loss_of(logits, y, soft, partner_y, ratio) -> scalar.
-    record["average"]: running averages of `floating(model)`, at ema_decay a step"""
-    images, classes, labels = (train_data[key] for key in ("images", "classes", "labels"))
-    weights = floating(model) if ema_decay else []
-    draw = {}                                                        # of this epoch; train_epoch sets it
-
-    def mixed_samples(batch, *rows):                                 # takes only tensors, as `Graphed` needs
-        drawn = dict(zip(draw, rows))
-        mixed = apply_epoch(images, drawn, batch, labels.mix, train_data["mean_std"])
-        return mixed, classes[batch], classes[drawn["partner"][batch]], drawn["ratio"][batch]
-
-    step = make_step(optimizer, lambda mixed, *targets: (loss_of(model(mixed), *targets),), cuda_graphs)
-    graphs = defaultdict(partial(Graphed, mixed_samples))  # by the size of a batch: the last may differ
-
-    def train_epoch(epoch, batches, rng):
-        nonlocal draw
-        labelled = epoch % label_epochs
-        draw = send(labels.epoch(labelled), images.device)
-        for batch in batches:
-            mix = graphs[len(batch)] if cuda_graphs else mixed_samples
-            mixed, y, partner_y, ratio = mix(send(batch, images.device), *draw.values())
-            loss, = step(mixed, y, labels.soft_logits(labelled, batch, mixed), partner_y, ratio)
-            if ema_decay:
-                torch._foreach_lerp_(record["average"], weights, 1 - ema_decay)
-            yield loss
-    return train_epoch
-
-
 def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespace, checkpoint: Checkpoint,
                   piece: str, *, model: nn.Module | None = None, penalty: Callable = lambda: 0) -> dict:
-    """Train a student from scratch, or `model` further, in place and precision, and resume from `piece` of the
-    checkpoint.
+    """Train a student from scratch, or `model` further, in place and precision, and resume from `piece` of
+    the checkpoint. Epoch e has the labels of epoch e % label_epochs.
     train_data: from `load_train_data`; args: from `for_student`, lr [text]; penalty(): added to the loss
     -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch;
     "images": how many}"""
     torch.manual_seed(generator("student", seed, name).initial_seed())
-    data, count, device = train_data["data"], len(train_data["images"]), train_data["images"].device
+    images, classes, labels, data = (train_data[key] for key in ("images", "classes", "labels", "data"))
+    count, device, mean_std = len(images), images.device, train_data["mean_std"]
     if model is None:
         model = build_model(name, len(data["classes"]), data["image_size"]).to(device)
         model = with_precision(channels_last(model), device, args.precision)
@@ -118,13 +87,34 @@ def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespa
     else:
         optimizer = torch.optim.SGD(groups, lr=float(args.lr[0]), momentum=args.momentum, fused=fused)
     schedule = learning_rates(optimizer, args.schedule, args.epochs * args.lr_stretch)
-    weights = floating(model) if args.ema_decay else []
+    weights = floating(model) if args.ema_decay else []              # and their running averages
     record = Record(device, top1={}, top1_by_class=None, average=[value.clone() for value in weights])
-    loss = partial(student_loss, kind="hard" if args.labels == "hard" else args.loss, gamma=args.gamma,
-                   temperature=args.temperature)
-    train_epoch = learn(model, optimizer, train_data, lambda *inputs: loss(*inputs) + penalty(),
-                        record, label_epochs=args.labels == "stored" and args.label_epochs or args.epochs,
-                        ema_decay=args.ema_decay, cuda_graphs=args.cuda_graphs)
+    loss_of = partial(student_loss, kind="hard" if args.labels == "hard" else args.loss, gamma=args.gamma,
+                      temperature=args.temperature)
+    label_epochs = (args.label_epochs if args.labels == "stored" else None) or args.epochs
+    draw = {}                                                        # of this epoch; train_epoch sets it
+
+    def mixed_samples(batch, *rows):                                 # takes only tensors, as `Graphed` needs
+        drawn = dict(zip(draw, rows))
+        mixed = apply_epoch(images, drawn, batch, labels.mix, mean_std)
+        return mixed, classes[batch], classes[drawn["partner"][batch]], drawn["ratio"][batch]
+
+    step = make_step(optimizer, lambda mixed, *targets: (loss_of(model(mixed), *targets) + penalty(),),
+                     args.cuda_graphs)
+    graphs = defaultdict(partial(Graphed, mixed_samples))  # by the size of a batch: the last may differ
+
+    def train_epoch(epoch, batches, rng):
+        nonlocal draw
+        labelled = epoch % label_epochs
+        draw = send(labels.epoch(labelled), device)
+        for batch in batches:
+            mix = graphs[len(batch)] if args.cuda_graphs else mixed_samples
+            mixed, y, partner_y, ratio = mix(send(batch, device), *draw.values())
+            loss, = step(mixed, y, labels.soft_logits(labelled, batch, mixed), partner_y, ratio)
+            if weights:
+                torch._foreach_lerp_(record["average"], weights, 1 - args.ema_decay)
+            yield loss
+
     rng = generator("order", seed, name)     # one for all epochs; batches need not be those of relabel.py
     batch_size = full_batch(count, args.whole_up_to, args.batch_size)
     for epoch in fit((model, optimizer, schedule, record),
@@ -135,7 +125,7 @@ def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespa
         if epoch * args.evaluations // args.epochs > (epoch - 1) * args.evaluations // args.epochs:
             with swapped(weights, record["average"]):
                 record["top1"][epoch], record["top1_by_class"] = split_accuracy(
-                    model, train_data["test"], train_data["mean_std"])
+                    model, train_data["test"], mean_std)
     return {"top1": record["top1"], "top1_by_class": record["top1_by_class"], "images": count}
 
 

@@ -59,13 +59,6 @@ def is_model_name(name: str) -> bool:
     return _builder(name) is not None
 
 
-def check_name(name: str) -> None:
-    """ValueError, which tells a near one, for a name that build_model does not know."""
-    if not is_model_name(name):
-        near = "".join(f", {other} is near" for other in get_close_matches(name, NAMES, 1))
-        raise ValueError(f"unknown model {name!r}{near}; known are {', '.join(NAMES + PATTERNS)}")
-
-
 def build_model(name: str, num_classes: int, image_size: int,
                 widths: dict[str, int] | None = None) -> nn.Module:
     """-> nn.Module: images [B, 3, S, S], S = image_size, -> logits [B, num_classes].
@@ -73,7 +66,9 @@ def build_model(name: str, num_classes: int, image_size: int,
     The weights are drawn from torch's global generator. widths: {convolution: channels that pruning left}.
     ValueError if the name is unknown or the network cannot take images of this size.
     """
-    check_name(name)
+    if not is_model_name(name):
+        near = "".join(f", {other} is near" for other in get_close_matches(name, NAMES, 1))
+        raise ValueError(f"unknown model {name!r}{near}; known are {', '.join(NAMES + PATTERNS)}")
     model = _builder(name)(num_classes, image_size)
     return shrink(model, {layer: torch.arange(width) for layer, width in widths.items()}) if widths else model
 

@@ -37,9 +37,10 @@ from utils.augment import apply_epoch, draw_epoch, normalize
 from utils.checkpoint import Checkpoint
 from utils.closed_form import ClosedFormMatching, conv_stats, freeze
 from utils.data import Split
-from utils.labels import LabelWriter, RowFile, StoredLabels
+from utils.device import pick_device
+from utils.labels import LabelWriter, StoredLabels
 from utils.losses import mse_gt_loss
-from utils.run import generator, pick_device
+from utils.run import generator
 from utils.stats import Matching, layer_inputs, layer_weights, matched_layers
 from utils.train import Graphed, NonFinite, Training, channels_last, with_precision
 
@@ -370,10 +371,11 @@ def bench_labels(rounds, quick, device):
         stored = StoredLabels(ours, "cutmix")
 
         def write():
-            file = RowFile(ours / "written.npy", (epochs, count, classes), np.float16)
-            file.create()
+            writer = LabelWriter(Path(folder, "written"), epochs, count, classes)
+            writer.files = {"logits": writer.files["logits"]}        # the others write no draws either
+            writer.create()
             for epoch in range(epochs):
-                file.write(epoch, logits.numpy())
+                writer.write(epoch, logits, {})
 
         def write_files():
             for epoch in range(epochs):

@@ -14,8 +14,9 @@ from torch import nn
 from models import build_model
 from utils.augment import normalize
 from utils.data import describe, load_split
+from utils.device import pick_device
 from utils.dm import dm_loss, ite_norms
-from utils.run import generator, pick_device
+from utils.run import generator
 
 
 def leave_one_out_norms(embed, synthetic, features):

@@ -16,21 +16,23 @@ from utils.data import load_folder
 from utils.labels import DistilledDataset, StoredLabels
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int16, np.int32, np.bool_])
-def test_an_array_written_row_by_row_in_any_order_is_the_file_that_numpy_saves(dtype, tmp_path):
-    rows = np.random.default_rng(0).integers(0, 2, (5, 3, 4))
-    one, other = (labels.RowFile(tmp_path / "rows.npy", rows.shape, dtype) for _ in range(2))  # two processes
-    one.create()
-    for i, file in zip([3, 0, 4, 1, 2], itertools.cycle([one, other])):
-        file.write(i, rows[i])
-    one.sync()
-    np.save(tmp_path / "whole.npy", rows.astype(dtype))
-    assert (tmp_path / "rows.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+def test_epochs_written_in_any_order_by_any_process_are_the_files_that_numpy_saves(tmp_path):
+    rows = {key: np.random.default_rng(0).integers(0, 2, (5, 3, *row)).astype(dtype)
+            for key, (dtype, row) in (labels.DRAWN | {"logits": (np.float16, (4,))}).items()}
+    writers = [labels.LabelWriter(tmp_path / "written", 5, 3, 4) for _ in range(2)]        # two processes
+    writers[0].create()
+    for epoch, writer in zip([3, 0, 4, 1, 2], itertools.cycle(writers)):
+        drawn = {key: torch.from_numpy(value[epoch]) for key, value in rows.items()}
+        writer.write(epoch, drawn.pop("logits"), drawn)
+    writers[1].sync()
+    for key, value in rows.items():
+        np.save(tmp_path / f"{key}.npy", value)
+        assert (tmp_path / f"written/{key}.npy").read_bytes() == (tmp_path / f"{key}.npy").read_bytes()
 
 
-def test_an_array_takes_no_room_on_the_disk_before_it_is_written(tmp_path):
-    labels.RowFile(tmp_path / "rows.npy", (1000, 1000), np.float32).create()
-    assert os.stat(tmp_path / "rows.npy").st_blocks * 512 < 100_000
+def test_labels_take_no_room_on_the_disk_before_they_are_written(tmp_path):
+    labels.LabelWriter(tmp_path, 1000, 1000, 10).create()
+    assert os.stat(tmp_path / "logits.npy").st_blocks * 512 < 100_000
 
 
 @pytest.fixture(scope="module")

@@ -472,9 +472,9 @@ def test_class_names_cannot_lead_out_of_the_run(project, tmp_path):
     args = parse_args(train_eval.get_parser(), "train_eval", flags)
     paths = SimpleNamespace(run=project.run(), labels=project.run() / "labels",
                             images=project.run() / "images")
-    device = torch.device("cpu")
-    sources = distilled.load_sources(args, paths, device)
-    _, classes, _ = distilled.load_distilled(args, paths, sources, sources.data, device)
+    sources = distilled.load_sources(args, paths, torch.device("cpu"))
+    expected = sources.hashes[args.students[0]]["images"]
+    _, classes = distilled.load_images(args, paths.images, sources.data, expected, paths.labels)
     assert classes.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 

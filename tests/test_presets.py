@@ -120,6 +120,14 @@ def test_what_runs_are_the_settings_of_the_paper_or_of_the_release(preset, datas
         assert {flag: args[flag] for flag in rows} == rows
 
 
+def test_teachers_that_are_typed_count_and_are_named_to_the_next_phase_though_the_parser_would_take_them(
+        monkeypatch):
+    best = "--dataset", "cifar10", "--preset", "best"
+    for words, teachers, named in ((), "annealed", False), (("--teachers", "supervised"), "supervised", True):
+        args = parsed("relabel", monkeypatch, *best, *words)
+        assert args.teachers == teachers and ("--teachers supervised" in cli.call("train_eval.py", args)) == named
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_preset_sets_nothing_that_is_not_in_the_tables(phase):
     known = {row.split()[1] for row in PAPER if row.split()[0] == phase}

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.helpers import assert_near
-from utils import checkpoint, cli, fail, files, parser, provenance, run, teachers, train
+from utils import checkpoint, cli, device, fail, files, parser, provenance, run, teachers, train
 
 ROOT = Path(run.__file__).parents[1]
 
@@ -125,7 +125,7 @@ def test_only_depthwise_convolutions_in_training_run_in_float32_under_bfloat16(g
 
 def test_the_device_is_timed_without_a_random_number():
     before = torch.get_rng_state()
-    assert all(0 < run.conv_step_seconds(narrow) < 10 for narrow in (False, True))
+    assert all(0 < device.conv_step_seconds(narrow) < 10 for narrow in (False, True))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -137,7 +137,7 @@ def test_auto_precision_is_bfloat16_only_where_the_device_multiplies_it_and_that
     for unit in "avx512_bf16", "amx_tile":
         monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: native and unit == "amx_tile",
                             raising=False)
-    monkeypatch.setattr(run, "conv_step_seconds", lambda narrow: seconds if narrow else 1.0)
+    monkeypatch.setattr(device, "conv_step_seconds", lambda narrow: seconds if narrow else 1.0)
     for asked, expected in ("auto", chosen), ("bf16", "bf16"), ("fp32", "fp32"):
         args = arguments(device="cpu", precision=asked, dataset="shapes", run_dir="runs", holdout=False,
                          method="gvbsm", ipc=1, teachers="a", imbalance=1)
@@ -392,10 +392,10 @@ def test_every_flag_that_may_be_idle_exists():
     (1, 9.0, 9, False), (2, 1.2, 9, False), (2, 2.9, 3, True),
     (2, 2.9, 1, False)])                                             # the load is that of the phase before
 def test_busy_cores_are_noted_where_threads_would_wait(threads, load, now, noted, monkeypatch):
-    monkeypatch.setattr(run.Path, "read_text", lambda path: f"{load} 0.00 0.00 {now}/321 12345\n")
+    monkeypatch.setattr(device.Path, "read_text", lambda path: f"{load} 0.00 0.00 {now}/321 12345\n")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    line = run.busy_cores()
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    line = device.busy_cores()
     assert bool(line) == noted and (not noted or "3 processes" in line and "2 cores" in line
                                     and "OMP_NUM_THREADS=1" in line)
 

@@ -43,8 +43,8 @@ def load_pretrained(name: str, model: nn.Module, download: bool) -> None:
         try:
             weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:                     # no network, or other bytes
-            fail(f"--pretrained: {weights.url} cannot be fetched ({reason(error)}); put it at {cached}, or use "
-                 "--no-pretrained")
+            fail(f"--pretrained: {weights.url} cannot be fetched ({reason(error)}); put it at {cached}, or "
+                 "use --no-pretrained")
     state_dict = load_torch(cached, remedy)
     try:
         model.load_state_dict(state_dict)

@@ -64,6 +64,7 @@ def parse_args(parser: Parser, phase: str, argv: list[str] | None = None,
     folder, and teachers that squeeze.py has made, also what it found and chose. args.data_set: by `find`"""
     argv = sys.argv[1:] if argv is None else argv
     early = identity_flags(Parser("", parser.prog))
+    early.set_defaults(teachers=None)         # so that typing the parser's own default tells
     known, _ = early.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
     earlier = earlier_results(known)
     data_set = find(known.dataset, known.data_dir, [one["data_set"] for one in earlier.values()],
@@ -72,8 +73,7 @@ def parse_args(parser: Parser, phase: str, argv: list[str] | None = None,
     method = known.recipe if known.recipe and phase in ("relabel", "train_eval") else known.method
     data_set["image_size"] = known.image_size or data_set["image_size"]
     defaults = preset_defaults(known, data_set, phase, method)
-    typed = known.teachers != early.get_default("teachers")
-    teachers = known.teachers if typed else defaults.get("teachers", known.teachers)
+    teachers = known.teachers or defaults.get("teachers", parser.get_default("teachers"))
     path = run_folder(known) / "teachers" / teachers / "squeeze.json"
     decided = {}
     if path in earlier and not (phase == "squeeze" and known.overwrite):

@@ -173,8 +173,8 @@ def mean_std(args: argparse.Namespace, known: dict):
             mean, std = ([float(value) for value in known[key]] for key in ("mean", "std"))
             if np.isfinite(mean + std).all() and min(std) > 0:
                 return [mean, std]
-        fail(f"the file's mean {list(known['mean'])} and std {list(known['std'])} are no units of pixels; name "
-             "--mean and --std")
+        fail(f"the file's mean {list(known['mean'])} and std {list(known['std'])} are no units of pixels; "
+             "name --mean and --std")
     if not (dataset := args.dataset or known.get("dataset")):
         fail("--dataset, or --mean and --std, give the units of floats; 0..1 is --mean 0 0 0 --std 1 1 1")
     data = {} if dataset in UNITS else describe(dataset, args.data_dir)

@@ -17,7 +17,7 @@ from utils.files import load_json
 from utils.labels import OnlineLabels, StoredLabels, draw_labels
 from utils.processes import rank0_first
 from utils.provenance import check_classes, check_data, check_inputs, fingerprint, fingerprints, image_set
-from utils.teachers import check_alike, check_models, load_teachers
+from utils.teachers import check_models, check_same_data, load_teachers
 from utils.train import channels_last
 
 
@@ -110,10 +110,12 @@ def load_sources(args: argparse.Namespace, paths: SimpleNamespace, device: torch
                            origins=origins, hashes=hashes, upstream=upstream)
 
 
-def load_distilled(args: argparse.Namespace, paths: SimpleNamespace, sources: SimpleNamespace, data: dict,
-                   device: torch.device) -> tuple[Tensor, Tensor, OnlineLabels | StoredLabels]:
-    """The images and their classes on the device, and where soft labels come from.
-    -> images uint8 [N, 3, S, S], classes [N], labels object (utils/labels.py)"""
+def load_train_data(args: argparse.Namespace, paths: SimpleNamespace, sources: SimpleNamespace,
+                    device: torch.device) -> dict:
+    """All that students are trained and tested on.
+    -> {images uint8 [N, 3, S, S], classes [N], labels (utils/labels.py), test, data, mean_std [2, 3]}"""
+    data = sources.data if args.labels != "hard" else describe(
+        args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
     folder, stored = args.images or paths.images, args.labels == "stored"
     check_data(data.get("fingerprint"), args, paths.labels if stored else folder)
     if sources.before and not stored:
@@ -131,24 +133,14 @@ def load_distilled(args: argparse.Namespace, paths: SimpleNamespace, sources: Si
                  f"{paths.labels}; use --label-epochs {there}, or run relabel.py --epochs {used} --overwrite")
     else:
         teachers = [channels_last(teacher) for teacher in sources.teachers.values()]
-        draw = partial(draw_labels, args, data["image_size"])
-        labels = OnlineLabels(draw, args.mix, len(images), teachers, args.logit_norm)
-    return images.to(device), classes.to(device), labels
-
-
-def load_train_data(args: argparse.Namespace, paths: SimpleNamespace, sources: SimpleNamespace,
-                    device: torch.device) -> dict:
-    """All that students are trained and tested on.
-    -> {images uint8 [N, 3, S, S], classes [N], labels (utils/labels.py), test, data, mean_std [2, 3]}"""
-    data = sources.data if args.labels != "hard" else describe(
-        args.dataset, args.data_dir, args.image_size, args.workers, args.data_set["fingerprint"])
-    images, classes, labels = load_distilled(args, paths, sources, data, device)
+        labels = OnlineLabels(partial(draw_labels, args, data["image_size"]), args.mix, len(images), teachers,
+                              args.logit_norm)
     check_models("--students", args.students, len(data["classes"]), data["image_size"])
     for name, record in sources.origins.items():
-        check_alike(record["data"], data, paths.teachers / f"{name}.pt", "what students are trained on")
+        check_same_data(record["data"], data, paths.teachers / f"{name}.pt", "what students are trained on")
     with rank0_first():
         test = load_split(args.dataset, args.data_dir, "test", data["image_size"], args.workers,
                           args.download, args.holdout).to(device)
-    check_classes(test.classes, data["classes"], "the test images", args.images or paths.images)
-    return {"images": images, "classes": classes, "labels": labels, "test": test, "data": data,
-            "mean_std": torch.tensor([data["mean"], data["std"]], device=device)}
+    check_classes(test.classes, data["classes"], "the test images", folder)
+    return {"images": images.to(device), "classes": classes.to(device), "labels": labels, "test": test,
+            "data": data, "mean_std": torch.tensor([data["mean"], data["std"]], device=device)}

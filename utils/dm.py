@@ -76,13 +76,13 @@ def prune(state: dict[str, Tensor], label: int, index: Tensor, norms: Tensor, ra
 
     Ours, as the supplement does not say: equal tails, and the variance about the running mean, since norms
     differ between networks too, and a batch's own variance would prune more than the ratio."""
-    norms = norms.double().cpu()
-    for key in "mean", "var":
-        now = norms.mean() if key == "mean" else (norms - state["mean"][label]).square().mean()
-        before = state[key][label]
-        state[key][label] = now if before.isnan() else 0.9 * before + 0.1 * now
-    reach = torch.special.ndtri(torch.tensor(1 - ratio / 2, dtype=torch.float64)) * state["var"][label].sqrt()
-    kept = (norms - state["mean"][label]).abs() <= reach
+    norms, mean, var = norms.double().cpu(), state["mean"], state["var"]
+    first = mean[label].isnan()
+    mean[label] = norms.mean() if first else 0.9 * mean[label] + 0.1 * norms.mean()
+    spread = (norms - mean[label]).square().mean()
+    var[label] = spread if first else 0.9 * var[label] + 0.1 * spread
+    reach = torch.special.ndtri(torch.tensor(1 - ratio / 2, dtype=torch.float64)) * var[label].sqrt()
+    kept = (norms - mean[label]).abs() <= reach
     state["keep"][index] = kept = kept | ~kept.any()
     return kept
 

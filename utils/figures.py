@@ -30,13 +30,14 @@ from utils.augment import normalize
 from utils.checkpoint import load_torch
 from utils.data import (DATASETS, describe, folder_name, list_folder, load_split, opened, read_images,
                         unreadable_fails)
+from utils.device import pick_device
 from utils.files import load_json
 from utils.losses import pooled_rows
 from utils.parser import Parser, number, plain_name
 from utils.provenance import check_classes
 from utils.recorder import logged
 from utils.report import BASES, LABELS, read_results, run_name
-from utils.run import pick_device, script
+from utils.run import script
 from utils.teachers import load_teachers
 
 DPI = 150
@@ -390,8 +391,8 @@ def draw_ipc(args: argparse.Namespace, fig) -> None:
     over seeds, where there are several. Without runs tagged as comparisons (ablation, family, search)."""
     curves = ipc_curves(read_results(args.folders[0]))
     if not curves:
-        fail(f"{args.folders[0]} holds no <run>/eval/<student>.json, but for comparisons (tags that begin with "
-             f"{', '.join(BASES)}) and other protocols; name runs/DATASET, or run train_eval.py")
+        fail(f"{args.folders[0]} holds no <run>/eval/<student>.json, but for comparisons (tags that begin "
+             f"with {', '.join(BASES)}) and other protocols; name runs/DATASET, or run train_eval.py")
     students, _, runs = (list(dict.fromkeys(names)) for names in zip(*curves))
     ipcs = sorted({int(ipc) for points in curves.values() for ipc in points[:, 0]})
     fig.set_size_inches(1 + 3.8 * len(students), 3.8 + 0.06 * len(curves))

@@ -34,8 +34,8 @@ def write_hub(run: Path, folder: Path) -> None:
     result, labelled = (without_places(load_json(path, AGAIN)) if path.exists() else {}
                         for path in (run / "result.json", run / "labels" / "result.json"))
     if labelled and labelled["made_from"]["images"] != result["image_set"]:
-        fail(f"{run}/labels was made for other images than {run}/images holds; run relabel.py --overwrite, or "
-             "remove it")
+        fail(f"{run}/labels was made for other images than {run}/images holds; run relabel.py --overwrite, "
+             "or remove it")
     labels, _, files = list_folder(run / "images", result["classes"])
     shutil.copytree(run / "images", folder / "images")
     shutil.copy(run / "grid.png", folder)

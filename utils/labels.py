@@ -13,7 +13,6 @@ mixup a share, of image p = partner[i] under crop[p] and flip[p]. utils/README.m
 """
 import argparse
 import json
-import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -34,56 +33,40 @@ DRAWN = {"crop": (np.int16, (4,)), "flip": (np.bool_, ()), "partner": (np.int32,
          "ratio": (np.float32, ())}                     # {name: (dtype, shape of a mixed sample's row)}
 
 
-class RowFile:
-    """An .npy file of this shape whose rows are written in any order, by any process; no row through a memory
-    map: its pages count as the process's own, and a full disk kills the process."""
-
-    def __init__(self, path, shape, dtype):
-        self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
-
-    def create(self) -> None:
-        """All zeros, which take no room on the disk."""
-        with whole_file(self.path) as temporary:
-            np.lib.format.open_memmap(temporary, "w+", self.dtype, self.shape)
-
-    def write(self, index: int, row: np.ndarray) -> None:
-        size = self.dtype.itemsize * math.prod(self.shape[1:])
-        with writable(self.path), open(self.path, "r+b") as file:
-            file.seek((index - self.shape[0]) * size, os.SEEK_END)   # rows end the file, behind a header
-            file.write(np.ascontiguousarray(row, self.dtype))
-
-    def sync(self) -> None:
-        """What is written stays after a power cut."""
-        with writable(self.path), open(self.path, "r+b") as file:
-            os.fsync(file.fileno())
-
-
 class LabelWriter:
-    """The label files of `epochs` epochs of `count` images, written epoch by epoch by any process.
-    One process calls `create`; then any writes epochs; one process moves the finished files."""
+    """The label files of `epochs` epochs of `count` images. One process calls `create`, then any writes any
+    epoch, and one moves the finished files. No row goes through a memory map: its pages count as the
+    process's own, and a full disk kills the process."""
 
     def __init__(self, folder, epochs, count, classes):
         kinds = {"logits": (np.float16, (classes,)), **DRAWN}
-        self.files = {key: RowFile(Path(folder, f"{key}.npy"), (epochs, count, *row), dtype)
+        self.files = {key: (Path(folder, f"{key}.npy"), np.dtype(dtype), (epochs, count, *row))
                       for key, (dtype, row) in kinds.items()}
 
     def create(self) -> None:
-        for file in self.files.values():
-            file.create()
+        """All zeros, which take no room on the disk."""
+        for path, dtype, shape in self.files.values():
+            with whole_file(path) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", dtype, shape)
 
     def write(self, epoch: int, logits: Tensor, draw: dict[str, Tensor]) -> None:
         """logits: [N, classes]; draw: from `draw_epoch`"""
-        for key, file in self.files.items():
-            file.write(epoch, (logits if key == "logits" else draw[key]).numpy())
+        for key, (path, dtype, shape) in self.files.items():
+            rows = np.ascontiguousarray((logits if key == "logits" else draw[key]).numpy(), dtype)
+            with writable(path), open(path, "r+b") as file:
+                file.seek((epoch - shape[0]) * rows.nbytes, os.SEEK_END)     # epochs end the file
+                file.write(rows)
 
     def sync(self) -> None:
-        for file in self.files.values():
-            file.sync()
+        """What is written stays after a power cut."""
+        for path, _, _ in self.files.values():
+            with writable(path), open(path, "r+b") as file:
+                os.fsync(file.fileno())
 
     def move(self, folder: Path) -> None:
-        for file in self.files.values():
+        for path, _, _ in self.files.values():
             with writable(folder), suppress(FileNotFoundError):      # moved already, before a kill
-                os.replace(file.path, Path(folder, file.path.name))
+                os.replace(path, Path(folder, path.name))
 
 
 def draw_labels(args: argparse.Namespace, size: int, count: int, epoch: int) -> dict[str, Tensor]:
@@ -94,9 +77,9 @@ def draw_labels(args: argparse.Namespace, size: int, count: int, epoch: int) -> 
 
 
 class OnlineLabels:
-    """Labels made while a student trains: what `draw`, of (count, epoch), draws for `count` images, and the
-    teachers' logits of the classes `seen`, by default all, by the norms of the student's batch (Eq. 8). Hard
-    labels have no teachers."""
+    """Labels made while a student trains.   draw(count, epoch): crops, flips and mixing of `count` images;
+    teachers: label each mixed batch, by its own norms (Eq. 8), none for hard labels; seen: the classes whose
+    logits are kept, by default all"""
 
     def __init__(self, draw, mix, count, teachers=(), logit_norm=True, seen=slice(None)):
         self.draw, self.mix, self.count, self.teachers, self.logit_norm, self.seen = (

@@ -185,17 +185,15 @@ class Probe(nn.Module):
         return self.features
 
 
-def check_linear(names: list[str]) -> None:
-    """Stop where a network has no nn.Linear, whose place MoCo's outputs and the probe take."""
-    for name in names:
+def check_objective(args: argparse.Namespace) -> None:
+    """Stop where squeeze.py cannot train MoCo or a probe by these arguments, whatever the data."""
+    for name in args.backbones:
         with torch.device("meta"):
             if not any(isinstance(layer, nn.Linear) for layer in build_model(name, 10, 224).modules()):
                 fail(f"--backbones {name}: MoCo and the probe replace its last linear layer, and it has "
                      "none; name others")
-
-
-def check_contrast(args: argparse.Namespace) -> None:
-    """Stop where squeeze.py cannot train MoCo by these arguments, whatever the data."""
+    if args.objective == "probe":
+        return
     if args.weights or args.pretrained:
         fail("--objective moco trains the weights; leave out --weights, add --no-pretrained, or use "
              "--objective probe")
@@ -209,8 +207,8 @@ def check_contrast(args: argparse.Namespace) -> None:
              "images; use a multiple of 8 from 16 on")
 
 
-def check_contrasted(split: Split, count: int, batch_size: int) -> None:
-    """The same for `count` of the training images."""
+def check_moco_data(split: Split, count: int, batch_size: int) -> None:
+    """Stop where MoCo cannot train on `count` images of a split: streamed ones, or fewer than a batch."""
     if split.streamed:
         fail(f"--objective moco is for images of at most 64 pixels, not {split.image_size}; use a smaller "
              "--image-size, or --objective probe --weights FILE with an encoder that was trained elsewhere")

@@ -271,7 +271,7 @@ def preset_values(preset: str, column: str, phase: str, ipc: int | None = None, 
     values, i = {}, COLUMNS.index(column)
     for wanted in "*", phase:
         for table in tables:
-            for (place, flag), row in by_phase(table).items():
+            for (place, flag), row in table.items():
                 value = row[i] if isinstance(row, tuple) else row
                 if place == wanted and value is not None:
                     values[flag] = value

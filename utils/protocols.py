@@ -30,7 +30,7 @@ def trainings(args: argparse.Namespace, train_data: dict) -> dict[str, tuple[int
     except ValueError as error:
         fail(f"--steps {args.steps}: {error}")
     pieces = {}
-    for seed in args.student_seeds:                                  # the last step, all classes, has no order
+    for seed in args.student_seeds:                                  # all classes have no order: once
         pieces |= {f"seed{seed}-order{i}-step{j}": (seed, step)
                    for i, order in enumerate(orders) for j, step in enumerate(order[:-1])}
         pieces[f"seed{seed}-all"] = seed, orders[0][-1]

@@ -32,13 +32,17 @@ def fingerprint(*parts) -> str:
 
 def image_set(folder: str | Path, files: list[str]) -> str:
     """Fingerprint of the images of a folder, by their names in it."""
-    folder = Path(folder).expanduser()
-    return fingerprint(*(part for name in sorted(files) for part in (name, folder / name)))
+    return fingerprint(*(part for name in sorted(files) for part in (name, Path(folder, name))))
 
 
 def fingerprints(records: dict[str, dict]) -> dict[str, dict[str, str]]:
     """Hashes of checkpoints of `load_teachers`, for `check_inputs`."""
     return {"weights": {name: record["fingerprint"] for name, record in records.items()}}
+
+
+def data_hash(data: dict, count: int) -> dict[str, str]:
+    """Of the training images, for `check_inputs`: what `describe` says of them, and how many they are."""
+    return {"data": fingerprint(json.dumps([data, count]))}
 
 
 def check_data(then: str | None, args: argparse.Namespace, path: Path) -> None:

@@ -23,7 +23,8 @@ class Recorder:
     """Images while they are optimised, and when they are done: for each pass `begin`, `step` after every
     iteration, `write`; at the end `finish`.   run: a `Run` at work, with a progress line"""
 
-    def __init__(self, run, folder, data, ipc, log=True):
+    def __init__(self, run, data, log=True):
+        folder, ipc = run.result.parent, run.args.ipc
         self.run, self.data, self.ipc, self.images = run, data, ipc, folder / "images"
         self.log = Log(folder, {"args": relevant(run.args)}) if log else None
         self.grid = Grid(folder / "grid.png", len(data["classes"]), ipc, data["image_size"])

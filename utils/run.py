@@ -1,11 +1,9 @@
-"""A phase's device, seeds and folders, its progress and its result."""
+"""A phase's start, seeds and folders, its progress and its result."""
 import argparse
-import ctypes
 import hashlib
 import json
 import os
 import platform
-import resource
 import shlex
 import shutil
 import signal
@@ -24,6 +22,7 @@ import torch.distributed as dist
 from utils import fail
 from utils.checkpoint import Checkpoint, load_finished
 from utils.cli import call, describe_choice, run_folder
+from utils.device import busy_cores, faster_in_bf16, hardware, peak_memory, pick_device
 from utils.files import load_json, save_json
 from utils.processes import print_rank0, rank, signals, stop, world_size
 from utils.provenance import AGAIN, ASSUMED, relevant
@@ -58,19 +57,6 @@ def begin(args: argparse.Namespace) -> tuple[torch.device, SimpleNamespace]:
     return device, run_paths(args)
 
 
-def busy_cores() -> str | None:
-    """A line for people where more threads are at work than there are cores, since threads that wait for each
-    other then cost more than they give; None with one thread, or where the system does not say."""
-    with suppress(OSError, AttributeError):                          # not Linux
-        load, _, _, running, _ = (Path("/proc") / "loadavg").read_text().split()
-        cores, running = len(os.sched_getaffinity(0)), int(running.partition("/")[0])
-        # the load average goes on counting the phase before
-        if torch.get_num_threads() > 1 and min(float(load) + 0.5, running) > cores:
-            return (f"note: {float(load):.0f} processes run on {cores} cores; OMP_NUM_THREADS=1 may be "
-                    "several times faster")
-    return None
-
-
 def script(main: Callable) -> None:
     """Run a phase; what the system refuses, such as a folder without permission, ends in one line of text."""
     try:
@@ -79,51 +65,6 @@ def script(main: Callable) -> None:
         fail(f"{error.filename or 'the output'}: {error.strerror or error}; make it usable or name another")
     except KeyboardInterrupt:                                        # before `begin`, with nothing to save
         raise SystemExit(128 + signal.SIGINT) from None
-
-
-def pick_device(name: str, precision: str = "tf32") -> torch.device:
-    """torch.device of --device; auto: cuda where there is one, else cpu. precision other than fp32: matrix
-    products and convolutions in float32 use TF32 (10 bits of mantissa) on a GPU"""
-    available = ["cuda"] * torch.cuda.is_available() + ["cpu"]
-    try:
-        device = torch.device(available[0] if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        device = None
-    if device is None or device.type not in available:
-        fail(f"--device {name} is not available; use auto or one of: {' '.join(available)}")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device
-
-
-def faster_in_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 saves time: the device multiplies it in hardware, and on a CPU a training step of a
-    convolution takes at most 0.8 of the time in float32. avx512_bf16 alone does not tell: of two processors
-    that have it, one took a third of the time and the other a third more. Rank 0 decides for all."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    units = (getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile"))
-    faster = torch.tensor(any(has() for has in units) and rank() == 0)
-    if faster:
-        seconds = [[conv_step_seconds(narrow) for narrow in (False, True)] for _ in range(5)]
-        full, narrow = map(min, zip(*seconds))
-        faster.fill_(narrow < 0.8 * full)
-    if world_size() > 1:
-        dist.broadcast(faster, 0)
-    return bool(faster)
-
-
-def conv_step_seconds(narrow: bool) -> float:
-    """Seconds of a 3x3 convolution forward and backward, in bfloat16 or float32; draws no random number."""
-    images = torch.ones(64, 64, 16, 16).to(memory_format=torch.channels_last)
-    weight = torch.ones(64, 64, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
-    started = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-        total = torch.nn.functional.conv2d(images, weight, padding=1).sum(dtype=torch.float32)
-    total.backward()
-    return time.perf_counter() - started
 
 
 def send(value, device: torch.device):
@@ -138,15 +79,6 @@ def send(value, device: torch.device):
     if device.type == "cuda" and not value.is_cuda:
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one: handing pages back and faulting them in again took
-    half of the CPU time of a training step."""
-    with suppress(AttributeError):                                   # not in every C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)                                         # M_MMAP_THRESHOLD, bytes
-        mallopt(-1, 1 << 30)                                         # M_TRIM_THRESHOLD
 
 
 def generator(*key: str | int) -> torch.Generator:
@@ -200,6 +132,10 @@ class Run:
         self._tell(stored)
         return True
 
+    def costs(self) -> dict[str, dict]:
+        """{backbone: seconds and peak_memory} in the result file, {} without one."""
+        return load_json(self.result, "remove it").get("costs", {}) if self.result.exists() else {}
+
     def work(self, data: dict | None = None, outputs: Iterable[Path] = (),
              extends: bool = False) -> Checkpoint:
         """The `Checkpoint` of this result.   data: more hashes that unfinished work is compared by"""
@@ -249,26 +185,6 @@ class Run:
         text = json.dumps({key: result[key] for key in keys if key in result})
         short = json.loads(text, parse_float=lambda number: round(float(number), 2))
         print_rank0("RESULT", json.dumps(short | {"file": str(self.result.absolute())}))
-
-
-def peak_memory() -> dict[str, int]:
-    """Of this process so far, in MiB."""
-    unit = 1 << 20 if sys.platform == "darwin" else 1024             # bytes there, KiB elsewhere
-    memory = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
-    if torch.cuda.is_available():
-        memory["cuda_mib"] = torch.cuda.max_memory_allocated() >> 20
-    return memory
-
-
-def hardware() -> str:
-    """Name of the GPU that was used, or of the CPU and the threads on it."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.get_device_name()
-    name, threads = platform.processor() or "CPU", torch.get_num_threads()
-    with suppress(OSError, StopIteration):
-        lines = (Path("/proc") / "cpuinfo").read_text().splitlines()
-        name = next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 class Progress:

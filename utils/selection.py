@@ -4,7 +4,6 @@ recover.py calls `real_images`. Those that choose look at the images of one clas
 and `drop_largest`; of equal images they take the first.
 """
 import argparse
-import json
 from types import SimpleNamespace
 
 import torch
@@ -15,7 +14,7 @@ from utils import fail
 from utils.augment import apply_resized_crop, draw_resized_crop, normalize
 from utils.data import Split
 from utils.presets import SELECTIONS, UNMATCHED
-from utils.provenance import fingerprint
+from utils.provenance import data_hash
 from utils.run import generator, send
 from utils.teachers import training_split
 
@@ -122,10 +121,10 @@ def real_images(args: argparse.Namespace, paths: SimpleNamespace, data: dict, mo
                 records: dict[str, dict], device: torch.device) -> "RealImages | SimpleNamespace":
     """`RealImages` for a method or an --init that takes some, else an object that starts from noise."""
     tiled = args.mosaic > 1 and args.method not in SELECTIONS
-    if (tiled or args.stay and args.method not in UNMATCHED) and args.init == "noise":
-        flag, other = ((f"--mosaic {args.mosaic}", "--mosaic 1") if tiled else
-                       (f"--stay {args.stay:g}", "--stay 0"))
-        fail(f"{flag} is of real images; name an --init for them, or {other}")
+    if tiled and args.init == "noise":
+        fail(f"--mosaic {args.mosaic} is of real images; name an --init for them, or --mosaic 1")
+    if args.stay and args.init == "noise" and args.method not in UNMATCHED:
+        fail(f"--stay {args.stay:g} is of real images; name an --init for them, or --stay 0")
     if tiled and data["image_size"] % args.mosaic:
         fail(f"--mosaic {args.mosaic}: use a divisor of the images' {data['image_size']} pixels")
     if args.method in UNMATCHED or args.init != "noise":
@@ -146,7 +145,7 @@ class RealImages:
         selects, tiles = args.method in SELECTIONS, args.mosaic ** 2
         kept = self.record.get("kept", torch.arange(len(self.split)))
         self.members = class_indices(self.split, kept, data["classes"], args.ipc, 1 if selects else tiles)
-        self.fingerprint = {"data": fingerprint(json.dumps([data, len(self.split)]))}
+        self.fingerprint = data_hash(data, len(self.split))
         self.chosen = self.select(args.method, args.ipc) if selects else []
         starts = not selects and args.init != "noise"
         self.starts = self.select_starts(args.init, args.ipc, tiles) if starts else {}

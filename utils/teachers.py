@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import build_model, check_name
+from models import build_model
 from utils import fail
 from utils.checkpoint import load_torch
 from utils.cli import call
@@ -31,11 +31,7 @@ def need_files(args: argparse.Namespace, folder: Path, suffix: str, script: str)
     missing = [name for name in args.backbones if not (folder / f"{name}{suffix}").exists()]
     if not missing:
         return command
-    for name in missing:
-        try:
-            check_name(name.partition("@")[0])
-        except ValueError as error:
-            fail(f"--backbones {name}: {error}")
+    check_models("--backbones", [name.partition("@")[0] for name in missing])
     names, more = missing, ""
     if script == "squeeze.py" and "@" in "".join(missing):
         names = dict.fromkeys(name.partition("@")[0] for name in missing)
@@ -67,7 +63,7 @@ def load_teachers(args: argparse.Namespace, folder: Path,
         models[name] = with_precision(model.eval().requires_grad_(False).to(device), device, args.precision)
         records[name] = record | {"fingerprint": fingerprint(path)}
         first = records[args.backbones[0]]
-        check_alike(data, first["data"], path, f"{args.backbones[0]}.pt")
+        check_same_data(data, first["data"], path, f"{args.backbones[0]}.pt")
         if not torch.equal(*(one.get("kept", torch.empty(0)) for one in (record, first))):
             fail(f"{path} and {args.backbones[0]}.pt were trained on other images (--prune-ratio); train "
                  "them again alike, or name those that were")
@@ -89,8 +85,8 @@ def training_split(args: argparse.Namespace, folder: Path, data: dict, records: 
     return split
 
 
-def check_alike(data: dict, other: dict, path: Path, where: str) -> None:
-    """Stop unless a teacher's data, as of `describe`, are those of another teacher or of the labels."""
+def check_same_data(data: dict, other: dict, path: Path, where: str) -> None:
+    """Stop unless two descriptions of the data (`describe`) agree: a teacher's and another's or the labels'."""
     if key := next((key for key in other if data.get(key) != other[key]), None):
         fail(f"{path} and {where} differ in {key}; train again with squeeze.py --overwrite")
 
@@ -197,11 +193,6 @@ def warn_of_unmatched(models: dict[str, nn.Module], bn_weight: float, conv_weigh
     for name, model in models.items():
         if bn_weight and not any(layer_weights(model, bn_weight, conv_weight, 1).values()):
             warn(f"{name} has no BatchNorm, and --conv-weight is 0: its statistics are not matched")
-
-
-def costs(path: Path) -> dict[str, dict]:
-    """{backbone: seconds and peak_memory} of the result of squeeze.py or collect_stats.py, {} without one."""
-    return load_json(path, "remove it").get("costs", {}) if path.exists() else {}
 
 
 def first_bn_variance(name: str, weights: dict[str, Tensor]) -> float | None:

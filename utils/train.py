@@ -30,9 +30,11 @@ def fit(trained: tuple, draw_batches: Callable, train_epoch: Callable, *, epochs
     remedy        printed where a loss or a weight is not finite, which ends the phase
     """
     model, _, schedule, *_ = trained
-    first, done = (resume["epoch"], resume["done"]) if resume else (0, 0)        # epoch, its steps done
-    for part, state_dict in zip(trained, resume["trained"] if resume else ()):
-        part.load_state_dict(state_dict)
+    first = done = 0                                     # epoch to go on in, its steps done
+    if resume:
+        first, done = resume["epoch"], resume["done"]
+        for part, state_dict in zip(trained, resume["trained"]):
+            part.load_state_dict(state_dict)
     nonfinite, progress = NonFinite(["loss"], next(model.parameters()).device), None
 
     def state():
@@ -154,10 +156,12 @@ def learning_rates(optimizer: torch.optim.Optimizer, schedule: str, epochs: floa
                    step_epochs: int = 30, step_factor: float = 0.1) -> lr_scheduler.LRScheduler:
     """The schedule per epoch: constant, cosine to 0, or step (times step_factor after every step_epochs),
     after warmup_epochs in which the rate rises from a hundredth."""
-    rest = epochs - warmup_epochs
-    rates = (lr_scheduler.CosineAnnealingLR(optimizer, rest) if schedule == "cosine" else
-             lr_scheduler.StepLR(optimizer, step_epochs, step_factor) if schedule == "step" else
-             lr_scheduler.ConstantLR(optimizer, 1))
+    if schedule == "cosine":
+        rates = lr_scheduler.CosineAnnealingLR(optimizer, epochs - warmup_epochs)
+    elif schedule == "step":
+        rates = lr_scheduler.StepLR(optimizer, step_epochs, step_factor)
+    else:
+        rates = lr_scheduler.ConstantLR(optimizer, 1)
     if not warmup_epochs:
         return rates
     warmup = lr_scheduler.LinearLR(optimizer, 0.01, total_iters=warmup_epochs)
@@ -174,13 +178,13 @@ def split_accuracy(model: nn.Module, split, mean_std: Tensor,
     for images, labels in split.batches(shard(torch.arange(len(split)).split(500)) if jointly else 500):
         logits = model(normalize(send(images, mean_std.device), *mean_std))
         labels = labels.to(logits.device)
-        for row, images_counted in zip(counts, (logits.argmax(1) == labels, torch.ones_like(labels))):
-            row.index_add_(0, labels, images_counted.long())         # without a word to the host
-    counts = counts.cpu()
+        counts[0].index_add_(0, labels, (logits.argmax(1) == labels).long())
+        counts[1].index_add_(0, labels, torch.ones_like(labels, dtype=torch.long))
+    counts = counts.cpu()                                            # only here does the host wait for a GPU
     if jointly and world_size() > 1:
         dist.all_reduce(counts)
-    right, total = counts.sum(1).tolist()
-    return 100 * right / total, [round(100 * hits / count, 2) if count else None
+    correct, total = counts.sum(1).tolist()
+    return 100 * correct / total, [round(100 * hits / count, 2) if count else None
                                  for hits, count in counts.T.tolist()]
 
 
@@ -266,8 +270,9 @@ class NonFinite:
     def first(self) -> tuple[int, str] | None:
         """-> (step, names), or None"""
         steps = self.steps.tolist()
-        return None if min(steps) == sys.maxsize else (
-            min(steps), " and ".join(name for name, step in zip(self.names, steps) if step == min(steps)))
+        if min(steps) == sys.maxsize:
+            return None
+        return min(steps), " and ".join(name for name, step in zip(self.names, steps) if step == min(steps))
 
 
 def check_finite(nonfinite: NonFinite, model: nn.Module, name: str, remedy: str) -> None:

@@ -154,11 +154,11 @@ def draw_epoch(n: int, size: int, batch_size: int, mix: str, generator: torch.Ge
 
 
 def apply_epoch(images: Tensor, draw: dict[str, Tensor], index: Tensor, mix: str,
-                units: Tensor | None = None) -> Tensor:
+                mean_std: Tensor | None = None) -> Tensor:
     """The mixed samples `index` [B] of a draw of `draw_epoch` for all images [N, C, S, S], normalised floats,
-    or uint8 with units (mean, std).   -> [B, C, S, S].  A sample is bit for bit the same in any batch."""
+    or uint8 with mean_std [2, 3].   -> [B, C, S, S].  A sample is bit for bit the same in any batch."""
     def augmented(chosen):
-        view = images[chosen] if units is None else normalize(images[chosen], *units)
+        view = images[chosen] if mean_std is None else normalize(images[chosen], *mean_std)
         return apply_flip(apply_resized_crop(view, draw["crop"][chosen]), draw["flip"][chosen])
 
     base = augmented(index)

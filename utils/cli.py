@@ -180,7 +180,8 @@ def describe_choice(args: argparse.Namespace) -> str:
 
 
 TRAINING = "epochs batch-size lr momentum weight-decay schedule warmup-epochs"
-# phase: (flags, another flag, its values that let them act: [] any but 0 and none, [None] none)
+# {phase: [(flags, another flag, values)]}: the flags act only while the other has one of these values, [] any
+# but 0 and none, [None] none
 NEEDS = {
     "squeeze": [
         ("crop", "objective", ["supervised"]), ("queue", "objective", ["moco"]),

@@ -91,8 +91,8 @@ def load_tensors(files: list[Path], index: int = -1) -> dict:
     return found | dict(images=images, labels=labels.long())
 
 
-def check_classes(labels: torch.Tensor, names: list[str] | None, where: Path) -> list[str]:
-    """Names of the classes, numbers if names is None. Every class has images, and there are no others."""
+def class_names(labels: torch.Tensor, names: list[str] | None, where: Path) -> list[str]:
+    """Names of the classes, numbers if names is None. Stops unless each, and no other, has images."""
     there = labels.unique().tolist()
     count = len(names) if names else there[-1] + 1
     if odd := sorted(set(there) ^ set(range(min(count, len(there) + 1)))):
@@ -202,7 +202,7 @@ def to_folder(args: argparse.Namespace, sources: list[Path], out: Path) -> None:
     names = describe(args.dataset, args.data_dir)["classes"] if args.dataset else known.get("classes")
     names = ([name.decode() if isinstance(name, bytes) else str(name) for name in names]
              if np.ndim(names) else None)                            # others may count them
-    classes = check_classes(known["labels"], names, sources[-1])
+    classes = class_names(known["labels"], names, sources[-1])
     pixels, moved = known["images"], "the pixels are bytes already"
     if pixels.dtype != torch.uint8:
         pixels, moved = to_pixels(pixels, mean_std(args, known))

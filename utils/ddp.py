@@ -78,5 +78,6 @@ def gathered(mine: Tensor, count: int) -> Tensor:
 
 
 def share_weight(mine: int, whole: int) -> float:
-    """Weight of the mean loss over `mine` images of a batch of `whole`: the mean over processes is its."""
+    """Factor for the mean loss over this process's `mine` of a batch's `whole` images, so that the average
+    over processes is the mean over the batch."""
     return mine * world_size() / whole if whole >= world_size() else 1.0

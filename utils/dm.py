@@ -107,7 +107,7 @@ def run_dm(recorder: Recorder, real: RealImages, by_class: list[list[tuple]], im
     that none is lost for ever; in between only kept ones are drawn."""
     if recorder.load_existing(by_class):                             # written before a kill
         return
-    units, size, device = (recorder.data["mean"], recorder.data["std"]), images.shape[-1], images.device
+    mean_std, size, device = (recorder.data["mean"], recorder.data["std"]), images.shape[-1], images.device
     members, split = real.members, real.split.to(device)
     recorder.run.start(iterations, "iterations")
     pixels = images.detach().requires_grad_()                        # the same memory
@@ -130,7 +130,7 @@ def run_dm(recorder: Recorder, real: RealImages, by_class: list[list[tuple]], im
                 return model(apply_siamese(images, view))
 
             with torch.no_grad():
-                features = embed(normalize(split.read(index).to(device), *units))
+                features = embed(normalize(split.read(index).to(device), *mean_std))
             if renewing:
                 kept = prune(pruning, label, index, ite_norms(embed, synthetic, features), ratio)
                 features = features[kept.to(device)]

@@ -14,8 +14,8 @@ SATURATING_PIXELS = 1 << 22      # in a pass that leaves no GPU idle: 81 batches
 
 def make_passes(checkpoint: Checkpoint, asked: int | str, kinds: list[tuple], gradient: Callable,
                 match: Callable, image_size: int, device: torch.device) -> list[list[int]]:
-    """Numbers of the batches that share a pass: neighbours of one size and slot, as a pass has one draw of
-    backbones; saved with the unfinished work, so that every process and every restart has the same.
+    """Which batches share a pass, as lists of their numbers: neighbours of one size and slot, as a pass has
+    one draw of backbones. Saved with the unfinished work: every process and every restart has the same.
     asked: how many, or auto: as many as fill a GPU; kinds: (number of images, slot) of each batch;
     gradient: `recover.matching_gradient`; match: function(labels [1, B]) -> matchers"""
     if rank() == 0 and (checkpoint.read("passes") or {}).get("asked") != asked:

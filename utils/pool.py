@@ -16,7 +16,7 @@ from utils.provenance import AGAIN
 from utils.run import generator
 from utils.train import Training
 
-SHARE, LAST_EPOCHS = 0.66, 2    # parameters that a pruned teacher keeps; most epochs of its fine-tuning
+KEPT_PARAMETERS, MOST_EPOCHS = 0.66, 2     # of a pruned teacher: their share; of its fine-tuning
 
 
 def saved_epochs(text: str) -> range:
@@ -40,15 +40,15 @@ def prune_teacher(name: str, model: nn.Module, folder: Path, seed: int) -> dict[
         model.load_state_dict(load_torch(path, AGAIN, ["weights"])["weights"])
     except RuntimeError as error:
         fail(f"{path} does not hold weights of {path.stem} ({reason(error)}); {AGAIN}")
-    chosen = random_channels(model, SHARE, generator("pruned", seed, name))
+    chosen = random_channels(model, KEPT_PARAMETERS, generator("pruned", seed, name))
     shrink(model, chosen)
     return {layer: len(index) for layer, index in chosen.items()}
 
 
 def fine_tuning(name: str, count: int, **more) -> Training:
-    """How one of `count` pruned teachers is trained: from 0 to LAST_EPOCHS epochs, never fewer than the one
+    """How one of `count` pruned teachers is trained: from 0 to MOST_EPOCHS epochs, never fewer than the one
     before, at a rate of 0.1 that falls to 0.001."""
-    epochs = (int(name.partition("@pruned")[2]) - 1) * (LAST_EPOCHS + 1) // count
+    epochs = (int(name.partition("@pruned")[2]) - 1) * (MOST_EPOCHS + 1) // count
     return Training("squeeze", epochs, 32, 0.1, 1e-4, schedule="step", step_epochs=1,
                     step_factor=0.01 ** (1 / max(1, epochs - 1)), remedy="leave out --pruned", **more)
 

@@ -61,8 +61,9 @@ def relevant(args: argparse.Namespace) -> dict:
 
 def check_same(stored: dict, settings: dict, path: Path, begun=(), typed=()) -> None:
     """Stop when the result or the unfinished work at `path` has other settings.
-    stored, settings: {argument: value}; begun, typed: words of the command that began unfinished work, and of
-    this one, () for a result.  A folder may have moved: `cli.check_data_set` compares what it holds"""
+    stored, settings: {argument: value}; begun, typed: the command that began unfinished work and this one, as
+    words, () for a result. Folders are compared by name, since they may have moved; `cli.check_data_set`
+    compares what they hold"""
     stored = ASSUMED | stored
     changed = [key for key in settings if key in stored and stored[key] != settings[key] and not (
         key == "image_size" and None in (stored[key], settings[key]) or        # None: found out

@@ -122,7 +122,8 @@ class Run:
         return stored is not None and self._repeat(stored)
 
     def unchanged(self, settings: dict, **metrics) -> bool:
-        """`finished` for a summary of several files, which is written again if settings or metrics differ."""
+        """Whether the summary of several files has these settings and metrics; if so, repeats its RESULT line,
+        else the caller writes it again."""
         stored = load_json(self.result, AGAIN) if self.result.exists() else {"args": {}}
         return (settings.items() <= (ASSUMED | stored["args"]).items() and metrics.items() <= stored.items()
                 and self._repeat(stored))

@@ -291,24 +291,40 @@ def test_the_loss_falls_below_that_of_the_real_images_and_writes_a_grid(project)
     assert (project.run("dm-ipc2-lr1") / "grid.png").exists()
 
 
-def test_the_images_of_one_step_are_the_real_ones_less_the_gradient(project, monkeypatch):
+def test_the_images_of_two_steps_are_the_real_ones_less_the_gradients_with_momentum(project, monkeypatch):
     """Written down again: class by class, through autograd, from the same draws."""
     seen, make = [], dm.random_embedding
-    monkeypatch.setattr(dm, "random_embedding", lambda *args: seen.append(make(*args)) or seen[-1])
-    project.call("recover", DM, "--iterations 1 --lr 3 --adaptive-ratio 0 --batch-size 100")
+    monkeypatch.setattr(dm, "random_embedding",
+                        lambda *args: seen.append((args[2], make(*args))) or seen[-1][1])
+    project.call("recover", DM, "--iterations 2 --lr 3 --adaptive-ratio 0 --batch-size 8 --seed 4")
+    assert [key for key, _ in seen] == [("dm network", 4, 0), ("dm network", 4, 1)]
     data = describe(str(project.dataset), None)
     mean, std = (torch.tensor(data[key])[:, None, None] for key in ("mean", "std"))
     train = load_split(str(project.dataset), None, "train")
     for label in range(4):
-        draw = generator("dm", 0, 0, label)
-        view = draw_siamese(16, draw)
-        real = (train.images[train.labels == label] / 255 - mean) / std
-        synthetic = real[torch.randperm(12, generator=generator("init", 0, label))[:2]].requires_grad_()
-        loss = dm_loss(seen[0](apply_siamese(real, view)), seen[0](apply_siamese(synthetic, view)))
-        loss.backward()
-        expected = ((synthetic - 3 * synthetic.grad) * std + mean).clamp(0, 1).detach() * 255
+        real, moving = (train.images[train.labels == label] / 255 - mean) / std, 0
+        synthetic = real[torch.randperm(12, generator=generator("init", 4, label))[:2]]
+        for t, (_, embed) in enumerate(seen):
+            draw = generator("dm", 4, t, label)
+            view, synthetic = draw_siamese(16, draw), synthetic.detach().requires_grad_()
+            some = real[torch.randperm(12, generator=draw)[:8]]
+            loss = dm_loss(embed(apply_siamese(some, view)), embed(apply_siamese(synthetic, view)))
+            slope, = torch.autograd.grad(loss, synthetic)
+            moving = 0.5 * moving + slope
+            synthetic = synthetic - 3 * moving
+            assert slope.abs().max() > 0.01
+        expected = (synthetic.detach() * std + mean).clamp(0, 1) * 255
         found = torch.tensor(project.images("dm-ipc2")[2 * label:2 * label + 2]).permute(0, 3, 1, 2)
-        assert (found - expected).abs().max() < 0.51 and synthetic.grad.abs().max() > 0.01
+        assert (found - expected).abs().max() < 0.51
+
+
+def test_an_iteration_that_prunes_matches_only_what_it_keeps(project, monkeypatch):
+    counts, loss = [], dm.dm_loss
+    monkeypatch.setattr(dm, "prune", lambda state, label, index, *_: torch.arange(len(index)) < 3)
+    monkeypatch.setattr(dm, "dm_loss",
+                        lambda real, synthetic: counts.append(len(real)) or loss(real, synthetic))
+    project.call("recover", DM, "--iterations 1 --adaptive-ratio 0.3 --batch-size 8")
+    assert counts == [3] * 4
 
 
 def test_networks_are_fresh_in_every_iteration_and_leave_torchs_generator_alone():

@@ -456,7 +456,6 @@ def test_class_statistics_that_nobody_collected_are_missed(project):
 
 # BiLP
 
-@pytest.mark.slow
 def test_scores_are_smoothed_losses_of_a_small_convnet_averaged_over_trainings(bare, monkeypatch):
     bare.call("squeeze", "--backbones convnet_w8 --prune-ratio 0.25 --score-trials 2 --score-epochs 3 "
               "--score-batch-size 20 --score-lr 0.01")

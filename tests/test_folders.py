@@ -252,14 +252,6 @@ def test_folders_of_images_sort_as_classes_do_and_older_escapes_are_understood(t
     assert class_numbers(["a%3Ab", "a1", "c"], ["a1", "a:b", "c"], tmp_path) == [1, 0, 2]
 
 
-@pytest.mark.parametrize("found", [["0", "1", "10", *"23456789"],
-                                   ["00000", "00001", "00010", *(f"0000{i}" for i in range(2, 10))]])
-def test_folders_that_are_numbers_are_classes_by_number(found, capsys):
-    classes = [f"class{letter}" for letter in "abcdefghijk"]
-    assert class_numbers(found, classes, "there") == [0, 1, 10, *range(2, 10)]
-    assert f"folder {found[-1]} holds class classj" in capsys.readouterr().out
-
-
 def test_images_are_as_many_as_ipc_says(capsys):
     check_count(torch.tensor([0, 0, 1]), 2, "there")
     assert capsys.readouterr().err == "warning: --images there has 1 to 2 images a class\n"

@@ -73,14 +73,18 @@ def test_a_distilled_dataset_gives_what_train_eval_trains_on_to_the_bit(mix, siz
 
 def test_train_eval_trains_on_the_samples_of_a_distilled_dataset(labelled, monkeypatch, tmp_path):
     shutil.copytree(labelled.root / "runs", tmp_path / "runs")
-    seen, loss = [], train_eval.student_loss
+    seen, learned, loss = [], [], train_eval.student_loss
     monkeypatch.setattr(train_eval, "apply_epoch", lambda *args: seen.append(apply_epoch(*args)) or seen[-1])
+    monkeypatch.setattr(train_eval, "student_loss",
+                        lambda *args, **how: learned.append(args[1:3]) or loss(*args, **how))
     labelled.call("train_eval", "--run-dir", tmp_path / "runs", "--overwrite")
     assert len(seen) == 3                                            # a batch of all images in each epoch
-    for epoch, mixed in enumerate(seen):
-        samples = [image for image, *_ in map(DistilledDataset(labelled.run(), epoch).__getitem__, range(8))]
-        order = [next(i for i, one in enumerate(samples) if torch.equal(one, image)) for image in mixed]
+    for epoch, (mixed, (y, soft)) in enumerate(zip(seen, learned, strict=True)):
+        samples = list(map(DistilledDataset(labelled.run(), epoch).__getitem__, range(8)))
+        order = [next(i for i, (one, *_) in enumerate(samples) if torch.equal(one, image)) for image in mixed]
         assert sorted(order) == list(range(8))
+        assert torch.equal(soft, torch.stack([samples[i][1] for i in order]))
+        assert y.tolist() == [samples[i][2] for i in order]
 
 
 def test_a_distilled_dataset_counts_from_the_end_and_ends(labelled):

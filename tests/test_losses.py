@@ -93,10 +93,11 @@ def test_at_norm_0_value_and_gradient_of_sds_match_are_0():
 # Eqs. 4 and 5: densification
 
 def pooled_loop(images):
-    """Eq. 4, one window after the other."""
-    H, W = images.shape[2:]
-    h, w = max(H // 32, 1), max(W // 32, 1)
-    windows = [images[:, :, i:i + h, j:j + w].mean((2, 3)) for i in range(0, H, h) for j in range(0, W, w)]
+    """Eq. 4, one window after the other: of n along H, window i has the rows from i H / n, rounded down, to
+    (i + 1) H / n, rounded up."""
+    rows, columns = ([slice(i * side // n, -(-(i + 1) * side // n)) for i in range(n)]
+                     for side in images.shape[2:] for n in [min(side, 32)])
+    windows = [images[:, :, row, column].mean((2, 3)) for row in rows for column in columns]
     return torch.stack(windows, dim=2).flatten(1)
 
 
@@ -127,7 +128,7 @@ def both_densifications(images, labels, tau=4.0, scale="sum"):
             gradient(lambda x: densification_closed_form(x, members, tau, scale), images))
 
 
-@pytest.mark.parametrize("size", (8, 32, 64, 224))
+@pytest.mark.parametrize("size", (8, 32, 48, 64, 72, 224))
 def test_eq_4_averages_down_to_32_pixels_and_keeps_smaller_images(size):
     images = randn(2, 3, size, size)
     assert_near(pooled_rows(images), pooled_loop(images), 1e-13)

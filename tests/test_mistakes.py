@@ -147,12 +147,7 @@ def test_images_made_of_data_that_has_changed(phase, flags, bare):
 # Flags
 
 IMPOSSIBLE = {
-    PHASES: ["--ipc 0", "--ipc -1", "--ipc 1.5", "--ipc ten", "--tag ../x", "--tag a/b", "--tag ..",
-             "--teachers a/b",
-             "--method sre3l", "--preset good", "--seed -1", "--workers -1", "--image-size 4",
-             "--device nonsense",
-             "--ipc 10000000", "--image-size 100000", "--dataset nonsense", "--precision fp8",
-             "--checkpoint-minutes -1", "--checkpoint-minutes soon", "--nonsense 1"],
+    PHASES: ["--ipc 0", "--nonsense 1"],
     ("squeeze",): ["--backbones resnet81", "--backbones convnet_w8 wrn10_1 convnet_w8", "--epochs 0",
                    "--epochs 1.5", "--batch-size 0", "--lr -1", "--lr nan",
                    "--lr inf", "--lr fast", "--momentum 1.5", "--weight-decay -1", "--schedule linear",
@@ -160,7 +155,12 @@ IMPOSSIBLE = {
                    "--crop padx", "--crop pad²", "--crop pad1000", "--crop random",
                    "--backbones convnet_w10000", "--weight-decay 1e39"],
     ("collect_stats",): ["--batch-size 1", "--patch 0", "--patch 2.5", "--crop pad-4"],
-    ("recover",): ["--alpha 1.1", "--alpha -0.1", "--alpha nan", "--drop-rate 1.1", "--drop-rate some",
+    ("recover",): ["--ipc -1", "--ipc 1.5", "--ipc ten", "--tag ../x", "--tag a/b", "--tag ..",
+                   "--teachers a/b", "--method sre3l", "--preset good", "--seed -1", "--workers -1",
+                   "--image-size 4", "--device nonsense", "--ipc 10000000", "--image-size 100000",
+                   "--dataset nonsense", "--precision fp8", "--checkpoint-minutes -1",
+                   "--checkpoint-minutes soon",                      # which all phases have
+                   "--alpha 1.1", "--alpha -0.1", "--alpha nan", "--drop-rate 1.1", "--drop-rate some",
                    "--bn-weight -1", "--conv-weight -1", "--dd-weight inf", "--dd-scale max",
                    "--loop fast", "--choice last", "--roll -1", "--roll 1.5", "--iterations 0",
                    "--batch-size 0",

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.helpers import assert_near, counted_reductions, faked_graphs, saved_bytes
-import recover
 from models import build_model
 from recover import draw_iterations, make_batches, matching_gradient, noise, recover_batch
 from utils import passes
@@ -21,7 +20,7 @@ from utils.augment import apply_view, draw_epoch, draw_view
 from utils.closed_form import ClosedFormMatching, conv_stats, freeze
 from utils.losses import data_densification, pooled_rows
 from utils.run import generator
-from utils.stats import Matching, layer_inputs, layer_weights, matched_layers, statistics_of
+from utils.stats import Matching, layer_inputs, layer_weights, matched_layers
 
 SMALL = ("resnet18", "convnet_w128", "mobilenetv2_05", "wrn16_2", "shufflenetv2_05")
 FORMS = Matching, ClosedFormMatching

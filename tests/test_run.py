@@ -434,3 +434,19 @@ def test_a_phase_starts_without_torchvision_which_is_as_slow_to_import_as_torch(
     phases = "squeeze, collect_stats, recover, relabel, train_eval"
     code = f"import sys, {phases}; print('torchvision' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"
+
+
+def test_every_epoch_trains_in_train_mode_whatever_was_tested_in_between():
+    model, modes = torch.nn.Linear(1, 1), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def train_epoch(epoch, batches, rng):
+        modes.append(model.training)
+        optimizer.step()
+        yield torch.zeros(())
+
+    draws = train.shuffled(torch.arange(4), 4, lambda epoch: run.generator("x"))
+    schedule = train.learning_rates(optimizer, "constant", 3)
+    for _ in train.fit((model, optimizer, schedule), draws, train_epoch, epochs=3, name="x"):
+        model.eval()
+    assert modes == [True] * 3

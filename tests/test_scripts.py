@@ -20,13 +20,16 @@ import recover
 import relabel
 import squeeze
 import train_eval
+import utils.dm
+import utils.labels
+import utils.selection
 from models import build_model
 from tests.helpers import assert_near, faked_graphs
 from utils import recorder
 from utils import train
-from utils.augment import apply_epoch, draw_epoch, normalize, to_uint8
+from utils.augment import apply_epoch, apply_view, draw_epoch, draw_view, normalize, to_uint8
 from utils.closed_form import ClosedFormMatching
-from utils.data import Split
+from utils.data import Split, load_split
 from utils.labels import LabelWriter, draw_labels
 from utils.run import generator
 from utils.stats import Matching
@@ -580,13 +583,27 @@ def test_other_teachers_and_other_patches_are_what_the_images_match(project, pas
     assert upstream["collect_stats"]["wrn10_1"]["patch"] == 2
 
 
-def test_adam_takes_steps_of_the_learning_rate_that_falls_along_a_cosine(project, passes):
-    project.call("recover", "--iterations 4 --batch-size 8 --backbones convnet_w8 --crop none --drop-rate 0",
-                 "--dd-weight 0 --conv-weight 1e4")
-    pixels = torch.stack([step.pixels for step in passes[0][1]])
-    moves = (pixels[1:] - pixels[:-1]).abs().flatten(1)
-    assert moves[0].median() == pytest.approx(0.05, rel=1e-3)                            # lr * g / |g|
-    assert (moves.quantile(0.9, dim=1) <= 1.5 * 0.05 * torch.tensor([1, 0.8536, 0.5])).all()
+def test_recover_hands_every_flag_to_its_loop(project, monkeypatch):
+    told, batches = {}, []
+
+    def noting(name):
+        function = getattr(recover, name)
+
+        def noted(*args, **how):
+            batches.extend([how["batches"]] if "batches" in how else [])
+            told.update(how)
+            return function(*args, **how)
+        monkeypatch.setattr(recover, name, noted)
+
+    for name in "make_matchers", "draw_iterations", "recover_batch":
+        noting(name)
+    flags = {"alpha": 0.3, "bn_weight": 0.2, "conv_weight": 0.3, "first_multiplier": 2.0, "drop_rate": 0.7,
+             "choice": "cycle", "subset": 1, "crop": "pad2", "roll": 3, "lr": 0.02, "weight_decay": 0.1,
+             "dd_weight": 3.0, "dd_scale": "mean", "dd_on": "view", "seed": 4}
+    words = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in flags.items())
+    project.call("recover", words, "--flip --unit-gradients --iterations 2")
+    assert {flag: told[flag] for flag in flags} == flags and told["flip"] is told["unit_gradients"] is True
+    assert [list(numbers) for numbers in batches] == [[0], [1]]
 
 
 # recover --method random
@@ -713,8 +730,37 @@ def test_statistics_are_measured_in_float32_whatever_the_networks_precision(proj
         project.call("collect_stats", f"--overwrite --precision bf16 --crop {crop}")
         assert made(project, "collect_stats") != first
     assert {call[0].dtype for call in measured} == {torch.float32}
+    project.call("collect_stats", "--overwrite --crop none")
+    assert made(project, "collect_stats") != first
     project.call("collect_stats", "--overwrite")
     assert made(project, "collect_stats") == first
+
+
+# squeeze
+
+def test_a_backbone_is_what_sgd_on_crops_and_flips_gives(project):
+    """Written down again: step by step, from the same draws."""
+    project.call("squeeze", "--backbones convnet_w8 --epochs 3 --batch-size 20 --lr 0.02 --momentum 0.8",
+                 "--weight-decay 0.05 --schedule cosine --warmup-epochs 1 --crop pad2 --teachers slow --seed 3")
+    stored = checkpoint(project.results / "teachers/slow/convnet_w8.pt")
+    split = load_split(str(project.dataset), None, "train")
+    torch.manual_seed(generator("weights", 3, "convnet_w8").initial_seed())
+    model = build_model("convnet_w8", 4, 16)
+    moving = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    for epoch, rate in enumerate((0.0002, 0.02, 0.01)):
+        rng = generator("squeeze", 3, epoch)
+        for batch in torch.randperm(48, generator=rng).split(20):
+            view = draw_view(len(batch), 16, "pad2", True, 0, rng)
+            images = apply_view(split.images[batch].float(), view)
+            logits = model(normalize(images, stored["data"]["mean"], stored["data"]["std"]))
+            loss = nn.functional.cross_entropy(logits, split.labels[batch])
+            slopes = torch.autograd.grad(loss, list(model.parameters()))
+            with torch.no_grad():
+                for weight, slope, past in zip(model.parameters(), slopes, moving):
+                    past.mul_(0.8).add_(slope + 0.05 * weight)
+                    weight -= rate * past
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(stored["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
 # relabel
@@ -1165,13 +1211,47 @@ def test_the_crops_of_streamed_images_are_of_seed_and_epoch(bare, monkeypatch):
         return batches(split, index, crop_seed)
 
     monkeypatch.setattr(Split, "batches", watched)
+    flags = "--backbones convnet_w8 --crop resized --overwrite --seed"
     for seed in 0, 1:
-        bare.call("squeeze", "--backbones convnet_w8 --epochs 2 --overwrite --seed", seed)
-    drawn = [seed for seed in seeds if seed is not None]
-    assert len(set(drawn)) == 4 and drawn[0] in (0, 1)
+        bare.call("squeeze", "--epochs 2 --image-size 72", flags, seed)
+        bare.call("collect_stats", flags, seed)
+    assert [seed for seed in seeds if seed is not None] == [0, 1, 0, 10 ** 6, 10 ** 6 + 1, 1]
+
+
+@pytest.mark.parametrize("phase, flags", [
+    ("squeeze", ""), ("collect_stats", ""), ("recover", "--subset 1 --init real"),
+    ("recover", "--method random"), ("recover", "--method dm --iterations 1"), ("relabel", ""),
+    ("train_eval", "--labels hard")])
+def test_every_generator_of_a_phase_has_its_seed_in_its_key(phase, flags, relabelled, monkeypatch):
+    drawn = {}
+    for seed in 5, 6:
+        keys = drawn[seed] = set()
+        for module in squeeze, collect_stats, recover, train_eval, utils.labels, utils.dm, utils.selection:
+            monkeypatch.setattr(module, "generator", lambda *key: keys.add(key) or generator(*key))
+        both = f"--seed {seed}" + f" --student-seeds {seed}" * (phase == "train_eval")
+        relabelled.call(phase, flags, both, "--overwrite")
+    assert drawn[5] and not drawn[5] & drawn[6]
 
 
 def test_label_epochs_are_of_stored_labels_alone(recovered):
     results = [recovered.call("train_eval", "--labels hard --epochs 3 --overwrite", flags)["top1_by_epoch"]
                for flags in ("", "--label-epochs 1")]
     assert results[0] == results[1]
+
+
+def test_a_hard_label_is_of_the_image_and_its_partner_by_their_shares(relabelled, record):
+    seen, losses = record(train_eval, "apply_epoch"), record(train_eval, "hard_loss")
+    relabelled.call("train_eval", "--labels hard --batch-size 3 --whole-up-to 0")
+    for (_, drawn, batch, *_), (_, y, partner_y, ratio, _) in zip(seen, losses, strict=True):
+        assert y.tolist() == (batch // 2).tolist() and torch.equal(ratio, drawn["ratio"][batch])
+        assert partner_y.tolist() == (drawn["partner"][batch] // 2).tolist()
+    assert any((y != partner_y).any() for _, y, partner_y, *_ in losses)
+
+
+@pytest.mark.parametrize("norm", ["--logit-norm", "--no-logit-norm"])
+def test_online_labels_are_the_stored_ones(norm, recovered, record):
+    recovered.call("relabel", norm)
+    loss = record(train_eval, "mse_gt_loss")
+    recovered.call("train_eval", "--epochs 1")
+    recovered.call("train_eval", "--labels online --epochs 1", norm)
+    torch.testing.assert_close(loss[0][1], loss[1][1], rtol=1e-3, atol=1e-3)

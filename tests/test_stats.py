@@ -11,8 +11,10 @@ from torch.autograd import gradcheck
 
 from tests.helpers import assert_near, counted_reductions, gradient
 from models import build_model
+from utils import closed_form
 from utils.closed_form import (ClosedFormMatching, FrozenNorm, Inject, affine_terms, bn_stats, conv_stats,
                                freeze, segment_norms)
+from utils.losses import sds_match
 from utils.stats import (Matching, channel_stats, layer_inputs, matched_layers, patch_stats, statistics_of,
                          whole_patches)
 
@@ -355,6 +357,38 @@ def test_closed_form_matching_is_eqs_6_10_and_15_over_several_steps_with_dropped
         assert form is Matching or not (bn.requires_grad or conv.requires_grad)
         assert torch.equal(past[0], before[0]) if form is ClosedFormMatching else past.keys() == before.keys()
         assert hooks_of(net) == 0
+
+
+@pytest.mark.parametrize("alpha", (0.8, 0.0))
+def test_matching_is_sds_match_of_each_layers_statistics(alpha):
+    net, targets, weights = fork()
+    matching, averages = Matching(net, targets, weights, alpha=alpha), {}
+    state = matching.start(2)
+    for _ in range(3):
+        with matching.hooks() as inputs:
+            net(randn(4, 3, 8, 8))
+        bn, conv, state = matching.inject(inputs, state)
+        expected = {"bn": 0.0, "conv": 0.0}
+        for name, x in inputs.items():
+            values = *channel_stats(x, 2), *(patch_stats(x, 4, 2) if name != "bn" else ())
+            for kind, (value, target) in enumerate(zip(values, matching.targets[name], strict=True)):
+                loss, averages[name, kind] = sds_match(value, target, averages.get((name, kind)), alpha)
+                expected["bn" if name == "bn" else "conv"] += weights[name] * loss
+        assert_near(torch.stack([bn, conv]), torch.stack(list(expected.values())), 1e-12)
+
+
+class Elsewhere(torch.Tensor):
+    """On a CPU, and says that it is not."""
+    device = property(lambda self: torch.device("meta"))
+
+
+@pytest.mark.parametrize("groups", (1, 3))
+def test_moments_on_a_gpu_are_reduced_otherwise_to_the_same(groups):
+    x = randn(6, 3, 8, 8)
+    for layout in x, x.contiguous(memory_format=torch.channels_last):
+        found = closed_form._batch_moments(layout.as_subclass(Elsewhere), groups)
+        for mine, plain in zip(found, closed_form._batch_moments(layout, groups), strict=True):
+            assert_near(mine.as_subclass(torch.Tensor), plain, 1e-12)
 
 
 @pytest.mark.parametrize("order", [("conv", "shortcut", "bn"), ("conv", "bn", "shortcut"),

@@ -14,7 +14,7 @@ from utils.checkpoint import load_torch
 from utils.cli import call
 from utils.closed_form import ClosedFormMatching, freeze
 from utils.data import Split, load_split
-from utils.files import absent, load_json, reason
+from utils.files import absent, reason
 from utils.presets import UNMATCHED
 from utils.processes import print_rank0, warn
 from utils.provenance import check_classes, check_data, fingerprint, fingerprints

@@ -135,6 +135,13 @@ def test_the_flags_that_a_run_changes_stand_below_the_table(write, tmp_path, cap
         "ipc 10, gvbsm-short against gvbsm: --epochs 30"]
 
 
+def test_a_flag_that_a_run_leaves_out_is_told(write, tmp_path, capsys):
+    for tag, reused in (None, 2), ("all", None):
+        write(top1=50, tag=tag, args={"label_epochs": reused, "tag": tag})
+    report.main([str(tmp_path / "cifar10")])
+    assert "gvbsm-all against gvbsm: train_eval.py without --label-epochs\n" in capsys.readouterr().out
+
+
 def test_all_methods_stand_side_by_side_with_what_each_paper_published(write, tmp_path, capsys):
     for method in "teddy", "herding", "gvbsm", "sre2l":
         write(top1=1, method=method, dataset="imagenet")

@@ -212,7 +212,7 @@ def changes(base: dict, result: dict) -> list[str]:
         if phase in PHASES[:2]:                                      # flags that are for recover.py alone
             hidden += ["--ipc", "--backbones", "--save-epochs", "--class-statistics"]
         for words in min(options, key=len, default=[]):
-            if words[0] not in hidden:
+            if not {*words} & {*hidden}:
                 found.setdefault(shlex.join(words), {})[phase] = None
     return [words if len(phases) > 1 else f"{''.join(phases)}.py {words}" for words, phases in found.items()]
 
@@ -239,10 +239,11 @@ def differing(phase: str, args: dict, others: dict) -> list[list[str]]:
     words = []
     for action in parser_of(phase)._actions:
         value, other = (setting(phase, known, action.dest) for known in (args, others))
-        if action.dest not in NEUTRAL and value != other and value is not None:
-            flag = action.option_strings[value is False]             # --flag, --no-flag
-            words.append([flag] if isinstance(value, bool)
-                         else [flag, *map(str, value if isinstance(value, list) else [value])])
+        if action.dest in NEUTRAL or value == other:
+            continue
+        flag = action.option_strings[value is False]                 # --flag, --no-flag
+        words.append(["without", flag] if value is None else [flag] if isinstance(value, bool)
+                     else [flag, *map(str, value if isinstance(value, list) else [value])])
     return words
 
 

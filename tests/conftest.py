@@ -5,6 +5,7 @@ python -m pytest -m slow                       the others: kills, torchrun, larg
 python -m pytest -m "slow or not slow"         all
 """
 import io
+import itertools
 import json
 import os
 import shutil
@@ -160,6 +161,26 @@ def write_images(folder, count, size=16, classes=CLASSES):
             colour = 40 * np.array([label, 5 - label, (2 * label) % 5])
             pixels = (colour + rng.normal(20, 30, (size, size, 3))).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(module, name, n): call n of module.name from now on raises InterruptedError."""
+    def at(module, name, n):
+        function, calls = getattr(module, name), itertools.count(1)
+
+        def raising(*args, **kwargs):
+            if next(calls) == n:
+                raise InterruptedError
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, raising)
+    return at
 
 
 @pytest.fixture

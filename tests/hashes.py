@@ -23,10 +23,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from utils import data
+from utils import PHASES, data
 
 ROOT = Path(__file__).resolve().parents[1]
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 SMALL = {
     "squeeze": "--epochs 2 --batch-size 32",
     "collect_stats": "--batch-size 50",

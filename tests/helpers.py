@@ -7,11 +7,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils.closed_form
+from utils import PHASES
 from utils.train import Graphed
 
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 forkserver = multiprocessing.get_context("forkserver")       # its processes need not import the scripts again
 forkserver.set_forkserver_preload([*PHASES])
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def checkpoint(path):
+    return torch.load(path, weights_only=True)
 
 
 def assert_near(actual, expected, tolerance):

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utils import PHASES
 from utils.shapes import SHAPES
 from utils.teachers import at_chance
 
 CLASSES, PIXELS, IMAGES = (2, 3, 5, 10, 20, 50, 200), (16, 32, 48, 64, 96), (20, 200)
 METHODS = "random", "gvbsm"
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 RECORDED = {"image_size", "backbones", "students", "epochs", "iterations", "batch_size", "lr", "optimizer"}
 # pixels of one image of each class, beyond which a cell is `shorter`
 LARGE, HUGE = 20 * 16 ** 2, 80 * 32 ** 2

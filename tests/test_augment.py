@@ -20,9 +20,7 @@ UNITS = [  # mean and standard deviation of CIFAR-10, of ImageNet, and none
     ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.fixture

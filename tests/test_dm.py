@@ -16,7 +16,7 @@ from torchvision.transforms import functional as TF
 
 import recover
 from models import build_model
-from tests.helpers import assert_near
+from tests.helpers import assert_near, randn
 from tests.rank_error import leave_one_out_norms, rank_error
 from utils import dm, recorder
 from utils.augment import SIAMESE, apply_siamese, draw_siamese, to_uint8
@@ -26,13 +26,7 @@ from utils.presets import preset_values
 from utils.run import generator
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def randn(*shape):
-    return torch.randn(shape, dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def draws(family, count, size=9):

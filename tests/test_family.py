@@ -23,8 +23,8 @@ import squeeze
 import train_eval
 from models import build_model
 from tests.hashes import few_shapes
-from tests.helpers import assert_near
-from utils import data, scores
+from tests.helpers import assert_near, checkpoint
+from utils import PHASES, data, scores
 from utils.augment import apply_resized_crop, crop_floor, draw_resized_crop, normalize
 from utils.data import Split, load_split
 from utils.presets import METHODS, SELECTIONS, preset_values
@@ -36,7 +36,6 @@ from utils.stats import layer_inputs, layer_weights, matched_layers, mixed_momen
 from utils.teachers import make_matchers
 from utils.train import learning_rates
 
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 SMALL = {"squeeze": "--epochs 2 --batch-size 64", "relabel": "--epochs 2",
          "train_eval": "--epochs 2 --students convnet_w8", "recover": "--iterations 3", "collect_stats": ""}
 POOL = "wrn10_1@1 wrn10_1@2"
@@ -47,10 +46,6 @@ OWN = {  # what a method has beside, in small: flags of a phase, or of all
              "recover": "--iterations 2 --batch-size 16"},
     "teddy": {"squeeze": "--save-epochs 1:2:1", "recover": f"--subset 1 --backbones {POOL}",
               **{phase: f"--backbones {POOL}" for phase in ("collect_stats", "relabel", "train_eval")}}}
-
-
-def checkpoint(path):
-    return torch.load(path, weights_only=True)
 
 
 def training_images(project):

@@ -10,20 +10,14 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from tests.helpers import assert_near, gradient
+from tests.helpers import assert_near, gradient, randn
 from utils.losses import (class_members, data_densification, densification_closed_form, ensemble_logits,
                           kl_loss, mse_gt_loss, pooled_rows, sds_match)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def randn(*shape):
-    return torch.randn(shape, dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 # Eqs. 1, 6, 10 and 12-15: matching of a statistic

@@ -25,11 +25,10 @@ import squeeze
 import train_eval
 from models import build_model
 from tests.conftest import FLAGS
-from utils import distilled, provenance, run
+from utils import PHASES, distilled, provenance, run
 from utils.cli import parse_args
 from utils.data import folder_name
 
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 RUN = "gvbsm-ipc2"
 
 

@@ -24,9 +24,7 @@ FLAGS = ("--objective moco --backbones wrn10_1 --batch-size 16 --queue 32 --epoc
 TOLERANCE = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def randomised(norm):

@@ -10,11 +10,10 @@ import pytest
 from PIL import Image
 
 import train_eval
-from utils import cli
+from utils import PHASES, cli
 from utils.presets import BEST, METHODS, PRESETS, preset_values
 
 ROOT = Path(__file__).resolve().parents[1]
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 DATASETS = "cifar10", "cifar100", "tiny", "imagenet"
 SMALL = "resnet18 convnet_w128 mobilenetv2_05 wrn16_2 shufflenetv2_05".split()
 LARGE = "resnet18 mobilenetv2 efficientnet_b0 shufflenetv2_05".split()

@@ -28,21 +28,6 @@ def result_of(project, name):
 
 
 @pytest.fixture
-def stopped(monkeypatch):
-    """stopped(module, name, n): call n of module.name from now on raises InterruptedError."""
-    def at(module, name, n):
-        function, calls = getattr(module, name), []
-
-        def counting(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == n:
-                raise InterruptedError
-            return function(*args, **kwargs)
-        monkeypatch.setattr(module, name, counting)
-    return at
-
-
-@pytest.fixture
 def recorded(monkeypatch):
     """recorded(module, name): a list of the arguments of the calls of module.name from now on."""
     def watch(module, name):
@@ -203,7 +188,7 @@ def test_the_five_orders_differ_and_are_those_of_the_seed(relabelled, monkeypatc
     (PRUNE, train_eval, "student_loss", 2),
     (PRUNE, train_eval, "student_loss", 5), (f"{PRUNE} --precision bf16", protocols, "shrink", 1)])
 def test_an_interrupted_protocol_goes_on_as_if_nothing_had_happened(flags, module, call, at, relabelled,
-                                                                    stopped, monkeypatch, recorded):
+                                                                    interrupt, monkeypatch, recorded):
     name = "convnet_w8-continual2" if flags == CONTINUAL else "wrn10_1-prune50"
     flags += " --batch-size 4 --whole-up-to 0 --checkpoint-minutes 0"
     relabelled.call("train_eval", flags)
@@ -213,7 +198,7 @@ def test_an_interrupted_protocol_goes_on_as_if_nothing_had_happened(flags, modul
     every = len(steps)
     (relabelled.run() / "eval" / f"{name}.json").unlink()
     with pytest.raises(InterruptedError), monkeypatch.context():
-        stopped(module, call, at)
+        interrupt(module, call, at)
         relabelled.call("train_eval", flags)
     monkeypatch.undo()
     steps = recorded(train_eval, "student_loss")

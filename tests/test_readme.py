@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import figures, report
+from utils import PHASES, figures, report
 from utils.cli import parse_args
 from utils.presets import METHODS
 
@@ -22,7 +22,6 @@ SIZES = {"README.md": 20_000, "utils/README.md": 30_000, "tests/README.md": 10_0
          "tests/evidence/README.md": None, "tests/evidence/NOTES.md": 15_000}
 PAGES = {name: (ROOT / name).read_text() for name in SIZES if (ROOT / name).exists()}
 README = PAGES["README.md"]
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.M | re.S)
 FUNCTIONS = next(block for block in BLOCK.findall(README) if "distil()" in block)
 INLINE = re.compile(r"`((?:python |torchrun |for |set |id=|distil |label )[^`]+)`|`((?:%s)\.py --[^`…]+)`"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers import assert_near, counted_reductions, faked_graphs, saved_bytes
+from tests.helpers import assert_near, counted_reductions, faked_graphs, randn, saved_bytes
 from models import build_model
 from recover import draw_iterations, make_batches, matching_gradient, noise, recover_batch
 from utils import passes
@@ -30,13 +30,7 @@ MEAN, STD = (torch.tensor(DATA[key], dtype=torch.float64)[:, None, None] for key
 LOW, HIGH = -MEAN / STD, (1 - MEAN) / STD
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def randn(*shape):
-    return torch.randn(shape, dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 @cache

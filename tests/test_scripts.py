@@ -24,7 +24,7 @@ import utils.dm
 import utils.labels
 import utils.selection
 from models import build_model
-from tests.helpers import assert_near, faked_graphs
+from tests.helpers import assert_near, checkpoint, faked_graphs
 from utils import recorder
 from utils import train
 from utils.augment import apply_epoch, apply_view, draw_epoch, draw_view, normalize, to_uint8
@@ -38,25 +38,6 @@ from utils.train import channels_last
 PHASES = {module.__name__: module for module in (squeeze, collect_stats, recover, relabel, train_eval)}
 RUN = "gvbsm-ipc2"
 FP16 = 1e-3                                                    # relative rounding of float16
-
-
-class Interrupted(Exception):
-    pass
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """interrupt(module, name, n): the n-th call of module.name raises."""
-    def at(module, name, n):
-        function, calls = getattr(module, name), itertools.count(1)
-
-        def raising(*args, **kwargs):
-            if next(calls) == n:
-                raise Interrupted
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, raising)
-    return at
 
 
 @pytest.fixture
@@ -73,10 +54,6 @@ def record(monkeypatch):
         monkeypatch.setattr(module, name, recording)
         return calls
     return watch
-
-
-def checkpoint(path):
-    return torch.load(path, weights_only=True)
 
 
 def teachers(project, *names, folder=None):
@@ -268,7 +245,7 @@ def test_a_finished_phase_repeats_the_result_of_the_backbones_it_was_asked_for(p
 def test_an_interrupted_recovery_goes_on_as_if_nothing_had_happened(module, name, call, project, interrupt,
                                                                     monkeypatch):
     project.call("recover", "--tag whole")
-    with monkeypatch.context(), pytest.raises(Interrupted):
+    with monkeypatch.context(), pytest.raises(InterruptedError):
         interrupt(module, name, call)
         project.call("recover")
     monkeypatch.undo()
@@ -309,7 +286,7 @@ def test_an_interrupted_recovery_with_ema_carry_ends_with_the_same_bytes(module,
                                                                         interrupt, monkeypatch):
     flags = f"--ema-carry --checkpoint-minutes {minutes}"
     project.call("recover", "--tag whole", flags)
-    with monkeypatch.context(), pytest.raises(Interrupted):
+    with monkeypatch.context(), pytest.raises(InterruptedError):
         interrupt(module, name, call)
         project.call("recover", flags)
     monkeypatch.undo()
@@ -327,7 +304,7 @@ def test_an_interrupted_phase_goes_on_as_if_nothing_had_happened(phase, name, ca
     for earlier in list(PHASES)[:list(PHASES).index(phase)]:
         bare.call(earlier)
     before = bare.files()
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedError):
         interrupt(PHASES[phase], name, call)
         bare.call(phase, flags)
     monkeypatch.undo()

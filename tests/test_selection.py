@@ -4,19 +4,13 @@ import math
 import pytest
 import torch
 
-from tests.helpers import assert_near
+from tests.helpers import assert_near, randn
 from tests import rank_error
 from utils.selection import (count_forgetting, drop_largest, herding, k_center, last_epoch_weights,
                              lowest_loss_crops, mosaic, most_forgotten)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def randn(*shape):
-    return torch.randn(shape, dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def mean(rows):

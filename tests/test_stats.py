@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
 
-from tests.helpers import assert_near, counted_reductions, gradient
+from tests.helpers import assert_near, counted_reductions, gradient, randn
 from models import build_model
 from utils import closed_form
 from utils.closed_form import (ClosedFormMatching, FrozenNorm, Inject, affine_terms, bn_stats, conv_stats,
@@ -25,13 +25,7 @@ SHAPES = [  # height, width, patch
 WHOLE = [shape for shape in SHAPES if shape[0] % shape[2] == shape[1] % shape[2] == 0]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def randn(*shape):
-    return torch.randn(shape, dtype=torch.float64)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def moments(values):

@@ -3,6 +3,8 @@ import os
 import sys
 from typing import NoReturn
 
+PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
+
 
 def fail(message: str | Exception) -> NoReturn:
     """End on a user's mistake: one line on stderr, exit code 2."""

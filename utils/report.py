@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from utils import fail
+from utils import PHASES, fail
 from utils.files import load_json
 from utils.parser import Parser
 from utils.presets import METHODS, SELECTIONS
@@ -76,7 +76,6 @@ PUBLISHED = {   # method, data set, student, labels -> {IPC: top-1}
     ("teddy", "imagenet", R18, "stored"): {10: "34.1 ± 0.1", 50: "52.5 ± 0.1", 100: "56.5 ± 0.0"},
 }
 BASES = "ablation", "family", "search"  # tags of runs with which others, tagged <base>-<word>, are compared
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 IDENTITY = "ipc", "student", "labels", "method", "tag"
 HEADER = "ipc", "student", "labels", "run", "top-1", "random real", "margin", "published"
 LABELS = {"stored": "soft", "online": "soft, online", "hard": "hard"}

@@ -19,15 +19,13 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from utils import fail
+from utils import PHASES, fail
 from utils.checkpoint import Checkpoint, load_finished
 from utils.cli import call, describe_choice, run_folder
 from utils.device import busy_cores, faster_in_bf16, hardware, peak_memory, pick_device
 from utils.files import load_json, save_json
 from utils.processes import print_rank0, rank, signals, stop, world_size
 from utils.provenance import AGAIN, ASSUMED, relevant
-
-PHASES = "squeeze", "collect_stats", "recover", "relabel", "train_eval"
 
 
 def begin(args: argparse.Namespace) -> tuple[torch.device, SimpleNamespace]:

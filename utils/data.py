@@ -48,6 +48,7 @@ FLAT = 1 / 255                  # standard deviation of a channel that does not 
 ARCHIVES = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "tiny": "tiny-imagenet-200"}
 TINY_URL, TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 
+
 def end_later(worker: int) -> None:
     """Signals often go to all processes of a group; those that read images end ten seconds after the one that
     asked for them, which is to end its step first."""

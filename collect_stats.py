@@ -97,8 +97,8 @@ def dataset_statistics(states: list[dict]) -> dict[str, list[Tensor]]:
 
 
 def class_statistics(states: list[dict]) -> dict[str, list[Tensor]]:
-    """Mean and biased variance of each class from the same states, in float64: unlike Eq. 9's over all images
-    at once.
+    """Mean and biased variance of each class from the same states, in float64: over all of its images, where
+    Eq. 9 averages the variances of batches.
     -> {layer: [channel_mean, channel_var], of a convolution also patch_mean, patch_var, each [classes, n]}"""
     found = {}
     for name, (seen, *totals) in add_up(*(state["class_sums"] for state in states)).items():

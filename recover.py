@@ -1,7 +1,7 @@
 """Recover: synthesise the distilled images (phase 3 of 5).   G-VBSM, arXiv:2311.17950, Eq. 2, 5-7, 10.
 
 Only the pixels are optimised; they start as noise (or --init). An iteration augments the batch, draws one
-backbone (Eq. 7), and takes an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (Table 9; Eq. 2: CE + L_BN).
+backbone (Eq. 7), and takes an Adam step on   CE + w (L'_BN + L'_Conv) + L_DD   (App. A; Eq. 2: CE + L_BN).
 sre2l, cda, scdd and teddy are other settings of this. dm and bilp match mean features of training images in
 random networks (utils/dm.py); random, herding, kcenter, forgetting write real images (utils/selection.py).
 
@@ -69,12 +69,12 @@ def draw_iterations(iterations: int, matchers: list, image_size: int, *, seed: i
                     batches: Iterable[int] = (0,), choice: str = "uniform", subset: int = 0, slot: int = 0,
                     drop_rate: float = 0.4, crop: str = "resized", flip: bool = False,
                     roll: int = 0) -> list[dict]:
-    """What is random in a run of T iterations: a function of seed and T, views also of a batch's number in
-    `batches`. All batches have the same backbones and dropped layers, so that they can share a pass.
+    """What is random in a run of T iterations: a function of seed, T and the matchers, views also of a
+    batch's number in `batches`. Batches have the same backbones and dropped layers: they can share a pass.
     choice: uniform, Eq. 7, or cycle; subset (Teddy): so many backbones act in every iteration, drawn by
-    (seed, slot), and drop layers alike; drop_rate: beta_dr, of convolutions; crop, flip, roll: `draw_view`'s
-    -> T dicts: backbones, a tuple of numbers; kept, {number: bool [layers of matcher.targets], false where a
-    convolution is dropped}; view, tensors [batches, ...], one view for a whole batch"""
+    (seed, slot), by one chance to drop; drop_rate: beta_dr, of convolutions; crop, flip, roll: `draw_view`'s
+    -> T dicts: size; backbones, a tuple of numbers; kept, {number: bool [layers of matcher.targets], false
+    where a convolution is dropped}; view, tensors [batches, ...], one view for a whole batch"""
     T, K, rng = iterations, len(matchers), generator("iterations", seed, iterations)
     one_of("choice", choice, "uniform", "cycle")
     if subset > K:
@@ -92,12 +92,12 @@ def draw_iterations(iterations: int, matchers: list, image_size: int, *, seed: i
     views = [draw_view(T, image_size, crop, flip, roll, generator("views", seed, T, batch))
              for batch in batches]
     views = {key: torch.stack([view[key] for view in views], dim=1) for key in views[0]}
-    return [{"backbones": backbones[t], "kept": {k: kept[k][t] for k in backbones[t]},
+    return [{"size": image_size, "backbones": backbones[t], "kept": {k: kept[k][t] for k in backbones[t]},
              "view": {key: rows[t] for key, rows in views.items()}} for t in range(T)]
 
 
 def apply_views(pixels: Tensor, view: dict[str, Tensor]) -> Tensor:
-    """The one view of each batch, whose images are channels here.   [G, B, 3, S, S] -> [G*B, 3, S, S]"""
+    """Each batch's one view of its B images, as 3B channels.   [G, B, 3, S, S] -> [G*B, 3, S, S]"""
     return apply_view(pixels.flatten(1, 2), view).view(-1, *pixels.shape[2:])
 
 
@@ -119,27 +119,27 @@ def matching_gradient(matcher, labels: Tensor, ce_weight: float, pixels: Tensor,
     return gradient, (ce.detach(), bn.detach(), conv.detach()), state
 
 
-def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[dict], *, bounds,
+def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[dict], *, bounds: tuple,
                   lr: float = 0.05, weight_decay: float = 0.0, ce_weight: float = 1.0, dd_weight: float = 1.0,
                   tau: float = 4.0, dd_scale: str = "sum", dd_on: str = "pixels", dd_autograd: bool = False,
                   unit_gradients: bool = False, averages: list | None = None,
                   gradient: Callable = matching_gradient, resume: dict | None = None) -> Iterator[tuple]:
-    """Minimise CE (Eq. 2) + L'_BN (Eq. 6) + L'_Conv (Eq. 10) + L_DD (Eq. 5), by the draws' backbones.
-    images [G, B, 3, S, S] in normalised units, changed in place: G batches ("groups"), each as if alone;
-    labels [G, B]; matchers: `ClosedFormMatching` or `Matching` of each backbone; draws: of `draw_iterations`;
-    bounds: low, high [3, 1, 1] of valid pixels. dd_on: pixels, or the view the backbones see (the paper
-    leaves it open); dd_autograd: Eq. 5 by autograd; unit_gradients: scale each backbone's gradient of a batch
-    to norm 1, so that none sets the size of Adam's steps; averages: those of another state(), by default new
-    (DEVIATION(paper), Eq. 6: not those of all past batches); resume: a state(). ValueError: misfit shapes.
+    """Minimise CE (Eq. 2) + L'_BN (Eq. 6) + L'_Conv (Eq. 10) + L_DD (Eq. 5) by Adam, lr a cosine to 0.
+    images [G, B, 3, S, S], normalised, changed in place: G batches ("groups"), each as if alone; labels
+    [G, B]; matchers: `ClosedFormMatching` or `Matching` of each backbone; draws: of `draw_iterations`;
+    bounds: low, high [3, 1, 1] of valid pixels. dd_on: pixels, or the view the backbones see
+    (DEVIATION(paper), Eq. 4: X~ is the augmented batch); unit_gradients: scale each backbone's gradient of a
+    batch to norm 1; averages: those of another state(), by default new (DEVIATION(paper), Eq. 6: not those of
+    all past batches); gradient: as `matching_gradient`; resume: a state(). ValueError: misfit shapes.
     Yields after every Adam step: t, the weighted losses {ce, bn, conv, dd, gradient: its norm without dd},
     summed over batches and backbones, and state, a function that gives what to resume from."""
     if labels.dim() != 2 or images.dim() != 5 or images.shape[:2] != labels.shape:
         raise ValueError(f"images of shape {(*images.shape,)}, labels of shape {(*labels.shape,)}: expected "
                          "[groups, batch, 3, size, size], [groups, batch]; [None] makes one group of a batch")
-    G, device = len(labels), images.device
+    G, S, device = len(labels), images.shape[-1], images.device
     one_of("dd_on", dd_on, "pixels", "view")
-    if any(len(rows) != G for draw in draws[:1] for rows in draw["view"].values()):
-        raise ValueError(f"draws are not of {G} groups of images; give draw_iterations batches=range({G})")
+    if any(draw["size"] != S or any(len(rows) != G for rows in draw["view"].values()) for draw in draws[:1]):
+        raise ValueError(f"draws are of other groups or sizes; give draw_iterations {S}, batches=range({G})")
     shifts = (labels.max() + 1) * torch.arange(G, device=device)[:, None]      # L_DD of each batch alone
     members = class_members((labels + shifts).flatten())
     pixels = images.detach().requires_grad_()                        # in the memory of images
@@ -187,7 +187,7 @@ def synthesise(args: argparse.Namespace, run: Run, recorder: Recorder, models: d
     data, size = recorder.data, recorder.data["image_size"]
     moved = args.ipc - int(args.stay * args.ipc + 1e-9)              # images of each class, the first ones
     batches = make_batches(len(data["classes"]), moved, args.batch_size, args.loop)
-    # batches of one slot share a pass and a subset of backbones (Teddy): those of one image a class, or alone
+    # Teddy: batches of one slot share a pass and backbones; slot: index of an image, or number of the batch
     slots = [(batch[0][1] if args.loop == "original" else i) if args.subset else 0
              for i, batch in enumerate(batches)]
     match = partial(make_matchers, models, statistics, plain=args.statistics == "plain", alpha=args.alpha,

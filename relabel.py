@@ -3,8 +3,8 @@
 For each epoch every image is cropped, flipped and mixed (CutMix); the backbones see the mixed image, and
 their logits are averaged after logit normalisation (Eq. 8; for ResNet50, ResNet101 and transformers as
 students --no-logit-norm, Table 6).
-Logits are stored, so Eq. 3's temperature is the student's choice, and what was drawn beside them, a row for
-each mixed sample, so that training replays what was labelled, in batches of any size.
+Logits are stored, so that Eq. 3's temperature is the student's choice; the draws beside them, a row for each
+mixed sample, so that training replays what was labelled, in batches of any size.
 
 reads   runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py
         runs/<dataset>/<run>/images/<class>/<id>.png             recover.py, or any ImageFolder (--images)
@@ -32,6 +32,7 @@ from utils.parser import Parser, number
 from utils.processes import barrier, rank, shard, warn
 from utils.provenance import fingerprints
 from utils.run import Run, begin, script, send
+from utils.stats import require_eval
 from utils.teachers import load_teachers
 from utils.train import channels_last, full_batch
 
@@ -44,6 +45,8 @@ def label_epoch(images: Tensor, mean_std: Tensor, draw: dict[str, Tensor], batch
     """Ensemble logits of one epoch's mixed samples. The norms of Eq. 8 are those of one batch; `together`
     batches share a pass, by default one on a CPU and as many as keep a GPU busy.
     images: uint8 [N, 3, S, S]; mean_std: [2, 3]; draw: from `draw_epoch`   -> [N, classes] by image"""
+    for model in models:
+        require_eval(model)
     draw, logits = send(draw, images.device), []
     busy = SATURATING_PIXELS // (images[0, 0].numel() * batch_size) if images.is_cuda else 1
     for rows in draw["order"].split(batch_size * (together or max(1, busy))):
@@ -57,8 +60,8 @@ def label_epoch(images: Tensor, mean_std: Tensor, draw: dict[str, Tensor], batch
 def logit_rms(images: Tensor, mean_std: Tensor, draw: dict[str, Tensor], batch_size: int,
               models: dict[str, nn.Module], mix: str) -> dict[str, float]:
     """Root mean square of each model's logits on the first batch of an epoch.   -> {name: float}
-    One of more than 8 times another's (our choice) decides the mean norm of Eq. 8, so the scale of all, or
-    the plain mean: a warning."""
+    Warns if one exceeds 8 times another (our choice): it would decide the mean norm of Eq. 8, so the scale of
+    all, or the plain mean."""
     draw = send(draw, images.device)
     mixed = apply_epoch(images, draw, draw["order"][:batch_size], mix, mean_std)
     rms = {name: model(mixed).square().mean().sqrt().item() for name, model in models.items()}

@@ -276,7 +276,7 @@ def main(argv=None):
     args.weights_file = args.weights         # --weights becomes a hash: results compare contents, not paths
     if args.weights:
         if not args.weights.is_file():
-            fail(f"--weights {args.weights}: no such file; name a checkpoint")
+            fail(f"--weights {args.weights.absolute()}: no such file; name a checkpoint")
         args.weights, args.pretrained = f"sha256:{fingerprint(args.weights)[:16]}", False
     device, paths = begin(args)
     check_flags(args, device)

@@ -9,7 +9,7 @@ reads   data/<dataset>/...                                       the test images
         runs/<dataset>/<run>/labels/...                          relabel.py; not with --labels online or hard
         runs/<dataset>/teachers/<teachers>/<backbone>.pt         squeeze.py; --labels online, --protocol prune
 writes  runs/<dataset>/<run>/eval/<student>[-online|-hard].json  top1 of the last epoch, per seed, mean, std
-        runs/<dataset>/<run>/eval/<student>...-<protocol>.json   of --protocol continual and prune
+        .../<student>...-continual<steps>.json, ...-prune<percent>.json      of the other protocols
 
 python train_eval.py --dataset cifar100 --ipc 10                                  # paper setting, Table 9
 python train_eval.py --dataset cifar100 --ipc 10 --labels hard                      # without soft labels
@@ -59,7 +59,7 @@ def hard_loss(logits: Tensor, labels: Tensor, partner_labels: Tensor, ratio: Ten
 
 def student_loss(logits: Tensor, y: Tensor, soft: Tensor, partner_y: Tensor, ratio: Tensor, *, kind: str,
                  gamma: float, temperature: float) -> Tensor:
-    """The loss of logits [B, C] that --loss names, against soft [B, C]; kind "hard": of classes. y, partner_y
+    """The loss of logits [B, C] that --loss names; soft: logits [B, C]; kind "hard": of classes. y, partner_y
     [B]: classes of both images; mse_gt takes that of the first alone, as the paper's Eq. 11 has one class."""
     if kind == "hard":
         return hard_loss(logits, y, partner_y, ratio)
@@ -70,9 +70,9 @@ def student_loss(logits: Tensor, y: Tensor, soft: Tensor, partner_y: Tensor, rat
 
 def train_student(name: str, seed: int, train_data: dict, args: argparse.Namespace, checkpoint: Checkpoint,
                   piece: str, *, model: nn.Module | None = None, penalty: Callable = lambda: 0) -> dict:
-    """Train a student from scratch, or `model` further, in place and precision, and resume from `piece` of
-    the checkpoint. Epoch e has the labels of epoch e % label_epochs.
-    train_data: from `load_train_data`; args: from `for_student`, lr [text]; penalty(): added to the loss
+    """Train a student from scratch, or `model` in place, at its precision, and resume from `piece` of the
+    checkpoint. Epoch e has the labels of epoch e % label_epochs.
+    train_data: from `load_train_data`; args: from `for_student`, lr: [str]; penalty(): added to the loss
     -> {"top1": % by epoch evaluated, the last epoch always among them; "top1_by_class": of the last epoch;
     "images": how many}"""
     torch.manual_seed(generator("student", seed, name).initial_seed())

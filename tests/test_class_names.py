@@ -70,6 +70,18 @@ def test_images_of_other_names_are_labelled_and_trained_on(project, tmp_path):
         assert "made from other class map" in project.mistake(phase, *mapped)
 
 
+def test_foreign_images_by_two_spellings_are_the_same(project, tmp_path, monkeypatch):
+    for name in CLASSES:
+        save(tmp_path / "theirs" / name / "1.png", 20)
+    monkeypatch.chdir(tmp_path)
+    theirs = "--tag theirs --ipc 1 --images"
+    project.call("relabel", theirs, "theirs")
+    for images in tmp_path / "theirs", "../" + tmp_path.name + "/theirs/":
+        project.call("relabel", theirs, images)
+        assert "already done" in project.printed
+        project.call("train_eval", theirs, images)
+
+
 def test_a_class_map_is_of_foreign_images_alone(recovered, tmp_path):
     plain = recovered.call("train_eval", "--labels hard")
     (tmp_path / "map.json").write_text(json.dumps(dict(zip(CLASSES, reversed(CLASSES)))))

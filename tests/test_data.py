@@ -207,6 +207,14 @@ def test_tiny_imagenet_is_read_as_its_authors_lay_it_out(tmp_path):
                          std=[0.2302, 0.2265, 0.2262])
 
 
+def test_tiny_imagenet_is_looked_at_in_its_archive_too(tmp_path):
+    root = make_tiny(tmp_path / "tiny-imagenet-200")
+    before = data.look("tiny", tmp_path)
+    assert before["path"] == str(root.resolve()) and before["train"] and before["fingerprint"]
+    next((root / "train").rglob("*.JPEG")).unlink()
+    assert data.look("tiny", tmp_path)["fingerprint"] != before["fingerprint"]
+
+
 def test_tiny_imagenet_with_its_val_sorted_into_class_folders_is_read_too(tmp_path):
     root = make_folder(tmp_path / "tiny-imagenet-200", shape=(64, 64, 3), ext="JPEG")
     assert torch.equal(load_split("tiny", tmp_path, "test").images[3], pixels(root / "val/dog/1.JPEG"))

@@ -321,6 +321,10 @@ def test_an_iteration_that_prunes_matches_only_what_it_keeps(project, monkeypatc
     assert counts == [3] * 4
 
 
+def test_distribution_matching_needs_no_teacher(bare):
+    assert bare.call("recover", DM, "--iterations 1")["images"] == 8
+
+
 def test_networks_are_fresh_in_every_iteration_and_leave_torchs_generator_alone():
     x = randn(1, 3, 16, 16).float()
     before = torch.get_rng_state()

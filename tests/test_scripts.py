@@ -805,8 +805,8 @@ def test_no_crop_of_labels_is_smaller_than_the_floor(recovered):
 
 
 def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path):
-    images, units, model = torch.zeros(50, 3, 8, 8,
-                                       dtype=torch.uint8), torch.ones(2, 3), build_model("convnet_w8", 40, 8)
+    images, mean_std = torch.zeros(50, 3, 8, 8, dtype=torch.uint8), torch.ones(2, 3)
+    model = build_model("convnet_w8", 40, 8).eval()
     peaks = []
     for epochs in 25, 125:                                           # the first ones fill caches
         writer = LabelWriter(tmp_path / str(epochs), epochs, 50, 40)
@@ -814,7 +814,8 @@ def test_the_memory_that_labelling_takes_does_not_grow_with_the_epochs(tmp_path)
         tracemalloc.start()  # numpy's arrays, not torch's tensors
         for epoch in range(epochs):
             draw = draw_epoch(50, 8, 50, "cutmix", generator("relabel", 0, epoch))
-            writer.write(epoch, relabel.label_epoch(images, units, draw, 50, [model], "cutmix", True), draw)
+            writer.write(epoch, relabel.label_epoch(images, mean_std, draw, 50, [model], "cutmix", True),
+                         draw)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert np.load(tmp_path / str(epochs) / "logits.npy").shape == (epochs, 50, 40)

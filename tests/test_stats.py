@@ -565,6 +565,12 @@ def test_a_model_in_train_mode_is_refused_and_stays_as_it_is(function):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_autograd_matches_no_frozen_model():
+    model = build_model("wrn10_1", 4, 16).eval()
+    with pytest.raises(ValueError, match="of freeze.., for ClosedFormMatching"):
+        Matching(freeze(model), {}, dict.fromkeys(matched_layers(model), 1.0))
+
+
 def test_statistics_of_a_model_are_eq_9_over_batches_by_their_size():
     net, _, _ = fork()
     batches = [randn(4, 3, 8, 8), randn(4, 3, 8, 8) + 1, randn(2, 3, 8, 8)]

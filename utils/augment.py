@@ -14,7 +14,7 @@ def draw_resized_crop(n: int, size: int, generator: torch.Generator, scale: tupl
                       ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Tensor:
     """n boxes of random area and aspect ratio in a square of `size` pixels, distributed as torchvision's
     RandomResizedCrop: ten attempts, then the whole image.   -> [n, 4]
-    scale: smallest and largest share of the area, numbers, or [n, 1] where boxes differ"""
+    scale: smallest share of the area, a number or [n, 1], and largest; ratio: least and most, around 1"""
     def uniform(low, high, attempts):
         return torch.empty(n, attempts).uniform_(low, high, generator=generator)
 
@@ -76,7 +76,7 @@ def apply_shift(images: Tensor, shift: Tensor, wrap: bool = False) -> Tensor:
 
 def crop_floor(crop: str, n: int, floor: float = 0.08) -> float | Tensor:
     """The smallest share of the area that each of n crops takes: `floor`, or by CDA's curriculum (Sec. 3.2)
-    in iteration t of n floor + (1 - floor) f, f = 1 - t/n (linear) or (1 + cos(pi t/n)) / 2 (cosine).
+    floor + (1 - floor) f in iteration t of n, f = 1 - t/n (linear) or (1 + cos(pi t/n)) / 2 (cosine).
     -> number, or [n, 1]"""
     if crop == "resized":
         return floor
@@ -86,7 +86,7 @@ def crop_floor(crop: str, n: int, floor: float = 0.08) -> float | Tensor:
 
 def draw_view(n: int, size: int, crop: str, flip: bool, roll: int, generator: torch.Generator) -> dict:
     """n views, of n images or of a batch in n iterations: crop none, pad<pixels> (RandomCrop with padding),
-    resized (RandomResizedCrop), or of iterations linear or cosine (the same, see `crop_floor`); then flip
+    resized (RandomResizedCrop), or in iterations linear, cosine (resized by `crop_floor`); then flip
     (bool: with probability 1/2); then roll (a circular shift of 0 .. roll pixels on both axes)."""
     draw = {}
     if crop in ("resized", "linear", "cosine"):
@@ -220,8 +220,8 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, mean, std) -> Tensor:
-    """Images [N, 3, S, S] of 0 .. 255 -> float32 in the units the networks see.   mean, std: three numbers
-    each; as tensors on the images' device they cost no transfer"""
+    """Images [N, 3, S, S] of 0 .. 255 -> float32, normalised.   mean, std: three numbers each, of pixels 0 ..
+    1; as tensors on the images' device they cost no transfer"""
     return (images.float() / 255 - _channel(mean, images)) / _channel(std, images)
 
 
@@ -232,7 +232,7 @@ def to_uint8(images: Tensor, mean, std) -> Tensor:
 
 
 def pixel_bounds(mean, std) -> list[Tensor]:
-    """Black and white in the units the networks see.   -> low, high, each [3, 1, 1]"""
+    """Black and white, normalised.   mean, std: as of `normalize`   -> low, high, each [3, 1, 1]"""
     return [(torch.tensor([value - m for m in mean]) / torch.tensor(std))[:, None, None] for value in (0, 1)]
 
 

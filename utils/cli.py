@@ -165,6 +165,8 @@ def describe_choice(args: argparse.Namespace) -> str:
         settings += f" for a folder of {data['classes']} classes"
     line = (f"{name}: {data['classes']} classes{images} → {size}×{size}; {settings} (--preset "
             f"{args.preset}); {args.teachers} teachers: {' '.join(args.backbones)}")
+    if args.dataset not in DATASETS and args.typed[1] == "squeeze.py" and size > SMALL:
+        line += f"\nnote: --image-size {SMALL} or less takes the settings of small images, which run sooner"
     for kind, what in ("hidden", "hidden"), ("other", "no images, or of no class"):
         if data["passed"] and data["passed"][kind][0]:
             count, example = data["passed"][kind]

@@ -104,17 +104,17 @@ def _add_affine(grad, x, channels, patches, patch):
 
 
 def affine_terms(mean: Tensor, mean_slope: Tensor, var_slope: Tensor) -> Tensor:
-    """Eq. 12 and Eq. 15 (App. B): a loss whose gradients at the mean and variance of n values are mean_slope
-    and var_slope has at a value x, since d mean / dx = 1 / n and d var / dx = 2 (x - mean) / n, the gradient
-    (scale * x + shift) / n.   -> scale, shift as one tensor [2, ...]"""
+    """Eq. 12 and Eq. 15 (App. B): mean_slope and var_slope are a loss's gradients at the mean and variance of
+    n values. Its gradient at a value x is (scale * x + shift) / n, as d mean / dx = 1 / n and d var / dx =
+    2 (x - mean) / n.   -> scale, shift as one tensor [2, ...]"""
     scale = 2 * var_slope
     return torch.stack([scale, torch.addcmul(mean_slope, scale, mean, value=-1)])
 
 
 class FrozenNorm(nn.BatchNorm2d):
     """A BatchNorm2d in eval mode as the affine map gain * x + offset, gain and offset [C]; `freeze` makes it.
-    `folded`: the convolution before it has taken the map into its weights, and x comes mapped already;
-    `overwritten`: so may be what it returns."""
+    `folded`: the convolution before it has taken the map into its weights, so x comes mapped already;
+    `overwritten`: a later layer may change the output in place."""
     folded = overwritten = False
 
     def compute_map(self) -> None:
@@ -136,7 +136,7 @@ class FrozenNorm(nn.BatchNorm2d):
 
 
 def _leaves_alone(user, node, layers):
-    """Whether a torch.fx node that reads another surely does not overwrite it; += looks like + there."""
+    """Whether `user` surely leaves its input `node` unchanged; torch.fx shows += as +."""
     if user.op == "call_module":
         layer = layers[user.target]
         return isinstance(layer, nn.Conv2d) or type(layer).__module__ == nn.ReLU.__module__
@@ -147,11 +147,11 @@ def _leaves_alone(user, node, layers):
 def freeze(model: nn.Module) -> nn.Module:
     """Make a model in eval mode fast to match, in place; as a function it stays as it is, up to rounding, and
     nothing in it is trainable any more. Every BatchNorm2d becomes a `FrozenNorm`, and a convolution takes it
-    into its weights where torch.fx can tell that nobody else reads what the convolution gives, and no gain is
-    so small that the norm's input could not be told from its output. The layout becomes channels_last, but
-    for a model with a GroupNorm, whose backward pass is several times slower in it. A frozen model is
-    returned as it is. ValueError for one in train mode, and later by state_dict(), whose weights would fit no
-    other model."""
+    into its weights where torch.fx can tell that nobody else reads what the convolution gives, and the norm's
+    weights exceed 1 % of its biases, so that its input can be computed from its output. The layout becomes
+    channels_last, but for a model with a GroupNorm, whose backward pass is several times slower in it. A
+    frozen model is returned as it is. ValueError for one in train mode, and later by state_dict(), whose
+    weights would fit no other model."""
     require_eval(model)
     model.requires_grad_(False)
     layers = dict(model.named_modules())
@@ -188,12 +188,13 @@ def _keep_weights(model, prefix, keep_vars):
 
 
 class ClosedFormMatching:
-    """Eq. 6 and Eq. 10 as `utils.stats.Matching`, with the same arguments, errors and calls, but without a
-    graph through any statistic: the losses that `inject` returns are values, and any backward pass through
-    the model, as of the classification loss or of (0 * logits).sum(), adds their gradient.
-    model: perhaps of `freeze`."""
+    """Eq. 6 and Eq. 10 as `utils.stats.Matching`, with the same arguments and calls, but without a graph
+    through any statistic: `inject` returns values, and any backward pass through the model, of the
+    classification loss or of (0 * logits).sum(), adds their gradient, whatever factor the loss has: weigh it
+    by `weights`.   model: plain, or of `freeze`, which is faster"""
 
-    def __init__(self, model, targets, weights, *, alpha=0.8, patch=4):
+    def __init__(self, model: nn.Module, targets: dict, weights: dict[str, float], *, alpha: float = 0.8,
+                 patch: int = 4):
         self.model, self.alpha, self.patch, self.terms = model, alpha, patch, {}
         layers, self.targets = dict(model.named_modules()), checked_targets(model, targets, weights)
         # A row of means and one of variances, segment after segment, of a layer's channels (kind 0) or its
@@ -220,7 +221,7 @@ class ClosedFormMatching:
                 offset[0], unit[0], unit[1] = layer.offset, 1 / layer.gain, 1 / layer.gain ** 2
 
     def start(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Before the first batch: moving averages [2, groups, statistics], layers that have one [layers]."""
+        """At first: moving averages [2, groups, statistics], layers that have one [layers]."""
         return (self.target.new_zeros(2, groups, self.target.shape[2]),
                 torch.zeros(len(self.targets), dtype=torch.bool, device=self.target.device))
 
@@ -256,8 +257,8 @@ class ClosedFormMatching:
                  for (name, kind), past in zip(self.segments, ema.split(self.sizes, dim=2))]
         measured = torch.stack([torch.cat(row, dim=1) for row in zip(*pairs)])
         # Eq. 13: the past has weight 0 at first, then alpha; 1 where a layer is dropped
-        past = torch.where(kept, self.alpha * started.to(ema), 1)[self.owner][self.segment]
-        ema = torch.lerp((measured - self.offset) * self.unit, ema, past)
+        decay = torch.where(kept, self.alpha * started.to(ema), 1)[self.owner][self.segment]
+        ema = torch.lerp((measured - self.offset) * self.unit, ema, decay)
         weight = self.weight * kept[self.owner]
         norms, slope = segment_norms((ema - self.target).flatten(0, 1), self.segment, len(self.sizes), weight)
         slope = slope.view_as(ema) * self.unit
@@ -274,7 +275,7 @@ class ClosedFormMatching:
 
 def segment_norms(difference: Tensor, segment: Tensor, count: int, weight: Tensor) -> tuple[Tensor, Tensor]:
     """difference [groups, n] made of `count` vectors, segment [n] the vector each entry belongs to, weight
-    [count].   -> norms [groups, count], gradient [groups, n] of their weighted sum, 0 where the norm is 0"""
+    [count].   -> norms [groups, count], weighted unit vectors [groups, n], Eq. 12 and Eq. 15, 0 at norm 0"""
     squares = difference.new_zeros(len(difference), count).index_add_(1, segment, difference.square())
     norms = squares.sqrt()
     return norms, difference * (weight / norms).nan_to_num_(0, 0, 0)[:, segment]

@@ -309,6 +309,8 @@ def look(dataset: str, data_dir: str, known: Iterable[dict] = (), holdout: bool 
     named = DATASETS.get(dataset)
     nothing = dict.fromkeys(["path", "fingerprint", "train", "test", "pixels", "passed", "stamp", "fits"])
     root = Path(data_dir, dataset) if named else find_root(dataset, data_dir)
+    if named and not (root / "train").is_dir():
+        root = Path(data_dir, ARCHIVES.get(dataset, dataset))
     if dataset == "shapes" or named and not (root / "train").is_dir():
         return nothing | dict(classes=named["num_classes"], image_size=named["image_size"])
     files, labels, classes, passed = list_split(root, "train")

@@ -355,7 +355,7 @@ def draw_losses(args: argparse.Namespace, fig) -> None:
                 if (term, name) in curves:
                     axes.plot(*curves[term, name].T, color=f"C{r if len(found) > 1 else b}", markersize=4,
                               marker=MARKERS[b % len(MARKERS)] if name else "", linewidth=1.2,
-                              label=f"{run}, {name or 'all backbones'}")
+                              label=f"{run}, " * (len(found) > 1) + (name or "all backbones"))
         scale_values(axes)
         axes.tick_params(labelbottom=True)  # sharing an axis hides them in upper panels
         what = "norm" if term == "gradient" else "weighted loss"
@@ -436,6 +436,7 @@ def draw_continual(args: argparse.Namespace, fig) -> None:
     seeds.   arXiv:2311.17950, Fig. 10."""
     axes, curves = fig.subplots(), continual_curves(args)
     for marker, (label, points) in zip(cycle(MARKERS), curves.items()):
+        points = points if points[:, 2].any() else points[:, :2]     # one order, one seed: no bars
         axes.errorbar(*points.T, marker=marker, markersize=5, capsize=3, label=label)
     axes.set(xlabel="classes so far", ylabel="top-1 of the last epoch, %")
     axes.set_xticks(sorted({int(seen) for points in curves.values() for seen in points[:, 0]}))

@@ -136,9 +136,9 @@ class StoredLabels:
 
 
 class SeenLabels:
-    """`StoredLabels` for the images `rows` (booleans [N]) and the classes `seen` alone. A stored sample whose
-    partner is outside of these images would show a class to come, and its label fits the whole mixture only.
-    So each image cycles through those of its first `epochs` samples whose partner is among them; an image
+    """`StoredLabels` for the images `rows` (booleans [N]) and the classes `seen` alone. A sample with a
+    partner outside of these images would show a later class, and its label fits only the whole mixture. So
+    each image cycles through those of its first `epochs` samples whose partner is among them; an image
     without any is left out.
 
     self.rows: LongTensor [n], the images that are left. ValueError if none is
@@ -173,7 +173,7 @@ class SeenLabels:
 
 
 class DistilledDataset(torch.utils.data.Dataset):
-    """One labelled epoch of a run as a torch Dataset: what train_eval.py trains on, to the bit.
+    """One labelled epoch of a run as a torch Dataset: what train_eval.py trains on, on a CPU to the bit.
 
     dataset[i] -> the mixed sample of image i, float32 [3, S, S], normalised; the teachers' logits, float32
     [classes]; the class of image i (y of Eq. 11), int. The mixing is part of the stored sample, so batches
@@ -183,7 +183,7 @@ class DistilledDataset(torch.utils.data.Dataset):
     run: a folder such as runs/cifar10/gvbsm-ipc10; images: by default the folder that was labelled
     """
 
-    def __init__(self, run, epoch=0, images=None):
+    def __init__(self, run: str | Path, epoch: int = 0, images: str | Path | None = None):
         self.folder = Path(run, "labels")
         try:
             result = json.loads((self.folder / "result.json").read_text())

@@ -10,13 +10,13 @@ def sds_match(current: Tensor, target: Tensor, ema: Tensor | None,
     """Distance of a smoothed batch statistic from the dataset's, Eq. 6 and Eq. 10. Eq. 13 is its moving
     average, Eq. 14 its loss with the stop-gradient sg.
 
-        ema' = alpha * ema + (1 - alpha) * current        (ema None, the first batch: ema' = current)
+        ema' = alpha * ema + (1 - alpha) * current        (ema None, at first: ema' = current)
         loss = sum over groups of || current - target - sg(current - ema') ||_2
 
-    current [groups, n], target [n] or [groups, n], ema like current or None; alpha = 0 is Eq. 1. The loss has
-    the value || ema' - target ||_2, and at `current` the gradient (ema' - target) / || ema' - target ||:
-    Eq. 15, without a factor 1 - alpha; 0 where the norm is 0.   -> loss, a scalar; ema', detached
-    Tests compare with it; recover.py runs `ClosedFormMatching` or `Matching`."""
+    current [groups, n], a row for each batch, target [n] or [groups, n], ema like current or None; alpha = 0
+    is Eq. 1. The loss has the value || ema' - target ||_2, and at `current` the gradient (ema' - target) /
+    || ema' - target ||: Eq. 15, without a factor 1 - alpha; 0 where the norm is 0.   -> loss, a scalar; ema',
+    detached.   Tests compare with it; recover.py runs `ClosedFormMatching` or `Matching`."""
     ema = current.detach() if ema is None else alpha * ema + (1 - alpha) * current.detach()
     return torch.linalg.vector_norm(current - target - (current.detach() - ema), dim=-1).sum(), ema
 
@@ -82,8 +82,8 @@ def class_members(labels: Tensor) -> list[Tensor]:
 
 
 def ensemble_logits(logits: Tensor, normalize: bool) -> Tensor:
-    """Eq. 8: logits [K, B, C] of K backbones -> [B, C], their mean; normalize (LN) first scales each
-    backbone's logits to the mean Frobenius norm over the backbones."""
+    """Eq. 8: logits [K, B, C] of K backbones -> [B, C], their mean; normalize (LN) first scales each [B, C]
+    to the mean of the backbones' Frobenius norms."""
     if normalize:
         norms = torch.linalg.vector_norm(logits, dim=(1, 2), keepdim=True)
         logits = logits * (norms.mean() / norms)

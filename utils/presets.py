@@ -50,7 +50,7 @@ PAPER = by_phase({
     ("recover", "choice"):          ("uniform",     "uniform",     "uniform",     "uniform",     "uniform",     "P, Eq. 7"),
     ("recover", "crop"):            ("resized",     "resized",     "resized",     "resized",     "resized",     "P"),
     ("recover", "flip"):            (False,         False,         False,         False,         False,         "P"),
-    ("recover", "dd_on"):           ("pixels",      "pixels",      "pixels",      "pixels",      "pixels",      "O"),
+    ("recover", "dd_on"):           ("pixels",      "pixels",      "pixels",      "pixels",      "pixels",      "O; view P, R"),
     ("recover", "roll"):            (0,             0,             0,             0,             0,             "P"),
     ("recover", "alpha"):           (0.8,           0.8,           0.8,           0.4,           0.8,           "R; 0.4 P, Table 1"),
     ("recover", "drop_rate"):       (0.4,           0.4,           0.4,           0.4,           0.4,           "P"),

@@ -59,15 +59,24 @@ def relevant(args: argparse.Namespace) -> dict:
     return json.loads(json.dumps(decisive, default=str))
 
 
+def same(key: str, one, other) -> bool:
+    """Whether two values of an argument mean the same. None as image_size was found out; a data set's folder
+    may have moved, and `cli.check_data_set` compares what it holds; one path has several spellings."""
+    if key == "image_size" and None in (one, other):
+        return True
+    if key == "dataset":
+        return Path(one).resolve().name == Path(other).resolve().name
+    if key in ("images", "class_map") and one and other:
+        return Path(one).resolve() == Path(other).resolve()
+    return one == other
+
+
 def check_same(stored: dict, settings: dict, path: Path, begun=(), typed=()) -> None:
     """Stop when the result or the unfinished work at `path` has other settings.
     stored, settings: {argument: value}; begun, typed: the command that began unfinished work and this one, as
-    words, () for a result. Folders are compared by name, since they may have moved; `cli.check_data_set`
-    compares what they hold"""
+    words, () for a result"""
     stored = ASSUMED | stored
-    changed = [key for key in settings if key in stored and stored[key] != settings[key] and not (
-        key == "image_size" and None in (stored[key], settings[key]) or        # None: found out
-        key == "dataset" and Path(stored[key]).resolve().name == Path(settings[key]).resolve().name)]
+    changed = [key for key in settings if key in stored and not same(key, stored[key], settings[key])]
     if not changed:
         return
     flags = {key: f"--{key.replace('_', '-')}" for key in changed}

@@ -273,7 +273,7 @@ def main(argv=None):
         near = args.folder.parent
         there = sorted({str(near / path.relative_to(near).parts[0])
                         for path in [*near.glob("*/teachers"), *near.glob("*/*/result.json")]})
-        fail(f"{args.folder}: there is no such folder; "
+        fail(f"{args.folder.absolute()}: there is no such folder; "
              + (f"name one of: {' '.join(there)}" if there else "run the phases first"))
     results = read_results(args.folder)
     if not results:

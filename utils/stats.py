@@ -28,7 +28,7 @@ def patch_stats(x: Tensor, patch: int, groups: int = 1) -> tuple[Tensor, Tensor]
 
 
 def whole_patches(x: Tensor, patch: int) -> Tensor:
-    """x [N, C, H, W], resized bilinearly up to the next multiple of patch where H or W is not one: the
+    """x [N, C, H, W], resized bilinearly to the next multiple of patch unless it divides H and W: the
     release's reading of the paper's ceil."""
     size = [-(-side // patch) * patch for side in x.shape[-2:]]
     if size == list(x.shape[-2:]):
@@ -96,8 +96,8 @@ def require_eval(model: nn.Module) -> None:
 @torch.no_grad()
 def statistics_of(model: nn.Module, batches: Iterable[Tensor], patch: int = 4) -> dict[str, list[Tensor]]:
     """Eq. 9: mean and variance of each channel and of each patch at the input of every Conv2d, averaged over
-    batches by their size. What Eq. 10 matches. For other code; collect_stats.py can also stop and resume.
-    model: in eval mode; batches: of normalised images [B, 3, S, S]; patch: pixels a side
+    batches by their size, for Eq. 10 to match. collect_stats.py does the same and can stop and resume.
+    model: in eval mode; batches: normalised images [B, 3, S, S] on its device; patch: pixels a side of a map
     -> {layer name: [channel_mean, channel_var, patch_mean, patch_var]}, float32.   ValueError in train mode
     or without images"""
     require_eval(model)
@@ -162,11 +162,14 @@ class Matching:
         state = matching.start(groups)                             # once for each image batch
         with matching.hooks(dropped) as inputs:                    # dropped: names of layers left out
             logits = matching.model(images)
-        bn, conv, state = matching.inject(inputs, state)           # losses [], new moving averages
+        bn, conv, state = matching.inject(inputs, state)           # two scalars, new moving averages
         (classification_loss + bn + conv).backward()
     """
 
-    def __init__(self, model, targets, weights, *, alpha=0.8, patch=4):
+    def __init__(self, model: nn.Module, targets: dict, weights: dict[str, float], *, alpha: float = 0.8,
+                 patch: int = 4):
+        if any(getattr(layer, "folded", False) for layer in model.modules()):
+            raise ValueError("the model is of freeze(), for ClosedFormMatching; give one that is not")
         self.model, self.weights, self.alpha, self.patch = model, weights, alpha, patch
         self.targets = checked_targets(model, targets, weights)
 

@@ -63,7 +63,7 @@ def keep(folder, results, out):
         ours = {labels: results.get((ipc, student, labels, method, tag)) for labels in LABELS}
         real = {labels: random_beside(result, results)[0] if result else
                 results.get((ipc, student, labels, "random", tag)) for labels, result in ours.items()}
-        ours, real = ({labels: without_places(result) for labels, result in side.items() if result}
+        ours, real = ({labels: nowhere(result) for labels, result in side.items() if result}
                       for side in (ours, real))
         first, stem = next(iter((ours or real).values())), f"{method}-ipc{ipc}" + (f"-{tag}" if tag else "")
         run, teachers = folder / stem, folder / "teachers" / first["args"]["teachers"]
@@ -85,6 +85,11 @@ def keep(folder, results, out):
                       "teachers": size(teachers / f"{name}.pt" for name in names),
                       "statistics": size(teachers / f"{name}.stats.pt" for name in matched)},
             "distilled": ours, "real": real})
+
+
+def nowhere(result):
+    """A result without the place of its data on this machine."""
+    return result | {"data_set": without_places(result["data_set"])} if result.get("data_set") else result
 
 
 def spent(path, backbones=None):

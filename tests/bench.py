@@ -402,7 +402,7 @@ def store_labels(folder, epochs, count, classes):
     """Labels as of relabel.py for images of 32 pixels, of no teacher."""
     weights = torch.randn(48, classes, generator=generator("bench"))
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(),
-                                torch.nn.Linear(48, classes, bias=False))
+                                torch.nn.Linear(48, classes, bias=False)).eval()
     model[2].weight.data = weights.T
     with redirect_stdout(io.StringIO()):
         label(pixels(count), torch.tensor(UNITS), [model], count, classes, epochs, folder)

@@ -538,7 +538,8 @@ def test_shapes_that_do_not_fit_are_named():
         with pytest.raises(ValueError, match=r"images of shape \(.*labels of shape \(.*\[groups, batch"):
             next(recover_batch(images, labels, [Spy()], draws, bounds=BOUNDS))
     images, labels = randn(2, 1, 3, 8, 8), torch.tensor([[0], [1]])
-    for images, words in (images, r"other groups.* batches=range\(2\)"), (images[..., ::2, ::2], "sizes; give .* 4,"):
+    for images, words in ((images, r"other groups.* batches=range\(2\)"),
+                          (images[..., ::2, ::2], "sizes; give .* 4,")):
         with pytest.raises(ValueError, match=words):
             next(recover_batch(images, labels, [Spy()], draws, bounds=BOUNDS))
 

@@ -70,7 +70,8 @@ def test_a_tagged_run_is_compared_with_the_random_images_of_its_tag_or_else_with
      True),
     ("stored", dict(args={"crop_floor": 0.08}), True),              # older than a flag
     ("stored", dict(args={"crop_floor": 0.25}), False),
-    ("stored", dict(upstream={"relabel": {"flip": False}}), False), ("hard", dict(args={"flip": False}), False),
+    ("stored", dict(upstream={"relabel": {"flip": False}}), False),
+    ("hard", dict(args={"flip": False}), False),
     ("hard", dict(args={"lr": ["1"]}), False), ("hard", dict(args={"loss": "kl", "seed": 1}), True),
     ("online", dict(args={"logit_norm": False}), False)])
 def test_only_random_images_of_the_same_labels_and_training_are_compared(labels, other, same, write, tmp_path,

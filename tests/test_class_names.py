@@ -82,6 +82,16 @@ def test_foreign_images_by_two_spellings_are_the_same(project, tmp_path, monkeyp
         project.call("train_eval", theirs, images)
 
 
+def test_files_of_foreign_images_that_are_not_read_are_counted(project, tmp_path):
+    for name in CLASSES:
+        save(tmp_path / "theirs" / name / "1.png", 20)
+    for name in ".hidden.png", "a.txt", "b.txt":
+        (tmp_path / "theirs/ant" / name).touch()
+    project.call("relabel", "--tag theirs --ipc 1 --images", tmp_path / "theirs")
+    assert "not read: 1 files or folders that are hidden, such as " in project.printed
+    assert "not read: 2 files or folders that are no images, or of no class, such as " in project.printed
+
+
 def test_a_class_map_is_of_foreign_images_alone(recovered, tmp_path):
     plain = recovered.call("train_eval", "--labels hard")
     (tmp_path / "map.json").write_text(json.dumps(dict(zip(CLASSES, reversed(CLASSES)))))

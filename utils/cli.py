@@ -14,6 +14,7 @@ from pathlib import Path
 from models import is_model_name
 from utils import fail
 from utils.data import DATASETS, SMALL, folder_column, look
+from utils.folders import not_read
 from utils.parser import Parser, number, plain_name
 from utils.presets import METHODS, PRESETS, SELECTIONS, UNMATCHED, preset_values
 
@@ -167,10 +168,7 @@ def describe_choice(args: argparse.Namespace) -> str:
             f"{args.preset}); {args.teachers} teachers: {' '.join(args.backbones)}")
     if args.dataset not in DATASETS and args.typed[1] == "squeeze.py" and size > SMALL:
         line += f"\nnote: --image-size {SMALL} or less takes the settings of small images, which run sooner"
-    for kind, what in ("hidden", "hidden"), ("other", "no images, or of no class"):
-        if data["passed"] and data["passed"][kind][0]:
-            count, example = data["passed"][kind]
-            line += f"\nnot read: {count} files or folders that are {what}, such as {example}"
+    line += "".join(f"\n{text}" for text in not_read(data["passed"] or {}))
     count, there = args.ipc * data["classes"], (data["train"] or 0) * (9 if args.holdout else 10) // 10
     if 0 < there < count:
         line += f"\nnote: --ipc {args.ipc} makes {count} images of {there} training images"

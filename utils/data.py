@@ -23,10 +23,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from utils import fail
-from utils.folders import (UnreadableImage, class_folders, fit_image, list_images, opened, pixels,
+from utils.folders import (UnreadableImage, class_folders, fit_image, list_images, not_read, opened, pixels,
                            read_images, rgb_image, same_letters, sampled, stamp, survey, unreadable_fails,
                            visible, walk, white_levels)
-from utils.processes import warn
+from utils.processes import print_rank0, warn
 from utils.shapes import SHAPES, draw_shapes
 
 # mean and std of the training pixels on the 0..1 scale; patch: side of the patches of Eq. 9, in pixels
@@ -525,5 +525,8 @@ def load_folder(folder: str | Path, image_size: int, workers: int = 0, classes: 
                 class_map: dict[str, str] | None = None) -> tuple[torch.Tensor, torch.Tensor, list, list]:
     """Distilled images: uint8 [N, 3, S, S], and the three of `list_folder`."""
     labels, found, files = list_folder(folder, classes, class_map)
+    passed = list_images(Path(folder))[3]
+    for line in not_read({kind: [len(others), *others[:1]] for kind, others in passed.items()}):
+        print_rank0(line)
     paths = [str(Path(folder) / file) for file in files]
     return read_images(paths, image_size, image_size, workers, white_levels(paths)), labels, found, files

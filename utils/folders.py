@@ -214,6 +214,13 @@ def list_images(folder: Path,
             [label for label, images in rows for _ in images], list(classes or names), passed)
 
 
+def not_read(passed: dict[str, list]) -> list[str]:
+    """A line for each kind of files that `list_images` passed over.   passed: {kind: [count, one of them]}"""
+    kinds = {"hidden": "hidden", "other": "no images, or of no class"}
+    return [f"not read: {count} files or folders that are {kinds[kind]}, such as {example[0]}"
+            for kind, (count, *example) in passed.items() if count]
+
+
 def damaged_end(path: str, content: bytes) -> bool:
     """Whether a file seems cut short, so that only decoding it tells."""
     kind, end = os.path.splitext(path)[1].lower(), content[-64:]

@@ -199,7 +199,7 @@ def test_a_network_for_small_images_is_adopted_as_it_is(bare):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ("--weights theirs.pt --backbones wrn10_1 convnet_w8", "--weights theirs.pt: no such file"),
+    ("--weights theirs.pt --backbones wrn10_1 convnet_w8", "theirs.pt: no such file"),
     ("--objective probe", "--weights FILE"), ("--weights {} --backbones wrn10_1 convnet_w8",
                                               "--backbones names 2"),
     ("--weights {} --objective moco --backbones wrn10_1 --batch-size 16", "use --objective probe"),

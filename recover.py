@@ -119,7 +119,7 @@ def matching_gradient(matcher, labels: Tensor, ce_weight: float, pixels: Tensor,
     return gradient, (ce.detach(), bn.detach(), conv.detach()), state
 
 
-def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[dict], *, bounds: tuple,
+def recover_batch(images: Tensor, labels: Tensor, matchers: list, draws: list[dict], *, bounds: Iterable,
                   lr: float = 0.05, weight_decay: float = 0.0, ce_weight: float = 1.0, dd_weight: float = 1.0,
                   tau: float = 4.0, dd_scale: str = "sum", dd_on: str = "pixels", dd_autograd: bool = False,
                   unit_gradients: bool = False, averages: list | None = None,

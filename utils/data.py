@@ -499,12 +499,15 @@ def class_numbers(found: list[str], classes: list[str], folder: Path,
 
 
 def list_folder(folder: str | Path, classes: list[str] | None = None,
-                class_map: dict[str, str] | None = None) -> tuple[torch.Tensor, list[str], list[str]]:
+                class_map: dict[str, str] | None = None,
+                told: bool = False) -> tuple[torch.Tensor, list[str], list[str]]:
     """Labels [N], names of the class folders and relative paths [N] of the images <folder>/<class>/<id>.png.
     classes: of a data set, which the labels are to number (default: the folders as they are sorted)
-    class_map: {folder: class} where they are named otherwise"""
+    class_map: {folder: class} where they are named otherwise; told: say what is passed over"""
     folder = Path(folder)
-    files, labels, found, _ = list_images(folder)
+    files, labels, found, passed = list_images(folder)
+    for line in not_read({kind: [len(paths), *paths[:1]] for kind, paths in passed.items() if told}):
+        print_rank0(line)
     if classes is not None:
         numbers = class_numbers(found, classes, folder, class_map)
         labels = [numbers[label] for label in labels]
@@ -524,9 +527,6 @@ def check_count(labels: torch.Tensor, ipc: int, folder: Path) -> None:
 def load_folder(folder: str | Path, image_size: int, workers: int = 0, classes: list[str] | None = None,
                 class_map: dict[str, str] | None = None) -> tuple[torch.Tensor, torch.Tensor, list, list]:
     """Distilled images: uint8 [N, 3, S, S], and the three of `list_folder`."""
-    labels, found, files = list_folder(folder, classes, class_map)
-    passed = list_images(Path(folder))[3]
-    for line in not_read({kind: [len(others), *others[:1]] for kind, others in passed.items()}):
-        print_rank0(line)
+    labels, found, files = list_folder(folder, classes, class_map, told=True)
     paths = [str(Path(folder) / file) for file in files]
     return read_images(paths, image_size, image_size, workers, white_levels(paths)), labels, found, files
